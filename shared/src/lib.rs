@@ -1,1 +1,11 @@
-//! Placeholder while the crate is laid out.
+//! What crosses a process in Gangway, and nothing else: identities, the control API, shipments,
+//! configuration files, and trust.
+//!
+//! Invariant: no threads, no tokio, no sockets and no clock in here.
+
+pub mod api;
+pub mod codec;
+pub mod config;
+pub mod id;
+pub mod pki;
+pub mod ship;

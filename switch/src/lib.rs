@@ -1,1 +1,12 @@
-//! Placeholder while the crate is laid out.
+//! `gangway-switch`: the userspace virtual switch of a host.
+//!
+//! See ARCHITECTURE.md for the nouns and the way of a frame.
+
+pub mod control;
+pub mod datapath;
+pub mod hold;
+pub mod mem;
+pub mod port;
+pub mod ship;
+pub mod spool;
+pub mod sys;

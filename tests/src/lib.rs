@@ -1,1 +1,5 @@
-//! Placeholder while the crate is laid out.
+//! The lab of real VMs: what runs in the guests ([`workload`]) and what builds two hosts around them ([`lab`]).
+
+#[cfg(feature = "lab")]
+pub mod lab;
+pub mod workload;

@@ -1,0 +1,149 @@
+//! The configuration after all checks: what the rest of the switch may rely on.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use crate::id::MacAddr;
+
+/// A host's switch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostConfig {
+    /// `host.name`: must be the name in the host's certificate.
+    pub name: String,
+    /// `host.state_dir`.
+    pub state_dir: PathBuf,
+    /// `control.socket`: unix socket for the local coordinator; mode 0600.
+    pub control_socket: PathBuf,
+    /// `control.listen`: QUIC, for coordinators and for other switches; absent: local control only.
+    pub listen: Option<SocketAddr>,
+    /// `[tls]`: needed with `control.listen`.
+    pub tls: Option<TlsFiles>,
+    /// `[workers]`.
+    pub workers: Workers,
+    /// `fdb.ageing_s` (300, IEEE 802.1Q table 8-6).
+    pub fdb_ageing_s: u32,
+    /// `fdb.capacity` (65536).
+    pub fdb_capacity: usize,
+    /// `[spool]`.
+    pub spool: SpoolConfig,
+    /// `migration.address`: where this host receives the memory of VMs; absent: none can arrive.
+    pub migration_address: Option<std::net::IpAddr>,
+    /// `[[port]]`, in the file's order.
+    pub ports: Vec<PortConfig>,
+    /// `[[vm]]`, in the file's order. Every `vm` of a port is among them.
+    pub vms: Vec<VmConfig>,
+}
+
+/// PEM files.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TlsFiles {
+    /// The host's certificate chain.
+    pub cert: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+    /// The authority that all hosts and coordinators are issued by.
+    pub ca: PathBuf,
+}
+
+/// `[workers]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Workers {
+    /// `workers.count` (1).
+    pub count: usize,
+    /// `workers.cpus`: one per worker; empty: not pinned.
+    pub cpus: Vec<usize>,
+    /// `workers.poll` (`adaptive`).
+    pub poll: Poll,
+}
+
+/// How a worker waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Poll {
+    /// Poll while there is work, then sleep on the kick descriptors.
+    Adaptive,
+    /// Never sleep.
+    Busy,
+}
+
+/// `[spool]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SpoolConfig {
+    /// `spool.dir`.
+    pub dir: PathBuf,
+    /// `spool.segment_bytes` (1 MiB; 128 KiB to 1 GiB, a multiple of 4096).
+    pub segment_bytes: u64,
+    /// `spool.quota_bytes` (1 GiB): of all holds together.
+    pub quota_bytes: u64,
+    /// `spool.sync` (`batch`).
+    pub sync: Sync,
+}
+
+/// When held frames are forced to the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sync {
+    /// At each freeze, seal and acknowledgement.
+    Batch,
+    /// After each burst.
+    Each,
+    /// Left to the kernel: survives a killed process, not a loss of power.
+    None,
+}
+
+/// `[[port]]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PortConfig {
+    /// `name`: unique, 1 to 64 of `[A-Za-z0-9._-]`.
+    pub name: String,
+    /// `vm`: the VM behind it.
+    pub vm: Option<String>,
+    /// `mac`: the guest's address. Frames from elsewhere that claim it are not believed.
+    pub mac: Option<MacAddr>,
+    /// What it is.
+    pub kind: PortKind,
+}
+
+/// `type`, with the keys that go with it.
+#[derive(Debug, Clone, PartialEq)]
+pub enum PortKind {
+    /// `vhost-user`.
+    VhostUser {
+        /// `socket`.
+        socket: PathBuf,
+        /// `mode = "client"` (QEMU listens, the switch dials) or `"server"` (the switch listens).
+        server: bool,
+    },
+    /// `tap`.
+    Tap {
+        /// `device`: at most 15 characters; created if it does not exist.
+        device: String,
+        /// `role = "vm"` (QEMU holds the character device) or `"endpoint"` (the switch does; the network device is the
+        /// host's or a container's).
+        role: TapRole,
+    },
+    /// `uplink`: AF_PACKET on a network device of the host.
+    Uplink {
+        /// `device`.
+        device: String,
+    },
+}
+
+/// See [`PortKind::Tap`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TapRole {
+    /// A VM's.
+    Vm,
+    /// The host's or a container's.
+    Endpoint,
+}
+
+/// `[[vm]]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VmConfig {
+    /// `name`: unique, 1 to 64 of `[A-Za-z0-9._-]`.
+    pub name: String,
+    /// `qmp`: the VM's QMP socket on this host.
+    pub qmp: PathBuf,
+    /// `incoming`: program and arguments that start the VM for an incoming migration (`-incoming defer -S`); absent:
+    /// it cannot arrive here. No shell; it runs in the switch's own mount and network namespaces.
+    pub incoming: Option<Vec<String>>,
+}

@@ -1,0 +1,1 @@
+//! PEM in, identities and trust rules out.

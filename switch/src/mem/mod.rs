@@ -1,0 +1,73 @@
+//! Unsafe island: memory that somebody else writes too (guest memory, mapped files), read and written by copy only.
+//!
+//! Invariant: nothing here hands out a reference into shared memory; a [`Seg`] can only be copied from.
+#![allow(unsafe_code)]
+
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+
+/// A piece of a received frame: readable memory that outlives `'q`, the borrow of the queue it came from. Another
+/// process may change its content at any time.
+#[derive(Debug)]
+pub struct Seg<'q> {
+    ptr: NonNull<u8>,
+    len: u32,
+    _queue: PhantomData<&'q [u8]>,
+}
+
+impl<'q> Seg<'q> {
+    /// Of memory that nobody else writes.
+    pub fn from_slice(s: &'q [u8]) -> Seg<'q> {
+        // A frame has at most 64 KiB and some headers.
+        let len = s.len().min(u32::MAX as usize) as u32;
+        Seg {
+            ptr: NonNull::from(s).cast(),
+            len,
+            _queue: PhantomData,
+        }
+    }
+
+    /// Of shared memory.
+    ///
+    /// # Safety
+    /// `ptr..ptr + len` stays mapped and readable for `'q`.
+    pub unsafe fn from_raw(ptr: NonNull<u8>, len: u32) -> Seg<'q> {
+        Seg {
+            ptr,
+            len,
+            _queue: PhantomData,
+        }
+    }
+
+    /// In bytes.
+    pub fn len(&self) -> usize {
+        self.len as usize
+    }
+
+    /// True for no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The first byte, for the ring loops in `port::vhost`.
+    pub fn as_ptr(&self) -> *const u8 {
+        self.ptr.as_ptr()
+    }
+
+    /// Copies `out.len()` bytes from `offset`.
+    ///
+    /// # Panics
+    /// If the segment is shorter: our own mistake, never a guest's.
+    pub fn read(&self, offset: usize, out: &mut [u8]) {
+        assert!(offset + out.len() <= self.len as usize);
+        // SAFETY: in bounds (asserted); mapped for `'q` by the constructors' contract; `out` is ours alone, so the
+        // two cannot overlap except where a peer maps our memory, which it cannot.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                self.ptr.as_ptr().add(offset),
+                out.as_mut_ptr(),
+                out.len(),
+            )
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! Data I/O: what a worker sees of a port. A port has receive queues (frames into the switch), each owned by one
+//! worker, and one transmit side, shared behind a lock that is taken once per burst.
+//!
+//! The control side of a kind of port (sockets, devices) lives in its own module and attaches and detaches queues
+//! through [`Attach`].
+//!
+//! Invariant: nothing a guest or a peer does makes a method here panic or run longer than one burst.
+//! Invariant: a frame is given back to its sender only by [`RxQueue::release`].
+
+use std::os::fd::RawFd;
+
+use arrayvec::ArrayVec;
+
+use crate::mem::Seg;
+
+pub mod packet;
+pub mod tap;
+pub mod vhost;
+
+/// Frames per burst.
+pub const BURST: usize = 32;
+/// Bytes at the start of a frame that are copied once and then looked at, decided on and delivered (a guest that
+/// rewrites its buffer meanwhile gains nothing).
+pub const HEAD: usize = 128;
+/// Pieces of a frame behind its head.
+pub const SEGS: usize = 20;
+/// The longest frame: a 64 KiB TSO frame with its Ethernet header and two VLAN tags, in bytes.
+pub const FRAME_MAX: usize = 65_535 + 14 + 8;
+/// The shortest frame that is forwarded: an Ethernet header.
+pub const FRAME_MIN: usize = 14;
+
+/// `virtio_net_hdr` (virtio 1.2, 5.1.6), little endian, without `num_buffers`, which each receiver counts for itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(transparent)]
+pub struct VnetHdr(pub [u8; 10]);
+
+impl VnetHdr {
+    /// `VIRTIO_NET_HDR_F_NEEDS_CSUM` in `flags`.
+    pub const F_NEEDS_CSUM: u8 = 1;
+    /// `VIRTIO_NET_HDR_F_DATA_VALID` in `flags`.
+    pub const F_DATA_VALID: u8 = 2;
+
+    /// The `flags` field.
+    pub fn flags(&self) -> u8 {
+        self.0[0]
+    }
+    /// The `gso_type` field.
+    pub fn gso_type(&self) -> u8 {
+        self.0[1]
+    }
+    /// `csum_start`: offset in the frame.
+    pub fn csum_start(&self) -> u16 {
+        u16::from_le_bytes([self.0[6], self.0[7]])
+    }
+    /// `csum_offset`: from `csum_start`.
+    pub fn csum_offset(&self) -> u16 {
+        u16::from_le_bytes([self.0[8], self.0[9]])
+    }
+}
+
+/// One received frame, borrowed from its queue: neither Copy nor Clone.
+#[derive(Debug)]
+pub struct Frame<'q> {
+    /// Offload request of the sender.
+    pub vnet: VnetHdr,
+    /// Length of the whole frame in bytes (Ethernet header to last payload byte).
+    pub len: u32,
+    /// How much of `head` is valid: `min(len, HEAD)`.
+    pub head_len: u8,
+    /// The private copy of the frame's start.
+    pub head: [u8; HEAD],
+    /// What follows behind the head; the lengths add up to `len - head_len`.
+    pub rest: ArrayVec<Seg<'q>, SEGS>,
+}
+
+impl<'q> Frame<'q> {
+    /// A frame that lies in our own memory, of `FRAME_MIN` to `FRAME_MAX` bytes.
+    pub fn from_slice(vnet: VnetHdr, bytes: &'q [u8]) -> Frame<'q> {
+        let head_len = bytes.len().min(HEAD);
+        let mut head = [0; HEAD];
+        head[..head_len].copy_from_slice(&bytes[..head_len]);
+        let mut rest = ArrayVec::new();
+        if bytes.len() > head_len {
+            rest.push(Seg::from_slice(&bytes[head_len..]));
+        }
+        Frame {
+            vnet,
+            len: bytes.len() as u32,
+            head_len: head_len as u8,
+            head,
+            rest,
+        }
+    }
+
+    /// The valid part of the head.
+    pub fn head(&self) -> &[u8] {
+        &self.head[..usize::from(self.head_len)]
+    }
+
+    /// Copies the whole frame into `out`, which must be exactly `len` long.
+    pub fn copy_to(&self, out: &mut [u8]) {
+        let (h, mut out) = out.split_at_mut(usize::from(self.head_len));
+        h.copy_from_slice(self.head());
+        for s in &self.rest {
+            let (a, b) = out.split_at_mut(s.len());
+            s.read(0, a);
+            out = b;
+        }
+    }
+}
+
+/// A burst of received frames.
+pub type Burst<'q> = ArrayVec<Frame<'q>, BURST>;
+
+/// A receive queue: frames from the port into the switch. Owned by one worker.
+pub trait RxQueue: Send {
+    /// Puts up to [`BURST`] waiting frames into `out` (empty on entry), oldest first, without giving anything back.
+    /// What is no frame (runts, bad descriptors) is consumed and counted inside, at most a burst of it per call.
+    /// Called again without [`RxQueue::release`] between, it gives the same frames again (and perhaps more).
+    fn burst<'q>(&'q mut self, out: &mut Burst<'q>);
+
+    /// Gives the first `n` frames of the last burst back to the sender: they are delivered, spooled or counted. The
+    /// others come again with the next burst. Tells the peer at most once.
+    fn release(&mut self, n: usize);
+
+    /// The descriptor that becomes readable when frames wait.
+    fn wake_fd(&self) -> Option<RawFd>;
+
+    /// Before sleeping: asks the peer to signal, then looks once more; true if frames wait already (do not sleep).
+    fn arm(&mut self) -> bool;
+
+    /// After sleeping: clears the signal and asks the peer not to signal while we poll.
+    fn disarm(&mut self);
+
+    /// Counters since creation: (reason, frames) of what was consumed without being a frame.
+    fn errors(&self) -> RxErrors {
+        RxErrors::default()
+    }
+}
+
+/// Why received buffers were no frames.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RxErrors {
+    /// Shorter than an Ethernet header or longer than allowed, or an impossible offload request.
+    pub malformed: u64,
+    /// The ring itself is broken; the queue gives no frames until it is set up again.
+    pub ring_broken: u64,
+    /// Lost in the kernel's socket buffer before we could read them (AF_PACKET).
+    pub overrun: u64,
+}
+
+/// What became of a frame handed to [`TxQueue::send`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sent {
+    /// It will be with the receiver after the next [`TxQueue::flush`] at the latest.
+    Yes,
+    /// No room now; try again later. Nothing was consumed.
+    Full,
+    /// The receiver is stopped or absent; nothing was consumed.
+    Down,
+    /// Can never be delivered to this receiver (too long, offload it does not have).
+    Never(NeverReason),
+}
+
+/// See [`Sent::Never`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NeverReason {
+    /// Longer than the receiver's buffers or MTU allow.
+    TooLong,
+    /// Needs segmentation that the receiver lacks.
+    Offload,
+    /// The receiver's ring is broken.
+    RingBroken,
+    /// The kernel refused the frame itself.
+    Refused,
+}
+
+/// The transmit side of a port: frames from the switch to it.
+pub trait TxQueue: Send {
+    /// Copies the frame to the receiver.
+    fn send(&mut self, frame: &Frame<'_>) -> Sent;
+    /// Publishes what was sent since the last flush and signals the receiver at most once.
+    fn flush(&mut self);
+}
+
+/// How the control side of a port attaches and detaches its queues (implemented by the engine). Called from any
+/// thread that is not a worker; blocks for a few loops of a worker at most.
+pub trait Attach: Send + Sync {
+    /// Gives a receive queue to its worker. One that is there already is replaced and returned.
+    fn attach_rx(&self, port: usize, queue: u16, rx: Box<dyn RxQueue>) -> Option<Box<dyn RxQueue>>;
+    /// Takes it away. On return no worker touches it any more.
+    fn detach_rx(&self, port: usize, queue: u16) -> Option<Box<dyn RxQueue>>;
+    /// Sets or replaces the transmit side; `None` means down. On return no worker uses the old one.
+    fn set_tx(&self, port: usize, tx: Option<Box<dyn TxQueue>>);
+    /// Says what happened to a port (for `gangway` and the log): the reason why it is down or broken, or `None` when well.
+    fn port_error(&self, port: usize, error: Option<String>);
+}

@@ -1,0 +1,178 @@
+//! What one end of a flow reports. The lab joins the ends by the flow's name.
+
+use serde::{Deserialize, Serialize};
+use std::net::TcpStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use super::socket;
+use super::tally::Tally;
+use super::wire::Digest;
+
+/// Whose clock measured the stalls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Clock {
+    /// Stands still while the VM is paused.
+    Guest,
+    /// The machine's monotonic clock.
+    Host,
+}
+
+/// One end of a flow.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct End {
+    /// The flow's name, the same at both ends.
+    pub flow: String,
+    /// Sent by this end; `None` when it only receives.
+    pub sent: Option<u64>,
+    /// Received by this end; `None` when it only sends.
+    pub received: Option<u64>,
+    /// Received more than once.
+    pub duplicated: u64,
+    /// Received after a later one.
+    pub reordered: u64,
+    /// Received, but not as it was sent.
+    pub corrupted: u64,
+    /// The longest time between two arrivals.
+    pub stall_ms_max: Option<f64>,
+    /// Whose milliseconds these are.
+    pub clock: Option<Clock>,
+    /// TCP segments that this end sent again.
+    pub retransmits: u64,
+    /// Digest of the stream so far.
+    pub digest: Option<String>,
+    /// The first ranges of numbers that are missing at a receiver which knows what was sent.
+    pub missing: Vec<(u64, u64)>,
+    /// The last thing that went wrong.
+    pub error: Option<String>,
+}
+
+/// A command's answer: all ends of a program.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Ends {
+    /// Who answers.
+    pub name: String,
+    /// Its ends.
+    pub ends: Vec<End>,
+}
+
+/// The live state of an end, shared between its thread and the one that answers.
+#[derive(Clone)]
+pub struct Live(Arc<Mutex<State>>);
+
+/// What the thread of a flow keeps.
+pub struct State {
+    flow: String,
+    clock: Clock,
+    epoch: Instant,
+    /// Sent so far, when this end sends.
+    pub sent: Option<u64>,
+    /// What arrived, when this end receives.
+    pub tally: Option<Tally>,
+    /// The digest, when the flow is a stream.
+    pub digest: Option<Digest>,
+    /// The last error.
+    pub error: Option<String>,
+    sockets: Vec<TcpStream>,
+    retransmits_closed: u64,
+}
+
+impl Live {
+    /// An end that sends.
+    pub fn sender(flow: &str, clock: Clock) -> Self {
+        Self::new(flow, clock, true, false)
+    }
+
+    /// An end that receives.
+    pub fn receiver(flow: &str, clock: Clock) -> Self {
+        Self::new(flow, clock, false, true)
+    }
+
+    /// An end that sends and gets back.
+    pub fn both(flow: &str, clock: Clock) -> Self {
+        Self::new(flow, clock, true, true)
+    }
+
+    /// An end that only answers: nothing of its own to count but retransmissions.
+    pub fn neither(flow: &str, clock: Clock) -> Self {
+        Self::new(flow, clock, false, false)
+    }
+
+    fn new(flow: &str, clock: Clock, sends: bool, receives: bool) -> Self {
+        Self(Arc::new(Mutex::new(State {
+            flow: flow.to_owned(),
+            clock,
+            epoch: Instant::now(),
+            sent: sends.then_some(0),
+            tally: receives.then(Tally::default),
+            digest: None,
+            error: None,
+            sockets: Vec::new(),
+            retransmits_closed: 0,
+        })))
+    }
+
+    /// The state, for a moment.
+    pub fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts one as sent.
+    pub fn count_sent(&self) {
+        let mut state = self.lock();
+        state.sent = Some(state.sent.unwrap_or(0) + 1);
+    }
+
+    /// Counts an arrival.
+    pub fn count_received(&self, number: Option<u64>) {
+        let mut state = self.lock();
+        let now_ns = state.epoch.elapsed().as_nanos() as u64;
+        if let Some(tally) = &mut state.tally {
+            tally.take(number, now_ns);
+        }
+    }
+
+    /// Notes what went wrong.
+    pub fn fail(&self, error: impl std::fmt::Display) {
+        self.lock().error = Some(error.to_string());
+    }
+
+    /// The connection whose retransmissions count as this flow's.
+    pub fn watch(&self, stream: &TcpStream) {
+        let mut state = self.lock();
+        // A finished connection gives its count once and lets its descriptor go.
+        if state.sockets.len() >= 8 {
+            let gone = state.sockets.remove(0);
+            state.retransmits_closed += socket::retransmits(&gone);
+        }
+        if let Ok(stream) = stream.try_clone() {
+            state.sockets.push(stream);
+        }
+    }
+
+    /// The state as a report.
+    pub fn end(&self) -> End {
+        let state = self.lock();
+        let live: u64 = state.sockets.iter().map(socket::retransmits).sum();
+        let mut end = End {
+            flow: state.flow.clone(),
+            sent: state.sent,
+            retransmits: state.retransmits_closed + live,
+            digest: state.digest.map(Digest::hex),
+            error: state.error.clone(),
+            ..End::default()
+        };
+        if let Some(tally) = &state.tally {
+            end.received = Some(tally.received);
+            end.duplicated = tally.duplicated;
+            end.reordered = tally.reordered;
+            end.corrupted = tally.corrupted;
+            end.stall_ms_max = Some((tally.stall_ns_max / 1000) as f64 / 1000.0);
+            end.clock = Some(state.clock);
+            // Without the sender's count the tail stays unknown; gaps up to the last arrival are known.
+            end.missing = tally.missing(state.sent.unwrap_or(tally.received), 8);
+        }
+        end
+    }
+}
