@@ -20,7 +20,7 @@ pub enum Clock {
 }
 
 /// One end of a flow.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct End {
     /// The flow's name, the same at both ends.
     pub flow: String,

@@ -59,9 +59,10 @@ impl Tally {
             if word & 1 << (number % 64) != 0 {
                 continue;
             }
+            let full = ranges.len() == limit;
             match ranges.last_mut() {
                 Some(last) if last.1 + 1 == number => last.1 = number,
-                _ if ranges.len() == limit => break,
+                _ if full => break,
                 _ => ranges.push((number, number)),
             }
         }
