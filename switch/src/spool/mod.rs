@@ -1,1 +1,152 @@
-//! To be written.
+//! The migration buffer: per lane and hold a persistent, bounded queue of frames in mmap'ed, preallocated segment
+//! files. One [`Writer`] (a worker, or the receiver of a shipment) appends, any number of [`Reader`]s follow.
+//! Bytes: docs/formats/spool.md.
+//!
+//! Invariant: [`Writer::append`] makes no system call, takes no lock and allocates nothing; it copies.
+//! Invariant: what a reader returns has been committed and its checksum was right.
+//! Invariant: after an I/O error a queue takes nothing more until the spool is opened again (fail-stop).
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use gangway_shared::id::{HoldId, LaneKey};
+
+pub mod format;
+mod keeper;
+mod map;
+mod open;
+mod queue;
+mod reader;
+pub mod recover;
+mod store;
+mod writer;
+
+
+pub use format::Record;
+pub use queue::Queue;
+pub use reader::{Damaged, Reader};
+pub use store::Spool;
+pub use writer::{NoRoom, RejectedRecord, Writer};
+
+/// What a queue is for; the three of a hold are kept apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// Held on the source, to be shipped (or flushed here after an abort).
+    Source,
+    /// Received from the source.
+    Incoming,
+    /// Accepted on the target behind what the source ships.
+    Local,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Kind; 3] = [Kind::Source, Kind::Incoming, Kind::Local];
+
+    /// As in file headers.
+    pub const fn code(self) -> u8 {
+        match self {
+            Kind::Source => 1,
+            Kind::Incoming => 2,
+            Kind::Local => 3,
+        }
+    }
+
+    /// The inverse of [`Kind::code`].
+    pub const fn from_code(c: u8) -> Option<Kind> {
+        match c {
+            1 => Some(Kind::Source),
+            2 => Some(Kind::Incoming),
+            3 => Some(Kind::Local),
+            _ => None,
+        }
+    }
+
+    /// As in names of directories.
+    pub const fn letter(self) -> char {
+        match self {
+            Kind::Source => 's',
+            Kind::Incoming => 't',
+            Kind::Local => 'l',
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Source => "source",
+            Kind::Incoming => "incoming",
+            Kind::Local => "local",
+        })
+    }
+}
+
+/// What [`Spool::open`] found of an earlier run: one queue.
+#[derive(Debug)]
+pub struct Recovered {
+    /// The queue, with everything that is intact; its tally is over that.
+    pub queue: Arc<Queue>,
+    /// Goes on behind the last record; none if the queue is sealed.
+    pub writer: Option<Writer>,
+    /// Records that were there and are not intact any more, oldest first. Must be empty in a queue that is to be
+    /// shipped; a reader reports each as [`Damaged`].
+    pub damaged: Vec<Damaged>,
+    /// Bytes of a record that was not complete when the process ended; it was never committed and is gone.
+    pub torn_bytes: u64,
+}
+
+/// Why the spool can't do something.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SpoolError {
+    /// Another switch has the directory.
+    #[error("{} is in use by another process", .0.display())]
+    InUse(PathBuf),
+    /// The quota does not allow one more segment.
+    #[error(
+        "the spool's quota of {quota_bytes} bytes is used up ({used_bytes} bytes in segments of {segment_bytes}); raise spool.quota_bytes or make spool.segment_bytes smaller"
+    )]
+    Quota {
+        /// `spool.quota_bytes`.
+        quota_bytes: u64,
+        /// In use by all holds.
+        used_bytes: u64,
+        /// `spool.segment_bytes`.
+        segment_bytes: u64,
+    },
+    /// There is a queue for this lane already.
+    #[error("hold {0} has a {1} queue for {2} already")]
+    Exists(HoldId, Kind, LaneKey),
+    /// A port's name that does not fit.
+    #[error("'{0}' can't be the name of a spooled port: 1 to 64 bytes")]
+    Name(String),
+    /// A file that this program can't read.
+    #[error("{}: {reason}", .path.display())]
+    Format {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        reason: format::BadHeader,
+    },
+    /// The file system failed.
+    #[error("{}: {source}", .path.display())]
+    Io {
+        /// What was touched.
+        path: PathBuf,
+        /// How it failed.
+        source: io::Error,
+    },
+    /// An earlier failure of the disk; nothing more is accepted until the spool is opened again.
+    #[error("the spool has stopped after an I/O error: {0}")]
+    Stopped(String),
+}
+
+impl SpoolError {
+    fn io(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> SpoolError {
+        let path = path.into();
+        move |source| SpoolError::Io { path, source }
+    }
+}

@@ -1,0 +1,266 @@
+//! The keeper: a thread that gets segments ready, away from the data path.
+//!
+//! Segments live in `pool/` until a queue gets them by a rename. `ready` ones are zeroed and faulted in; `stale` ones
+//! were used before and are zeroed when needed; `waiting` ones belong to a removed hold and somebody still looks.
+//!
+//! Invariant: the sum of all segment files (held, pooled, being made) stays within the quota.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread::{self, Thread};
+use std::time::Duration;
+
+use gangway_shared::config::valid::Sync as SyncPolicy;
+use gangway_shared::id::HoldId;
+
+use super::SpoolError;
+use super::map::Segment;
+use super::queue::{Queue, lock};
+
+/// While something can't be done: how long until it is tried again.
+const RETRY: Duration = Duration::from_millis(50);
+
+/// What the keeper and the spool share.
+#[derive(Debug)]
+pub(super) struct Host {
+    pub(super) dir: PathBuf,
+    pub(super) segment_bytes: u64,
+    pub(super) quota_bytes: u64,
+    pub(super) policy: SyncPolicy,
+    pub(super) state: Mutex<State>,
+    thread: OnceLock<Thread>,
+    stop: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) queues: BTreeMap<HoldId, Vec<Arc<Queue>>>,
+    ready: Vec<Pooled>,
+    stale: Vec<Pooled>,
+    waiting: Vec<(Arc<Segment>, PathBuf)>,
+    /// In queues, also of removed holds that somebody still reads.
+    pub(super) held: u64,
+    /// All of them, also in the pool and those being made.
+    pub(super) total: u64,
+    file_number: u64,
+    /// The last failure, so that it is logged once.
+    trouble: Option<String>,
+}
+
+#[derive(Debug)]
+struct Pooled {
+    seg: Segment,
+    path: PathBuf,
+}
+
+impl Host {
+    pub(super) fn new(
+        dir: PathBuf,
+        segment_bytes: u64,
+        quota_bytes: u64,
+        policy: SyncPolicy,
+    ) -> Host {
+        Host {
+            dir,
+            segment_bytes,
+            quota_bytes,
+            policy,
+            state: Mutex::default(),
+            thread: OnceLock::new(),
+            stop: AtomicBool::new(false),
+        }
+    }
+
+    /// Segments that are kept ready: an eighth of the quota, at most 16 MiB or two.
+    fn ready_goal(&self) -> usize {
+        let bytes = (self.quota_bytes / 8).min(16 << 20);
+        ((bytes / self.segment_bytes) as usize).max(2)
+    }
+
+    /// Used segments that are kept for another time.
+    fn stale_goal(&self) -> usize {
+        (self.quota_bytes / 4 / self.segment_bytes) as usize
+    }
+
+    fn pool_path(&self, state: &mut State) -> PathBuf {
+        state.file_number += 1;
+        self.dir.join("pool").join(format!("{:08}.seg", state.file_number))
+    }
+
+    /// A zeroed, faulted-in segment under this name. Blocks.
+    pub(super) fn take(&self, to: PathBuf) -> Result<Segment, SpoolError> {
+        let mut state = lock(&self.state);
+        state.held += 1;
+        let r = if let Some(p) = state.ready.pop() {
+            drop(state);
+            self.place(p, &to, false)
+        } else if let Some(p) = state.stale.pop() {
+            drop(state);
+            self.place(p, &to, true)
+        } else if (state.total + 1) * self.segment_bytes <= self.quota_bytes {
+            state.total += 1;
+            drop(state);
+            Segment::create(&to, self.segment_bytes).map_err(SpoolError::io(to))
+        } else {
+            state.held -= 1;
+            return Err(SpoolError::Quota {
+                quota_bytes: self.quota_bytes,
+                used_bytes: state.held * self.segment_bytes,
+                segment_bytes: self.segment_bytes,
+            });
+        };
+        if r.is_err() {
+            let mut state = lock(&self.state);
+            state.held -= 1;
+            state.total -= 1;
+        }
+        r
+    }
+
+    fn place(&self, p: Pooled, to: &PathBuf, reset: bool) -> Result<Segment, SpoolError> {
+        let Pooled { mut seg, path } = p;
+        let r = if reset { seg.reset() } else { seg.touch() };
+        match r.and_then(|()| std::fs::rename(&path, to)) {
+            Ok(()) => Ok(seg),
+            Err(e) => {
+                let _ = std::fs::remove_file(&path);
+                Err(SpoolError::io(to)(e))
+            }
+        }
+    }
+
+    /// Takes back the segments of a removed queue.
+    pub(super) fn give_back(&self, queue: &Queue) {
+        let segments = queue.take_segments();
+        let mut state = lock(&self.state);
+        for (n, seg) in segments.into_iter().enumerate() {
+            let from = queue.dir().join(segment_name(n));
+            let to = self.pool_path(&mut state);
+            // If it can't be moved it goes with its directory, and only its memory is used again.
+            let _ = std::fs::rename(&from, &to);
+            state.waiting.push((seg, to));
+        }
+        drop(state);
+        self.wake();
+    }
+
+    /// Segments that nobody looks at any more go to the pool. In order: each holds the next one.
+    fn collect(&self, state: &mut State) {
+        let keep = self.stale_goal();
+        for (seg, path) in std::mem::take(&mut state.waiting) {
+            if Arc::strong_count(&seg) > 1 {
+                state.waiting.push((seg, path));
+                continue;
+            }
+            match Arc::into_inner(seg) {
+                Some(mut seg) if state.stale.len() < keep => {
+                    seg.unlink();
+                    state.held -= 1;
+                    state.stale.push(Pooled { seg, path });
+                }
+                _ => {
+                    state.held -= 1;
+                    state.total -= 1;
+                    let _ = std::fs::remove_file(&path);
+                }
+            }
+        }
+    }
+
+    pub(super) fn wake(&self) {
+        if let Some(t) = self.thread.get() {
+            t.unpark();
+        }
+    }
+
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    /// The thread's loop.
+    pub(super) fn run(&self) {
+        let _ = self.thread.set(thread::current());
+        while !self.stop.load(Ordering::Acquire) {
+            let wanted: Vec<Arc<Queue>> = {
+                let mut state = lock(&self.state);
+                self.collect(&mut state);
+                let all = state.queues.values().flatten();
+                all.filter(|q| q.wanted()).cloned().collect()
+            };
+            let mut short = false;
+            for q in wanted {
+                let path = q.dir().join(segment_name(q.segment_count()));
+                match self.take(path) {
+                    Ok(seg) => {
+                        q.push_segment(Arc::new(seg));
+                        self.trouble(None);
+                    }
+                    Err(e) => {
+                        short = true;
+                        self.trouble(Some(e.to_string()));
+                    }
+                }
+            }
+            if !short && self.refill() {
+                continue;
+            }
+            let waiting = !lock(&self.state).waiting.is_empty();
+            if short || waiting {
+                thread::park_timeout(RETRY);
+            } else {
+                thread::park();
+            }
+        }
+    }
+
+    /// Makes one more segment ready; false if there is nothing to do or no way to do it.
+    fn refill(&self) -> bool {
+        let mut state = lock(&self.state);
+        if state.ready.len() >= self.ready_goal() {
+            return false;
+        }
+        let made = if let Some(mut p) = state.stale.pop() {
+            drop(state);
+            p.seg.reset().map(|()| p)
+        } else if (state.total + 1) * self.segment_bytes <= self.quota_bytes {
+            state.total += 1;
+            let path = self.pool_path(&mut state);
+            drop(state);
+            Segment::create(&path, self.segment_bytes).map(|seg| Pooled { seg, path })
+        } else {
+            return false;
+        };
+        let mut state = lock(&self.state);
+        match made {
+            Ok(p) => {
+                state.ready.push(p);
+                true
+            }
+            // Whoever needs a segment will see the error.
+            Err(_) => {
+                state.total -= 1;
+                false
+            }
+        }
+    }
+
+    fn trouble(&self, now: Option<String>) {
+        let mut state = lock(&self.state);
+        if state.trouble == now {
+            return;
+        }
+        match &now {
+            Some(e) => tracing::warn!("held senders wait, the spool gets no room: {e}"),
+            None => tracing::info!("the spool has room again"),
+        }
+        state.trouble = now;
+    }
+}
+
+/// File name of a queue's segment.
+pub(super) fn segment_name(number: usize) -> String {
+    format!("{number:06}.seg")
+}

@@ -1,0 +1,330 @@
+//! Unsafe island: segment files in memory. One [`Tail`] per segment writes behind what is published, anybody reads what
+//! is published, and the two never overlap.
+//!
+//! Invariant: `published` only grows, and bytes below it are never written again while the segment is shared.
+//! Invariant: the file behind a mapping is really allocated and populated before anybody sees it, so a full disk is an
+//! error of [`Segment::create`], not a SIGBUS; nobody but this process writes or truncates it (the directory is ours
+//! alone, mode 0700).
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use memmap2::{Advice, MmapOptions, MmapRaw};
+use rustix::fs::{FallocateFlags, fallocate};
+
+/// A mapped segment file.
+#[derive(Debug)]
+pub(super) struct Segment {
+    map: MmapRaw,
+    published: AtomicU32,
+    /// Where the writer left it for the next one; valid once `next` is in use.
+    end: AtomicU32,
+    synced: AtomicU32,
+    has_tail: AtomicBool,
+    /// The segment that the lane goes on in, set by the keeper ahead of time.
+    next: OnceLock<Arc<Segment>>,
+}
+
+impl Segment {
+    fn from_map(map: MmapRaw, published: u32) -> Segment {
+        Segment {
+            map,
+            published: AtomicU32::new(published),
+            end: AtomicU32::new(0),
+            synced: AtomicU32::new(0),
+            has_tail: AtomicBool::new(false),
+            next: OnceLock::new(),
+        }
+    }
+
+    /// Makes a file of `len` zeros, really allocated, mapped and populated.
+    pub(super) fn create(path: &Path, len: u64) -> io::Result<Segment> {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(path)?;
+        let made = allocate(&file, len).and_then(|()| {
+            let map = MmapOptions::new().len(len as usize).map_raw(&file)?;
+            populate(&map)?;
+            Ok(map)
+        });
+        match made {
+            Ok(map) => Ok(Segment::from_map(map, 0)),
+            Err(e) => {
+                // Half a file is of no use; the error that matters is `e`.
+                let _ = std::fs::remove_file(path);
+                Err(e)
+            }
+        }
+    }
+
+    /// Maps an existing file of at least one page, unpublished. Its holes, if any, are filled.
+    pub(super) fn open(path: &Path) -> io::Result<Segment> {
+        let file = File::options().read(true).write(true).open(path)?;
+        let len = file.metadata()?.len();
+        if len < 4096 || len > 1 << 30 {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("a segment of {len} bytes"),
+            ));
+        }
+        allocate(&file, len)?;
+        let map = MmapOptions::new().len(len as usize).map_raw(&file)?;
+        populate(&map)?;
+        Ok(Segment::from_map(map, 0))
+    }
+
+    /// Makes it as new: all zeros, nothing published.
+    pub(super) fn reset(&mut self) -> io::Result<()> {
+        populate(&self.map)?;
+        self.bytes_mut().fill(0);
+        *self.published.get_mut() = 0;
+        *self.end.get_mut() = 0;
+        *self.synced.get_mut() = 0;
+        *self.has_tail.get_mut() = false;
+        self.next = OnceLock::new();
+        Ok(())
+    }
+
+    /// Forgets the link to the next one.
+    pub(super) fn unlink(&mut self) {
+        self.next = OnceLock::new();
+    }
+
+    /// Makes sure that writing to it takes no page fault that has to wait.
+    pub(super) fn touch(&self) -> io::Result<()> {
+        populate(&self.map)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.map.len()
+    }
+
+    /// Everything, for recovery: nobody else has it yet.
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: the mapping is live and `len` long; `&mut self` proves that there is no `Tail` and no reader
+        // (both hold an `Arc` of the segment).
+        unsafe { std::slice::from_raw_parts_mut(self.map.as_mut_ptr(), self.map.len()) }
+    }
+
+    /// Publishes what recovery found.
+    pub(super) fn set_published(&mut self, to: u32) {
+        *self.published.get_mut() = to.min(self.map.len() as u32);
+        *self.end.get_mut() = to;
+    }
+
+    /// How far readers may look.
+    pub(super) fn published(&self) -> u32 {
+        self.published.load(Ordering::Acquire)
+    }
+
+    /// Bytes `from..to`, as far as they are published.
+    pub(super) fn read(&self, from: u32, to: u32) -> &[u8] {
+        let to = to.min(self.published());
+        let from = from.min(to);
+        // SAFETY: `to <= published <= len` of the live mapping. Bytes below `published` are never written again
+        // (module invariant), and its Acquire load orders us behind the writes.
+        unsafe {
+            std::slice::from_raw_parts(
+                self.map.as_ptr().add(from as usize),
+                (to - from) as usize,
+            )
+        }
+    }
+
+    /// The one write handle, behind what is published. None if it was given out already.
+    pub(super) fn tail(self: &Arc<Self>) -> Option<Tail> {
+        if self.has_tail.swap(true, Ordering::AcqRel) {
+            return None;
+        }
+        Some(Tail {
+            at: self.published(),
+            seg: self.clone(),
+        })
+    }
+
+    /// The next segment of the lane, if it is ready.
+    pub(super) fn next(&self) -> Option<&Arc<Segment>> {
+        self.next.get()
+    }
+
+    /// Links the next one; false if there is one already.
+    pub(super) fn set_next(&self, next: Arc<Segment>) -> bool {
+        self.next.set(next).is_ok()
+    }
+
+    /// Publishes a segment that was left by [`Tail::leave`].
+    pub(super) fn publish_left(&self) {
+        self.published
+            .store(self.end.load(Ordering::Relaxed), Ordering::Release);
+    }
+
+    /// Forces what is published to the disk (`msync(MS_SYNC)`: what fdatasync does, for that range).
+    pub(super) fn sync(&self) -> io::Result<()> {
+        let to = self.published();
+        let from = self.synced.load(Ordering::Acquire);
+        if to <= from {
+            return Ok(());
+        }
+        self.map
+            .flush_range(from as usize, (to - from) as usize)?;
+        self.synced.fetch_max(to, Ordering::AcqRel);
+        Ok(())
+    }
+}
+
+impl Drop for Segment {
+    /// A long chain goes one by one, not by recursion.
+    fn drop(&mut self) {
+        let mut next = self.next.take();
+        while let Some(mut s) = next.and_then(Arc::into_inner) {
+            next = s.next.take();
+        }
+    }
+}
+
+/// The write end of a segment: everything from `at` on is its own.
+#[derive(Debug)]
+pub(super) struct Tail {
+    seg: Arc<Segment>,
+    at: u32,
+}
+
+impl Tail {
+    /// Room left.
+    pub(super) fn room(&self) -> usize {
+        self.seg.len() - self.at as usize
+    }
+
+    /// Bytes written so far.
+    pub(super) fn at(&self) -> u32 {
+        self.at
+    }
+
+    pub(super) fn segment(&self) -> &Arc<Segment> {
+        &self.seg
+    }
+
+    /// The next `len` bytes, to be written and then passed with [`Tail::advance`].
+    pub(super) fn buf(&mut self, len: usize) -> Option<&mut [u8]> {
+        if len > self.room() {
+            return None;
+        }
+        // SAFETY: `at + len <= len of the mapping` (checked). Only the one `Tail` of a segment writes, through
+        // `&mut self`, and readers stay below `published <= at`.
+        Some(unsafe {
+            std::slice::from_raw_parts_mut(self.seg.map.as_mut_ptr().add(self.at as usize), len)
+        })
+    }
+
+    /// Passes `len` bytes that were written.
+    pub(super) fn advance(&mut self, len: usize) {
+        debug_assert!(len <= self.room());
+        self.at += len.min(self.room()) as u32;
+    }
+
+    /// Publishes everything passed.
+    pub(super) fn publish(&self) {
+        self.seg.published.store(self.at, Ordering::Release);
+    }
+
+    /// Remembers where this segment ends, for [`Segment::publish_left`], and gives it up.
+    pub(super) fn leave(self) -> Arc<Segment> {
+        self.seg.end.store(self.at, Ordering::Relaxed);
+        self.seg
+    }
+}
+
+/// A queue's metadata file: a header, and words that change in place.
+#[derive(Debug)]
+pub(super) struct Page {
+    map: MmapRaw,
+}
+
+/// Bytes of a metadata file.
+pub(super) const PAGE: u64 = 4096;
+
+impl Page {
+    /// Creates the file with this content at its start. It appears under its name complete or not at all.
+    pub(super) fn create(path: &Path, start: &[u8]) -> io::Result<Page> {
+        use std::os::unix::fs::FileExt;
+        let tmp = path.with_extension("new");
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&tmp)?;
+        allocate(&file, PAGE)?;
+        file.write_all_at(start, 0)?;
+        std::fs::rename(&tmp, path)?;
+        Page::map(&file)
+    }
+
+    /// Maps an existing one.
+    pub(super) fn open(path: &Path) -> io::Result<Page> {
+        let file = File::options().read(true).write(true).open(path)?;
+        if file.metadata()?.len() != PAGE {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "not of a metadata file's size",
+            ));
+        }
+        allocate(&file, PAGE)?;
+        Page::map(&file)
+    }
+
+    fn map(file: &File) -> io::Result<Page> {
+        let map = MmapOptions::new().len(PAGE as usize).map_raw(file)?;
+        populate(&map)?;
+        Ok(Page { map })
+    }
+
+    /// The word at byte `256 + 8 * n`.
+    pub(super) fn word(&self, n: usize) -> &AtomicU64 {
+        assert!(n < 400);
+        // SAFETY: inside the page (asserted), aligned (a mapping starts at a page), live as long as `self`; only
+        // touched as an atomic.
+        unsafe { &*self.map.as_ptr().add(256 + 8 * n).cast::<AtomicU64>() }
+    }
+
+    /// Forces it to the disk.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.map.flush()
+    }
+}
+
+/// Allocates really: reserved blocks, or written zeros where the file system can't reserve.
+fn allocate(file: &File, len: u64) -> io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    match fallocate(file, FallocateFlags::empty(), 0, len) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::OPNOTSUPP) => {
+            let old = file.metadata()?.len();
+            let zeros = vec![0; 64 << 10];
+            let mut at = old;
+            while at < len {
+                let n = (len - at).min(zeros.len() as u64) as usize;
+                file.write_all_at(&zeros[..n], at)?;
+                at += n as u64;
+            }
+            Ok(())
+        }
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Faults all pages in for writing; unlike a store, this reports a failure as an error.
+fn populate(map: &MmapRaw) -> io::Result<()> {
+    match map.advise(Advice::PopulateWrite) {
+        // Before Linux 5.14 there is no such advice; the zeroing or the first store faults the pages in.
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        r => r,
+    }
+}

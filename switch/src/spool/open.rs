@@ -1,0 +1,194 @@
+//! Recovery's I/O: maps what an earlier run left, lets [`super::recover`] judge it, and makes queues of it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use gangway_shared::id::HoldId;
+
+use super::format::{BadHeader, FILE_HEADER, FileHeader, QUEUE_MAGIC, SEGMENT_MAGIC, salt};
+use super::keeper::{Host, segment_name};
+use super::map::{Page, Segment};
+use super::queue::{Parts, Queue, lock};
+use super::reader::Damaged;
+use super::recover::{End, Scanner};
+use super::store::META;
+use super::writer::Writer;
+use super::{Kind, Recovered, SpoolError};
+
+/// Everything under the spool's directory.
+pub(super) fn recover(host: &Arc<Host>) -> Result<Vec<Recovered>, SpoolError> {
+    let mut out = Vec::new();
+    for hold_dir in subdirs(&host.dir)? {
+        let Some(hold) = name_of(&hold_dir).and_then(|n| n.parse::<HoldId>().ok()) else {
+            continue;
+        };
+        for dir in subdirs(&hold_dir)? {
+            if let Some(r) = queue(host, hold, &dir)? {
+                let mut state = lock(&host.state);
+                state.queues.entry(hold).or_default().push(r.queue.clone());
+                drop(state);
+                out.push(r);
+            }
+        }
+        // Only if nothing is left in it.
+        let _ = std::fs::remove_dir(&hold_dir);
+    }
+    Ok(out)
+}
+
+/// One queue's directory; none if the queue was never complete.
+fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>, SpoolError> {
+    let meta = dir.join(META);
+    if !meta.exists() {
+        // It is created first, complete or not at all: no record was ever here.
+        std::fs::remove_dir_all(dir).map_err(SpoolError::io(dir))?;
+        return Ok(None);
+    }
+    let bytes = std::fs::read(&meta).map_err(SpoolError::io(&meta))?;
+    let bad = |reason| SpoolError::Format {
+        path: meta.clone(),
+        reason,
+    };
+    let header = match FileHeader::decode(&bytes, QUEUE_MAGIC) {
+        Ok(h) => h,
+        Err(e @ BadHeader::Version(_)) => return Err(bad(e)),
+        Err(e) => first_header(dir).ok_or(bad(e))?,
+    };
+    if header.hold != hold || Some(header.kind) != kind_of(dir) {
+        return Err(bad(BadHeader::Field("hold or kind")));
+    }
+    let page = match Page::open(&meta) {
+        Ok(p) => p,
+        Err(_) => Page::create(&meta, &header.encode(QUEUE_MAGIC))
+            .map_err(SpoolError::io(&meta))?,
+    };
+    let committed = page.word(super::queue::COMMITTED).load(std::sync::atomic::Ordering::Acquire);
+
+    let mut scan = Scanner::new(salt(hold, &header.lane));
+    let mut found = Vec::new();
+    loop {
+        let path = dir.join(segment_name(found.len()));
+        if !path.exists() {
+            break;
+        }
+        let mut seg = Segment::open(&path).map_err(SpoolError::io(&path))?;
+        let end = scan.segment(seg.bytes_mut());
+        found.push((seg, end, path));
+    }
+    // Segments that were got ready and never used.
+    let used = found
+        .iter()
+        .enumerate()
+        .rev()
+        .find(|(_, (_, e, _))| e.records > 0 || e.end == End::Sealed)
+        .map_or(1, |(n, _)| n + 1);
+    for (seg, _, path) in found.drain(used.min(found.len())..) {
+        drop(seg);
+        std::fs::remove_file(&path).map_err(SpoolError::io(&path))?;
+    }
+    scan.finish(committed);
+
+    let mut torn_bytes = 0;
+    let mut segments = Vec::new();
+    let last = found.len().saturating_sub(1);
+    let mut sealed = false;
+    for (n, (mut seg, end, path)) in found.into_iter().enumerate() {
+        torn_bytes += end.torn as u64;
+        let keep = if n == last && end.end == End::Next {
+            end.records_end
+        } else {
+            end.used
+        };
+        if n == last {
+            sealed = end.end == End::Sealed;
+            seg.bytes_mut()[keep.max(FILE_HEADER)..].fill(0);
+        }
+        let first = FileHeader::decode(seg.bytes_mut(), SEGMENT_MAGIC);
+        if let Err(e) = first {
+            tracing::warn!("{}: {e}; its records were checked one by one", path.display());
+        }
+        seg.set_published(keep as u32);
+        segments.push(Arc::new(seg));
+    }
+    if segments.is_empty() {
+        let path = dir.join(segment_name(0));
+        let seg = Segment::create(&path, host.segment_bytes).map_err(SpoolError::io(&path))?;
+        segments.push(Arc::new(seg));
+    }
+    for w in segments.windows(2) {
+        w[0].set_next(w[1].clone());
+    }
+    {
+        let mut state = lock(&host.state);
+        state.held += segments.len() as u64;
+        state.total += segments.len() as u64;
+    }
+    let tail_segment = segments[segments.len() - 1].clone();
+    let number = segments.len() as u32 - 1;
+    let lane = header.lane.clone();
+    let queue = Arc::new(Queue::new(Parts {
+        hold,
+        kind: header.kind,
+        lane: header.lane,
+        index: header.index,
+        dir: dir.to_path_buf(),
+        policy: host.policy,
+        host: Arc::downgrade(host),
+        page,
+        segments,
+    }));
+    let last_seq = scan.next_seq() - 1;
+    queue.set_recovered(last_seq, &scan.tally(), sealed);
+    let writer = if sealed {
+        None
+    } else {
+        tail_segment.tail().map(|tail| {
+            if tail.at() == 0 {
+                Writer::start(queue.clone(), tail, host.segment_bytes)
+            } else {
+                Writer::resume(queue.clone(), tail, number, last_seq, scan.tally())
+            }
+        })
+    };
+    let damaged = scan
+        .damaged()
+        .iter()
+        .map(|(first_seq, last_seq)| Damaged {
+            lane: lane.clone(),
+            first_seq: *first_seq,
+            last_seq: *last_seq,
+        })
+        .collect();
+    Ok(Some(Recovered {
+        queue,
+        writer,
+        damaged,
+        torn_bytes,
+    }))
+}
+
+fn first_header(dir: &Path) -> Option<FileHeader> {
+    let bytes = std::fs::read(dir.join(segment_name(0))).ok()?;
+    FileHeader::decode(&bytes, SEGMENT_MAGIC).ok()
+}
+
+fn kind_of(dir: &Path) -> Option<Kind> {
+    let letter = name_of(dir)?.chars().next()?;
+    Kind::ALL.into_iter().find(|k| k.letter() == letter)
+}
+
+fn name_of(path: &Path) -> Option<&str> {
+    path.file_name()?.to_str()
+}
+
+fn subdirs(dir: &Path) -> Result<Vec<PathBuf>, SpoolError> {
+    let mut out = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(SpoolError::io(dir))? {
+        let path = entry.map_err(SpoolError::io(dir))?.path();
+        if path.is_dir() {
+            out.push(path);
+        }
+    }
+    out.sort();
+    Ok(out)
+}

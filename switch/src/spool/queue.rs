@@ -1,0 +1,408 @@
+//! What writer, readers and keeper share of a queue.
+//!
+//! Invariant: nothing here is touched per frame; per burst it is a handful of stores.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+
+use gangway_shared::api::Tally;
+use gangway_shared::config::valid::Sync as SyncPolicy;
+use gangway_shared::id::{HoldId, LaneKey};
+use tokio::sync::Notify;
+
+use super::keeper::Host;
+use super::map::{Page, Segment};
+use super::reader::Reader;
+use super::{Kind, SpoolError};
+
+/// Words of the metadata file (docs/formats/spool.md, "Metadata").
+pub(super) const COMMITTED: usize = 0;
+const FLUSHED: usize = 1;
+const FLAGS: usize = 2;
+const FLAG_INSIDE: u64 = 1;
+
+/// One lane of one hold, shared between its writer, its readers and control.
+#[derive(Debug)]
+pub struct Queue {
+    hold: HoldId,
+    kind: Kind,
+    lane: LaneKey,
+    index: u32,
+    salt: u32,
+    dir: PathBuf,
+    policy: SyncPolicy,
+    host: Weak<Host>,
+    page: Page,
+    /// All of them in order; pushed by the keeper.
+    segments: Mutex<Vec<Arc<Segment>>>,
+    sync: Mutex<SyncState>,
+    dir_dirty: AtomicBool,
+    /// The last committed sequence number.
+    last: AtomicU64,
+    tally: TallyCell,
+    sealed: AtomicBool,
+    removed: AtomicBool,
+    /// The writer wants the next segment.
+    wanted: AtomicBool,
+    failed: OnceLock<String>,
+    waiting: AtomicU32,
+    notify: Notify,
+    sealed_notify: Notify,
+}
+
+#[derive(Debug, Default)]
+struct SyncState {
+    /// Segments before this one are complete and synced.
+    done: usize,
+    /// The directories above are on the disk.
+    parents_done: bool,
+}
+
+/// What makes a queue, for [`Queue::new`].
+pub(super) struct Parts {
+    pub(super) hold: HoldId,
+    pub(super) kind: Kind,
+    pub(super) lane: LaneKey,
+    pub(super) index: u32,
+    pub(super) dir: PathBuf,
+    pub(super) policy: SyncPolicy,
+    pub(super) host: Weak<Host>,
+    pub(super) page: Page,
+    /// At least one, linked.
+    pub(super) segments: Vec<Arc<Segment>>,
+}
+
+impl Queue {
+    pub(super) fn new(p: Parts) -> Queue {
+        Queue {
+            salt: super::format::salt(p.hold, &p.lane),
+            hold: p.hold,
+            kind: p.kind,
+            lane: p.lane,
+            index: p.index,
+            dir: p.dir,
+            policy: p.policy,
+            host: p.host,
+            page: p.page,
+            segments: Mutex::new(p.segments),
+            sync: Mutex::default(),
+            dir_dirty: AtomicBool::new(true),
+            last: AtomicU64::new(0),
+            tally: TallyCell::default(),
+            sealed: AtomicBool::new(false),
+            removed: AtomicBool::new(false),
+            wanted: AtomicBool::new(false),
+            failed: OnceLock::new(),
+            waiting: AtomicU32::new(0),
+            notify: Notify::new(),
+            sealed_notify: Notify::new(),
+        }
+    }
+
+    /// Of this hold.
+    pub fn hold(&self) -> HoldId {
+        self.hold
+    }
+
+    /// What it is for.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Of this lane.
+    pub fn lane(&self) -> &LaneKey {
+        &self.lane
+    }
+
+    /// What is committed.
+    pub fn tally(&self) -> Tally {
+        self.tally.load()
+    }
+
+    /// The sequence number of the last committed record; 0 before the first.
+    pub fn last_seq(&self) -> u64 {
+        self.last.load(Ordering::Acquire)
+    }
+
+    /// No record will follow behind what is committed.
+    pub fn is_sealed(&self) -> bool {
+        self.sealed.load(Ordering::Acquire)
+    }
+
+    /// Its hold was removed from the spool.
+    pub fn is_removed(&self) -> bool {
+        self.removed.load(Ordering::Acquire)
+    }
+
+    /// The I/O error that stopped it, if any.
+    pub fn failed(&self) -> Option<&str> {
+        self.failed.get().map(String::as_str)
+    }
+
+    /// A new cursor at the first record. Of a removed queue: at its end.
+    pub fn reader(self: &Arc<Self>) -> Reader {
+        Reader::new(self.clone(), lock(&self.segments).first().cloned())
+    }
+
+    /// Persistent note for the owner: the lane is between two VMs of the group. Survives a restart.
+    pub fn set_inside(&self, inside: bool) {
+        let word = self.page.word(FLAGS);
+        if inside {
+            word.fetch_or(FLAG_INSIDE, Ordering::Relaxed);
+        } else {
+            word.fetch_and(!FLAG_INSIDE, Ordering::Relaxed);
+        }
+    }
+
+    /// See [`Queue::set_inside`].
+    pub fn inside(&self) -> bool {
+        self.page.word(FLAGS).load(Ordering::Relaxed) & FLAG_INSIDE != 0
+    }
+
+    /// Persistent note of whoever delivers: everything up to `seq` has been delivered. One store, no system call.
+    /// After a crash start with [`Reader::skip_to`] of [`Queue::flushed_seq`].
+    pub fn set_flushed(&self, seq: u64) {
+        self.page.word(FLUSHED).store(seq, Ordering::Release);
+    }
+
+    /// See [`Queue::set_flushed`].
+    pub fn flushed_seq(&self) -> u64 {
+        self.page.word(FLUSHED).load(Ordering::Acquire)
+    }
+
+    /// Forces everything committed to the disk, by policy: nothing to do with `none`. Blocks. The first call also makes
+    /// the queue's own files durable: call it once when the queue is made, so that a freeze does not pay for that. After
+    /// a failure the queue is stopped and every further call fails.
+    pub fn sync(&self) -> Result<(), SpoolError> {
+        if self.policy == SyncPolicy::None {
+            return Ok(());
+        }
+        self.sync_now()
+    }
+
+    fn sync_now(&self) -> Result<(), SpoolError> {
+        let mut state = self.sync.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(why) = self.failed.get() {
+            return Err(SpoolError::Stopped(why.clone()));
+        }
+        if self.is_removed() {
+            return Ok(());
+        }
+        let segments: Vec<Arc<Segment>> = {
+            let all = lock(&self.segments);
+            all.get(state.done..).unwrap_or_default().to_vec()
+        };
+        let done = segments
+            .iter()
+            .take_while(|s| s.next().is_some_and(|n| n.published() > 0))
+            .count();
+        let r = (|| {
+            for s in &segments {
+                s.sync()?;
+            }
+            if self.dir_dirty.swap(false, Ordering::AcqRel) {
+                std::fs::File::open(&self.dir)?.sync_all()?;
+            }
+            if !state.parents_done {
+                self.page.sync()?;
+                // The hold's directory, and the spool's.
+                for dir in self.dir.ancestors().skip(1).take(2) {
+                    std::fs::File::open(dir)?.sync_all()?;
+                }
+            }
+            io::Result::Ok(())
+        })();
+        match r {
+            Ok(()) => {
+                state.done += done;
+                state.parents_done = true;
+                Ok(())
+            }
+            Err(e) => {
+                let why = format!("{}: {e}", self.dir.display());
+                tracing::error!(lane = %self.lane, hold = %self.hold, "sync of the spool failed: {why}");
+                self.fail(why.clone());
+                Err(SpoolError::Stopped(why))
+            }
+        }
+    }
+
+    pub(super) fn fail(&self, why: String) {
+        let _ = self.failed.set(why);
+    }
+
+    /// Resolves when something behind `seq` is committed, or the queue is sealed or removed; at once if so already.
+    pub async fn notified(&self, seq: u64) {
+        self.wait(&self.notify, || {
+            self.last_seq() > seq || self.is_sealed() || self.is_removed()
+        })
+        .await;
+    }
+
+    /// Resolves when the queue is sealed or removed.
+    pub async fn sealed(&self) {
+        self.wait(&self.sealed_notify, || self.is_sealed() || self.is_removed())
+            .await;
+    }
+
+    async fn wait(&self, notify: &Notify, ready: impl Fn() -> bool) {
+        if ready() {
+            return;
+        }
+        let _count = Waiting::new(&self.waiting);
+        loop {
+            let notified = notify.notified();
+            tokio::pin!(notified);
+            notified.as_mut().enable();
+            // Pairs with the fence in `wake`: either the writer sees us waiting or we see what it committed.
+            fence(Ordering::SeqCst);
+            if ready() {
+                return;
+            }
+            notified.await;
+        }
+    }
+
+    fn wake(&self, sealed: bool) {
+        fence(Ordering::SeqCst);
+        if self.waiting.load(Ordering::Relaxed) != 0 {
+            self.notify.notify_waiters();
+            if sealed {
+                self.sealed_notify.notify_waiters();
+            }
+        }
+    }
+
+    /// For recovery, before anybody else has it.
+    pub(super) fn set_recovered(&self, seq: u64, tally: &Tally, sealed: bool) {
+        self.tally.store(tally);
+        self.page.word(COMMITTED).store(seq, Ordering::Release);
+        self.last.store(seq, Ordering::Release);
+        self.sealed.store(sealed, Ordering::Release);
+    }
+
+    /// For the writer, after it has published its segments.
+    pub(super) fn committed(&self, seq: u64, tally: &Tally, sealed: bool) {
+        self.tally.store(tally);
+        self.page.word(COMMITTED).store(seq, Ordering::Release);
+        self.last.store(seq, Ordering::Release);
+        if sealed {
+            self.sealed.store(true, Ordering::Release);
+        }
+        if self.policy == SyncPolicy::Each {
+            // A failure is latched; the writer has no room from then on.
+            let _ = self.sync_now();
+        }
+        self.wake(sealed);
+    }
+
+    pub(super) fn set_removed(&self) {
+        self.removed.store(true, Ordering::Release);
+        self.wake(true);
+    }
+
+    /// For the writer: asks the keeper for the next segment, once.
+    pub(super) fn want_segment(&self) {
+        if !self.wanted.load(Ordering::Relaxed) && !self.wanted.swap(true, Ordering::AcqRel) {
+            if let Some(h) = self.host.upgrade() {
+                h.wake();
+            }
+        }
+    }
+
+    pub(super) fn wanted(&self) -> bool {
+        self.wanted.load(Ordering::Acquire) && !self.is_removed()
+    }
+
+    /// For the keeper: links a fresh segment behind the last one.
+    pub(super) fn push_segment(&self, seg: Arc<Segment>) {
+        let mut all = lock(&self.segments);
+        // Before the link, which the writer sees: so a request for the one after it is not lost.
+        self.wanted.store(false, Ordering::Release);
+        self.dir_dirty.store(true, Ordering::Release);
+        if let Some(last) = all.last() {
+            last.set_next(seg.clone());
+        }
+        all.push(seg);
+    }
+
+    /// Number of segments.
+    pub(super) fn segment_count(&self) -> usize {
+        lock(&self.segments).len()
+    }
+
+    /// For removal: gives up the list.
+    pub(super) fn take_segments(&self) -> Vec<Arc<Segment>> {
+        std::mem::take(&mut lock(&self.segments))
+    }
+
+    pub(super) fn salt(&self) -> u32 {
+        self.salt
+    }
+
+    pub(super) fn index(&self) -> u32 {
+        self.index
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+}
+
+/// Locks; a panic elsewhere while it was held leaves the plain data in it usable.
+pub(super) fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Counts somebody who waits, also when the future is dropped.
+struct Waiting<'a>(&'a AtomicU32);
+
+impl<'a> Waiting<'a> {
+    fn new(n: &'a AtomicU32) -> Self {
+        n.fetch_add(1, Ordering::SeqCst);
+        Waiting(n)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// A tally that one thread writes and others read whole (a sequence lock).
+#[derive(Debug, Default)]
+struct TallyCell {
+    version: AtomicU64,
+    words: [AtomicU64; 3],
+}
+
+impl TallyCell {
+    fn store(&self, t: &Tally) {
+        let v = self.version.load(Ordering::Relaxed);
+        self.version.store(v + 1, Ordering::Relaxed);
+        fence(Ordering::Release);
+        for (w, x) in self.words.iter().zip([t.frames, t.bytes, t.digest]) {
+            w.store(x, Ordering::Relaxed);
+        }
+        self.version.store(v + 2, Ordering::Release);
+    }
+
+    fn load(&self) -> Tally {
+        loop {
+            let v = self.version.load(Ordering::Acquire);
+            let [frames, bytes, digest] = [0, 1, 2].map(|i| self.words[i].load(Ordering::Relaxed));
+            fence(Ordering::Acquire);
+            if v % 2 == 0 && self.version.load(Ordering::Relaxed) == v {
+                return Tally {
+                    frames,
+                    bytes,
+                    digest,
+                };
+            }
+            std::hint::spin_loop();
+        }
+    }
+}

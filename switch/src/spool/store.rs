@@ -1,0 +1,221 @@
+//! The spool of a host: its directory, its quota, its queues.
+
+use std::fs::File;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use gangway_shared::config::valid::SpoolConfig;
+use gangway_shared::id::{HoldId, LaneKey};
+use rustix::fs::{FlockOperation, flock};
+
+use super::format::{FileHeader, NAME_MAX, QUEUE_MAGIC};
+use super::keeper::{Host, segment_name};
+use super::map::Page;
+use super::queue::{Parts, Queue, lock};
+use super::writer::Writer;
+use super::{Kind, Recovered, SpoolError, open};
+
+/// All queues of this host.
+#[derive(Debug)]
+pub struct Spool {
+    host: Arc<Host>,
+    keeper: Option<JoinHandle<()>>,
+    /// Held as long as we have the directory.
+    _lock: File,
+}
+
+impl Spool {
+    /// Takes the directory (making it if need be), and finds what an earlier run left in it. Blocks.
+    pub fn open(cfg: &SpoolConfig) -> Result<(Arc<Spool>, Vec<Recovered>), SpoolError> {
+        make_dir(&cfg.dir)?;
+        let lock_path = cfg.dir.join("lock");
+        let lock_file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&lock_path)
+            .map_err(SpoolError::io(&lock_path))?;
+        flock(&lock_file, FlockOperation::NonBlockingLockExclusive).map_err(|e| match e {
+            rustix::io::Errno::WOULDBLOCK => SpoolError::InUse(cfg.dir.clone()),
+            e => SpoolError::io(&lock_path)(e.into()),
+        })?;
+        let pool = cfg.dir.join("pool");
+        match std::fs::remove_dir_all(&pool) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(SpoolError::io(&pool)(e));
+            }
+            _ => make_dir(&pool)?,
+        }
+        let host = Arc::new(Host::new(
+            cfg.dir.clone(),
+            cfg.segment_bytes,
+            cfg.quota_bytes,
+            cfg.sync,
+        ));
+        let recovered = open::recover(&host)?;
+        let keeper = std::thread::Builder::new()
+            .name("spool-keeper".into())
+            .spawn({
+                let host = host.clone();
+                move || host.run()
+            })
+            .map_err(SpoolError::io(&cfg.dir))?;
+        let spool = Spool {
+            host,
+            keeper: Some(keeper),
+            _lock: lock_file,
+        };
+        Ok((Arc::new(spool), recovered))
+    }
+
+    /// A new, empty queue; its first segment is ready. Blocks: for the control path. Call [`Queue::sync`] before
+    /// anything is promised about it.
+    pub fn create(
+        &self,
+        hold: HoldId,
+        kind: Kind,
+        lane: &LaneKey,
+    ) -> Result<(Writer, Arc<Queue>), SpoolError> {
+        for name in [&lane.from, &lane.to] {
+            if name.is_empty() || name.len() > NAME_MAX {
+                return Err(SpoolError::Name(name.clone()));
+            }
+        }
+        let host = &self.host;
+        let index = {
+            let state = lock(&host.state);
+            let queues = state.queues.get(&hold).map_or(&[][..], Vec::as_slice);
+            let same = || queues.iter().filter(|q| q.kind() == kind);
+            if same().any(|q| q.lane() == lane) {
+                return Err(SpoolError::Exists(hold, kind, lane.clone()));
+            }
+            same().map(|q| q.index() + 1).max().unwrap_or(0)
+        };
+        let dir = queue_dir(&host.dir, hold, kind, index);
+        make_dir(&dir)?;
+        let made = (|| {
+            let header = FileHeader {
+                hold,
+                kind,
+                lane: lane.clone(),
+                index,
+                number: 0,
+                first_seq: 1,
+                segment_bytes: host.segment_bytes,
+            };
+            let meta = dir.join(META);
+            let page = Page::create(&meta, &header.encode(QUEUE_MAGIC))
+                .map_err(SpoolError::io(&meta))?;
+            let seg = Arc::new(host.take(dir.join(segment_name(0)))?);
+            let tail = seg
+                .tail()
+                .ok_or_else(|| SpoolError::Stopped("a fresh segment is in use".into()))?;
+            let queue = Arc::new(Queue::new(Parts {
+                hold,
+                kind,
+                lane: lane.clone(),
+                index,
+                dir: dir.clone(),
+                policy: host.policy,
+                host: Arc::downgrade(host),
+                page,
+                segments: vec![seg],
+            }));
+            let writer = Writer::start(queue.clone(), tail, host.segment_bytes);
+            Ok((writer, queue))
+        })();
+        match made {
+            Ok((writer, queue)) => {
+                let mut state = lock(&host.state);
+                let queues = state.queues.entry(hold).or_default();
+                queues.push(queue.clone());
+                Ok((writer, queue))
+            }
+            Err(e) => {
+                // What is left is an empty queue; the error that matters is `e`.
+                let _ = std::fs::remove_dir_all(&dir);
+                Err(e)
+            }
+        }
+    }
+
+    /// The queues of a hold.
+    pub fn queues(&self, hold: HoldId) -> Vec<Arc<Queue>> {
+        let state = lock(&self.host.state);
+        state.queues.get(&hold).cloned().unwrap_or_default()
+    }
+
+    /// Bytes of the segments of all holds.
+    pub fn used_bytes(&self) -> u64 {
+        lock(&self.host.state).held * self.host.segment_bytes
+    }
+
+    /// `spool.quota_bytes`.
+    pub fn quota_bytes(&self) -> u64 {
+        self.host.quota_bytes
+    }
+
+    /// Forgets a hold and everything in it; its segments are used again once nobody reads them any more. Writers have
+    /// no room from now on.
+    pub fn remove_hold(&self, hold: HoldId) -> Result<(), SpoolError> {
+        let queues = lock(&self.host.state).queues.remove(&hold);
+        let Some(queues) = queues else { return Ok(()) };
+        for q in &queues {
+            q.set_removed();
+            self.host.give_back(q);
+        }
+        let dir = hold_dir(&self.host.dir, hold);
+        std::fs::remove_dir_all(&dir).map_err(SpoolError::io(dir))
+    }
+
+    /// Forgets the queues of one kind of a hold (the target's, after an abort), like [`Spool::remove_hold`].
+    pub fn remove_kind(&self, hold: HoldId, kind: Kind) -> Result<(), SpoolError> {
+        let mut gone = Vec::new();
+        if let Some(queues) = lock(&self.host.state).queues.get_mut(&hold) {
+            queues.retain(|q| {
+                let keep = q.kind() != kind;
+                if !keep {
+                    gone.push(q.clone());
+                }
+                keep
+            });
+        }
+        for q in &gone {
+            q.set_removed();
+            self.host.give_back(q);
+            std::fs::remove_dir_all(q.dir()).map_err(SpoolError::io(q.dir()))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Spool {
+    fn drop(&mut self) {
+        self.host.stop();
+        if let Some(k) = self.keeper.take() {
+            // It can only have panicked, and that was printed.
+            let _ = k.join();
+        }
+    }
+}
+
+/// Name of a queue's metadata file.
+pub(super) const META: &str = "queue.meta";
+
+pub(super) fn hold_dir(dir: &Path, hold: HoldId) -> PathBuf {
+    dir.join(hold.to_string())
+}
+
+pub(super) fn queue_dir(dir: &Path, hold: HoldId, kind: Kind, index: u32) -> PathBuf {
+    hold_dir(dir, hold).join(format!("{}-{index:04}", kind.letter()))
+}
+
+fn make_dir(path: &Path) -> Result<(), SpoolError> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(SpoolError::io(path))
+}
