@@ -1,1 +1,90 @@
-//! .
+//! Two hosts on one machine: network namespaces, a management link, a fabric, and QEMU in them.
+//!
+//! A [`Lab`] is the world of one run: hosts A and B, the outside client, the coordinator's place. [`group`] says
+//! which VMs there are, [`traffic`] runs and judges their traffic, [`baseline`] migrates them as users do today,
+//! [`report`] is what a run leaves behind.
+//!
+//! Invariant: everything is named after our process, nothing outside of our namespaces is changed.
+//! Invariant: whatever was made goes away with its guard, also on a panic, on SIGINT and SIGTERM; what a killed run
+//! left behind, the next run removes.
+//! Invariant: only processes that we started are ended, through their handle.
+
+pub mod baseline;
+pub mod cleanup;
+pub mod demo;
+pub mod group;
+pub mod host;
+pub mod image;
+pub mod net;
+pub mod process;
+pub mod qemu;
+pub mod qmp;
+pub mod report;
+mod sys;
+pub mod table;
+pub mod traffic;
+
+use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use tempfile::TempDir;
+
+use cleanup::DirGuard;
+use host::Host;
+use image::Image;
+use net::Net;
+
+/// The world of one run. Fields drop in this order: processes of the hosts first, their namespaces last.
+pub struct Lab {
+    /// Where the VMs are at first.
+    pub a: Host,
+    /// Where they go.
+    pub b: Host,
+    /// What the guests boot.
+    pub image: Image,
+    /// Namespaces and links.
+    pub net: Net,
+    _guard: DirGuard,
+    dir: TempDir,
+}
+
+impl Lab {
+    /// Builds the image when it is stale, the namespaces and the links.
+    pub fn new() -> Result<Self> {
+        static RUNS: AtomicU32 = AtomicU32::new(0);
+        cleanup::on_signals()?;
+        cleanup::remove_stale();
+        let image = Image::ensure()?;
+        let name = format!("gw{}-{}", std::process::id(), RUNS.fetch_add(1, Ordering::Relaxed));
+        // Short, because the path of a unix socket has 108 bytes.
+        let dir = tempfile::Builder::new()
+            .prefix(&format!("{name}."))
+            .tempdir_in("/tmp")
+            .context("the run's folder in /tmp")?;
+        let guard = DirGuard::new(dir.path());
+        let net = Net::new(&name)?;
+        let host = |name: &str, netns: &net::Netns| Host::new(name, netns.clone(), dir.path().join(name));
+        Ok(Self { a: host("a", &net.a)?, b: host("b", &net.b)?, image, net, _guard: guard, dir })
+    }
+
+    /// The run's folder: sockets, logs, serial lines.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Copies every log of the run to a place that outlives it.
+    pub fn keep_logs(&self, to: &Path) -> Result<()> {
+        for host in [&self.a, &self.b] {
+            let to = to.join(&host.name);
+            std::fs::create_dir_all(&to).with_context(|| to.display().to_string())?;
+            for entry in std::fs::read_dir(&host.dir)?.flatten() {
+                let path = entry.path();
+                if path.extension().is_some_and(|extension| extension == "log" || extension == "toml") {
+                    let name: PathBuf = entry.file_name().into();
+                    std::fs::copy(&path, to.join(name)).with_context(|| path.display().to_string())?;
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,234 @@
+//! What users have today: VMs on Linux bridges, moved by plain QEMU migration.
+//!
+//! *Gang stop* is the best that plain tools do: pre-copy all, hold them at the brink by starving their bandwidth, stop all, let
+//! them over in order, resume all. *One by one* is what scripts around `migrate` do.
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::Lab;
+use super::group::Group;
+use super::net::MGMT_B;
+use super::process::until;
+use super::qemu::{Incoming, Nic, Vm};
+use super::report::{Cpu, CpuMeter, Mode, Run, VmFigures};
+use super::traffic::Traffic;
+
+/// A gigabit per second, in bytes.
+const FULL: u64 = 125_000_000;
+/// Too little for any VM to get ready: it stays in pre-copy.
+const STARVED: u64 = 65_536;
+/// Below this much a VM's bandwidth is taken away.
+const BRINK_BYTES: u64 = 12_000_000;
+/// What may be left after the catch-up.
+const CAUGHT_UP_BYTES: u64 = 3_000_000;
+/// How long a migration step may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How the group is moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recipe {
+    /// All stop together and resume together.
+    GangStop,
+    /// Each as soon as the one before has arrived.
+    OneByOne,
+}
+
+/// How long traffic runs before and after a migration.
+#[derive(Clone, Copy, Debug)]
+pub struct Phases {
+    /// Before.
+    pub warm: Duration,
+    /// After.
+    pub settle: Duration,
+}
+
+impl Default for Phases {
+    fn default() -> Self {
+        Self { warm: Duration::from_secs(3), settle: Duration::from_secs(3) }
+    }
+}
+
+/// Boots the group on A, moves it to B under traffic, and judges. `say` hears of the progress.
+pub fn run(group: &Group, recipe: Recipe, phases: Phases, say: &mut dyn FnMut(&str)) -> Result<Run> {
+    let lab = Lab::new()?;
+    for host in [&lab.a, &lab.b] {
+        host.start_bridge()?;
+        group.vms.iter().try_for_each(|vm| host.bridge_tap(&vm.name))?;
+    }
+    let nic = |name: &str| Nic::Tap { device: name.to_owned() };
+    let start = |host, incoming| {
+        let vms = group.vms.iter().map(|vm| Vm::start(host, group, vm, &lab.image, &nic(&vm.name), incoming));
+        vms.collect::<Result<Vec<Vm>>>()
+    };
+    let mut sources = start(&lab.a, Incoming::No)?;
+    let mut traffic = Traffic::new(&lab, group)?;
+    sources.iter().try_for_each(|vm| vm.wait_ready(Duration::from_secs(60)))?;
+    traffic.start()?;
+    say("the VMs run on A, traffic flows");
+
+    let mut cpu = CpuMeter::start();
+    thread::sleep(phases.warm);
+    let steady_percent = cpu.lap();
+    let incoming = if recipe == Recipe::GangStop { Incoming::Paused } else { Incoming::Runs };
+    let mut targets = start(&lab.b, incoming)?;
+    for (at, target) in targets.iter_mut().enumerate() {
+        target.qmp.execute("migrate-incoming", json!({"uri": uri(at)}))?;
+    }
+    cpu.lap();
+    let began = Instant::now();
+    match recipe {
+        Recipe::GangStop => gang_stop(&mut sources, &mut targets, say)?,
+        Recipe::OneByOne => one_by_one(&mut sources, &mut targets, say)?,
+    }
+    let migration_ms = began.elapsed().as_millis() as f64;
+    let cpu = Cpu { steady_percent, migration_percent: cpu.lap() };
+    thread::sleep(phases.settle);
+    let flows = traffic.stop()?;
+
+    let mut run = Run {
+        group: "chain".to_owned(),
+        order: group.order(),
+        mode: Mode {
+            method: if recipe == Recipe::GangStop { "gang-stop" } else { "one-by-one" }.to_owned(),
+            ports: "tap".to_owned(),
+            freeze: None,
+        },
+        migration_ms,
+        cpu,
+        traffic: flows,
+        ..Run::default()
+    };
+    for (source, target) in sources.iter_mut().zip(&mut targets) {
+        run.vms.push(figures(source, target)?);
+    }
+    run.conclude();
+    Ok(run)
+}
+
+fn uri(at: usize) -> String {
+    format!("tcp:{MGMT_B}:{}", 4400 + at)
+}
+
+/// Pause and bytes of a VM that has moved.
+fn figures(source: &mut Vm, target: &mut Vm) -> Result<VmFigures> {
+    let stop = source.qmp.events()?.into_iter().rfind(|event| event.name == "STOP");
+    let resume = target.qmp.events()?.into_iter().rfind(|event| event.name == "RESUME");
+    Ok(VmFigures {
+        name: source.name.clone(),
+        precopy_bytes: source.qmp.migration()?.transferred,
+        pause_ms: 0.0,
+        stopped_at_us: stop.with_context(|| format!("{} did not stop", source.name))?.at_us,
+        resumed_at_us: resume.with_context(|| format!("{} did not resume", target.name))?.at_us,
+    })
+}
+
+fn wait_status(vm: &mut Vm, status: &str) -> Result<()> {
+    until(&format!("{status} of {}", vm.name), PATIENCE, || Ok((vm.qmp.migration()?.status == status).then_some(())))
+}
+
+/// The target of a completed migration is loaded a little after the source has sent everything.
+fn wait_loaded(vm: &mut Vm) -> Result<()> {
+    until(&format!("loaded state of {}", vm.name), PATIENCE, || {
+        let status = vm.qmp.execute("query-status", json!({}))?;
+        Ok((status["status"] != "inmigrate").then_some(()))
+    })
+}
+
+fn one_by_one(sources: &mut [Vm], targets: &mut [Vm], say: &mut dyn FnMut(&str)) -> Result<()> {
+    for (at, (source, target)) in sources.iter_mut().zip(targets).enumerate() {
+        source.qmp.parameters(json!({"max-bandwidth": FULL}))?;
+        source.qmp.execute("migrate", json!({"uri": uri(at)}))?;
+        wait_status(source, "completed")?;
+        wait_loaded(target)?;
+        say(&format!("{} runs on B", source.name));
+    }
+    Ok(())
+}
+
+/// Where a VM is on its way to the brink.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// The first copy of the memory.
+    Copying,
+    /// Held in pre-copy.
+    Held,
+    /// Copying once more what has become dirty, since so many collections.
+    CatchingUp { since: u64 },
+    /// Went to the brink by itself and is stopped there.
+    Over,
+}
+
+fn gang_stop(sources: &mut [Vm], targets: &mut [Vm], say: &mut dyn FnMut(&str)) -> Result<()> {
+    for (at, source) in sources.iter_mut().enumerate() {
+        source.qmp.capabilities(&["events", "pause-before-switchover"])?;
+        source.qmp.parameters(json!({"downtime-limit": 1, "max-bandwidth": FULL}))?;
+        source.qmp.execute("migrate", json!({"uri": uri(at)}))?;
+    }
+    let mut stages = vec![Stage::Copying; sources.len()];
+    until_held(sources, &mut stages)?;
+    say("all VMs are held at the brink");
+    for (source, stage) in sources.iter_mut().zip(&mut stages) {
+        if *stage == Stage::Held {
+            *stage = Stage::CatchingUp { since: source.qmp.migration()?.dirty_syncs };
+            source.qmp.parameters(json!({"max-bandwidth": FULL}))?;
+        }
+    }
+    until_held(sources, &mut stages)?;
+
+    for source in sources.iter_mut() {
+        source.qmp.execute("stop", json!({}))?;
+    }
+    for source in sources.iter_mut() {
+        source.qmp.parameters(json!({"max-bandwidth": 1u64 << 40, "downtime-limit": 2000}))?;
+    }
+    for source in sources.iter_mut() {
+        wait_status(source, "pre-switchover")?;
+    }
+    for source in sources.iter_mut() {
+        source.qmp.execute("migrate-continue", json!({"state": "pre-switchover"}))?;
+    }
+    for (source, target) in sources.iter_mut().zip(targets.iter_mut()) {
+        wait_status(source, "completed")?;
+        wait_loaded(target)?;
+    }
+    for target in targets.iter_mut() {
+        target.qmp.execute("cont", json!({}))?;
+    }
+    say("all VMs run on B");
+    Ok(())
+}
+
+/// Lets each VM go on until it is held (or has gone over by itself).
+fn until_held(sources: &mut [Vm], stages: &mut [Stage]) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while stages.iter().any(|stage| !matches!(stage, Stage::Held | Stage::Over)) {
+        if Instant::now() > deadline {
+            bail!("the VMs do not get to the brink: {stages:?}");
+        }
+        for (source, stage) in sources.iter_mut().zip(stages.iter_mut()) {
+            let limit = match stage {
+                Stage::Copying => BRINK_BYTES,
+                Stage::CatchingUp { .. } => CAUGHT_UP_BYTES,
+                Stage::Held | Stage::Over => continue,
+            };
+            let migration = source.qmp.migration()?;
+            let collected = match stage {
+                Stage::CatchingUp { since } => migration.dirty_syncs > *since,
+                _ => true,
+            };
+            match migration.status.as_str() {
+                "pre-switchover" => *stage = Stage::Over,
+                "active" if migration.transferred > 0 && collected && migration.remaining < limit => {
+                    source.qmp.parameters(json!({"max-bandwidth": STARVED}))?;
+                    *stage = Stage::Held;
+                }
+                _ => {}
+            }
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}

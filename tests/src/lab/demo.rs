@@ -1,0 +1,61 @@
+//! The demo: moves the group, compares it with what users have today, leaves a report.
+
+use anyhow::Result;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use super::baseline::{self, Phases, Recipe};
+use super::group::Group;
+use super::report::Report;
+use super::table;
+
+/// How VMs are attached to the switch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Ports {
+    /// Shared memory.
+    VhostUser,
+    /// TAP devices.
+    Tap,
+}
+
+/// When links are frozen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Freeze {
+    /// Around the switchover only.
+    Switchover,
+    /// Before the whole migration.
+    Early,
+}
+
+/// What the demo shall do.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How VMs are attached.
+    pub ports: Ports,
+    /// When links are frozen.
+    pub freeze: Freeze,
+    /// Also run the baselines.
+    pub baseline: bool,
+    /// Only run the baselines.
+    pub baseline_only: bool,
+    /// Where the report goes.
+    pub out: PathBuf,
+}
+
+/// Runs the demo; whether Gangway's run (or there being none, the lab) did what it promises.
+pub fn run(options: &Options) -> Result<bool> {
+    let began = Instant::now();
+    let mut say = |text: &str| println!("[{:6.2} s] {text}", began.elapsed().as_secs_f64());
+    let group = Group::default();
+    let mut report = Report::default();
+    if options.baseline || options.baseline_only {
+        say("baseline: gang stop on Linux bridges");
+        report.baseline = Some(baseline::run(&group, Recipe::GangStop, Phases::default(), &mut say)?);
+        say("baseline: one by one on Linux bridges");
+        report.baseline_one_by_one = Some(baseline::run(&group, Recipe::OneByOne, Phases::default(), &mut say)?);
+    }
+    let path = report.write(&options.out)?;
+    println!("\n{}", table::render(&report));
+    println!("report: {}", path.display());
+    Ok(report.run.as_ref().map_or(options.baseline_only, |run| run.clean))
+}

@@ -1,0 +1,56 @@
+//! A hypervisor of the lab: a namespace, a folder, VMs, and later a switch.
+
+use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::net::Netns;
+use super::process::{Process, command_in};
+
+/// A host.
+pub struct Host {
+    /// `a` or `b`.
+    pub name: String,
+    /// Its namespace, with `mgmt0` and `up0`.
+    pub netns: Netns,
+    /// Its folder.
+    pub dir: PathBuf,
+    /// Its switch, once started.
+    pub switch: Option<Process>,
+}
+
+impl Host {
+    /// A host without anything on it.
+    pub fn new(name: &str, netns: Netns, dir: PathBuf) -> Result<Self> {
+        std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+        Ok(Self { name: name.to_owned(), netns, dir, switch: None })
+    }
+
+    /// A command in the host's namespace.
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        command_in(&self.netns, program)
+    }
+
+    /// A Linux bridge with the uplink on it: what a host without our switch has.
+    pub fn start_bridge(&self) -> Result<()> {
+        self.netns.bridge("br0")?;
+        self.netns.enslave("up0", "br0")
+    }
+
+    /// A persistent TAP device on the bridge.
+    pub fn bridge_tap(&self, device: &str) -> Result<()> {
+        self.netns.ip(&format!("tuntap add dev {device} mode tap"))?;
+        self.netns.enslave(device, "br0")
+    }
+
+    /// Writes a configuration and starts the switch with it.
+    pub fn start_switch(&mut self, program: &Path, config: &str) -> Result<()> {
+        let file = self.dir.join("host.toml");
+        std::fs::write(&file, config).with_context(|| file.display().to_string())?;
+        let mut command = self.command(program);
+        command.arg("--config").arg(&file);
+        let name = format!("the switch of host {}", self.name);
+        self.switch = Some(Process::start(&name, command, &self.dir.join("switch.log"))?);
+        Ok(())
+    }
+}

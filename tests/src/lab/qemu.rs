@@ -1,0 +1,148 @@
+//! QEMU's command line, and a VM that runs.
+
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::group::{Group, VmSpec};
+use super::host::Host;
+use super::image::Image;
+use super::process::{Process, command_in, until};
+use super::qmp::Qmp;
+
+/// How a VM's network card is attached to the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Nic {
+    /// A persistent TAP device that somebody else made.
+    Tap {
+        /// Its name in the host's namespace.
+        device: String,
+    },
+    /// A vhost-user socket.
+    VhostUser {
+        /// Its path.
+        socket: PathBuf,
+        /// QEMU listens and the switch dials; else the switch listens and QEMU dials, again and again.
+        qemu_listens: bool,
+    },
+}
+
+/// The files of one QEMU process. Source and target of a migration have different ones.
+#[derive(Clone, Debug)]
+pub struct Files {
+    /// The monitor for the product.
+    pub qmp: PathBuf,
+    /// The monitor for the lab: QEMU serves one client per socket, and every client gets every event.
+    pub lab_qmp: PathBuf,
+    /// The guest's serial line.
+    pub serial: PathBuf,
+    /// What QEMU itself says.
+    pub log: PathBuf,
+}
+
+impl Files {
+    /// The files of a VM in a host's folder.
+    pub fn new(dir: &Path, vm: &str) -> Self {
+        let file = |kind: &str| dir.join(format!("{vm}{kind}"));
+        Self { qmp: file(".qmp"), lab_qmp: file(".lab"), serial: file("-serial.log"), log: file("-qemu.log") }
+    }
+}
+
+/// The command of a VM, program first. `incoming`: it waits for a migration and stays paused when it has arrived.
+pub fn command(group: &Group, vm: &VmSpec, image: &Image, nic: &Nic, files: &Files, incoming: Incoming) -> Vec<String> {
+    let memory = group.memory_mb;
+    let mut line = vec!["qemu-system-x86_64".to_owned(), "-name".to_owned(), vm.name.clone()];
+    let mut add = |words: &[&str]| line.extend(words.iter().map(|word| word.to_string()));
+    // KVM guests hang on some of the machines that this runs on; emulation runs everywhere.
+    add(&["-accel", "tcg,thread=multi", "-cpu", "qemu64", "-smp", "1", "-m", &memory.to_string()]);
+    add(&["-object", &format!("memory-backend-memfd,id=m0,size={memory}M,share=on")]);
+    add(&["-machine", "pc,memory-backend=m0", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
+    add(&["-kernel", &image.kernel.to_string_lossy(), "-initrd", &image.initramfs.to_string_lossy()]);
+    add(&["-append", &group.cmdline(vm)]);
+    add(&["-serial", &format!("file:{}", files.serial.display())]);
+    for monitor in [&files.qmp, &files.lab_qmp] {
+        add(&["-qmp", &format!("unix:{},server=on,wait=off", monitor.display())]);
+    }
+    let device = match nic {
+        Nic::Tap { device } => {
+            add(&["-netdev", &format!("tap,id=n0,ifname={device},script=no,downscript=no")]);
+            "virtio-net-pci,netdev=n0"
+        }
+        Nic::VhostUser { socket, qemu_listens } => {
+            let mode = if *qemu_listens { "server=on,wait=off" } else { "reconnect=1" };
+            add(&["-chardev", &format!("socket,id=c0,path={},{mode}", socket.display())]);
+            add(&["-netdev", "vhost-user,id=n0,chardev=c0,vhostforce=on"]);
+            // With MSI-X, QEMU 7.2 crashes at DRIVER_OK when it emulates the processor.
+            "virtio-net-pci,netdev=n0,vectors=0"
+        }
+    };
+    add(&["-device", &format!("{device},mac={},romfile=,id=nic0", vm.mac), "-device", "virtio-rng-pci"]);
+    match incoming {
+        Incoming::No => {}
+        Incoming::Runs => add(&["-incoming", "defer"]),
+        Incoming::Paused => add(&["-incoming", "defer", "-S"]),
+    }
+    line
+}
+
+/// Whether a QEMU waits for a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Incoming {
+    /// It boots.
+    No,
+    /// It waits, and runs as soon as the migration is complete.
+    Runs,
+    /// It waits, and stays paused until `cont`.
+    Paused,
+}
+
+/// A QEMU process with the lab's own monitor.
+pub struct Vm {
+    /// Its name.
+    pub name: String,
+    /// The lab's monitor.
+    pub qmp: Qmp,
+    /// Its files.
+    pub files: Files,
+    /// The process.
+    pub process: Process,
+}
+
+impl Vm {
+    /// Starts a VM on a host.
+    pub fn start(
+        host: &Host,
+        group: &Group,
+        vm: &VmSpec,
+        image: &Image,
+        nic: &Nic,
+        incoming: Incoming,
+    ) -> Result<Self> {
+        let files = Files::new(&host.dir, &vm.name);
+        let words = command(group, vm, image, nic, &files, incoming);
+        let mut command = command_in(&host.netns, &words[0]);
+        command.args(&words[1..]);
+        let process = Process::start(&format!("QEMU of {} on {}", vm.name, host.name), command, &files.log)?;
+        let qmp = Qmp::connect(&files.lab_qmp, Duration::from_secs(10)).with_context(|| said(&files.log))?;
+        Ok(Self { name: vm.name.clone(), qmp, files, process })
+    }
+
+    /// Waits until the workload in the guest is ready.
+    pub fn wait_ready(&self, patience: Duration) -> Result<()> {
+        until(&format!("sign of life of {}", self.name), patience, || {
+            if let Some(status) = self.process.ended() {
+                bail!("{} ended with {status}: {}", self.process.name, said(&self.files.log));
+            }
+            let serial = std::fs::read(&self.files.serial).unwrap_or_default();
+            Ok(String::from_utf8_lossy(&serial).contains("is ready").then_some(()))
+        })
+    }
+}
+
+/// The end of a log, for an error message.
+fn said(log: &Path) -> String {
+    let text = std::fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().rev().take(5).collect();
+    lines.into_iter().rev().collect::<Vec<_>>().join(" | ")
+}

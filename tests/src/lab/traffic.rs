@@ -1,0 +1,253 @@
+//! Runs the group's traffic and judges it: joins what the ends of each flow report.
+//!
+//! Invariant: a verdict is made of counts from both ends, read after the senders have stopped and the network is quiet.
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{ChildStdin, ChildStdout};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::Lab;
+use super::group::{Group, VmSpec};
+use super::net::Netns;
+use super::process::{Process, command_in, run};
+use crate::workload::report::{Clock, End, Ends};
+use crate::workload::wire::CONTROL_PORT;
+
+/// How long the network may stay without progress before what is missing counts as lost.
+const QUIET: Duration = Duration::from_secs(2);
+
+/// What became of a flow.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Flow {
+    /// For example `udp producer->middle`.
+    pub name: String,
+    /// Frames, messages or requests that were sent.
+    pub sent: u64,
+    /// Different ones of them that arrived; for echoes and requests: that came back.
+    pub received: u64,
+    /// The difference.
+    pub lost: u64,
+    /// Arrived once more.
+    pub duplicated: u64,
+    /// Arrived after a later one.
+    pub reordered: u64,
+    /// Arrived with other bytes than were sent.
+    pub corrupted: u64,
+    /// The longest silence at the receiver.
+    pub stall_ms_max: f64,
+    /// On whose clock; a guest's stands still while it is paused.
+    pub clock: Option<Clock>,
+    /// TCP segments sent again, by both ends.
+    pub retransmits: u64,
+    /// Digest of a stream at its source.
+    pub digest_source: Option<String>,
+    /// Digest of a stream at its end.
+    pub digest_target: Option<String>,
+    /// The first ranges of numbers that did not arrive.
+    pub missing: Vec<(u64, u64)>,
+    /// What the ends say went wrong.
+    pub errors: Vec<String>,
+}
+
+impl Flow {
+    fn join(name: &str, ends: &[&End]) -> Self {
+        let mut flow = Self { name: name.to_owned(), ..Self::default() };
+        for end in ends {
+            flow.sent += end.sent.unwrap_or(0);
+            flow.retransmits += end.retransmits;
+            flow.errors.extend(end.error.clone());
+            if let Some(received) = end.received {
+                flow.received += received;
+                flow.duplicated += end.duplicated;
+                flow.reordered += end.reordered;
+                flow.corrupted += end.corrupted;
+                flow.stall_ms_max = end.stall_ms_max.unwrap_or(0.0);
+                flow.clock = end.clock;
+                flow.digest_target = end.digest.clone();
+                flow.missing = end.missing.clone();
+            } else if end.sent.is_some() {
+                flow.digest_source = end.digest.clone();
+            }
+        }
+        flow.lost = flow.sent.saturating_sub(flow.received);
+        flow
+    }
+
+    /// Nothing lost, duplicated, reordered, altered or broken, and something was sent at all.
+    pub fn is_clean(&self) -> bool {
+        self.sent > 0
+            && self.received == self.sent
+            && self.duplicated + self.reordered + self.corrupted == 0
+            && self.errors.is_empty()
+            && self.digest_source == self.digest_target
+    }
+}
+
+/// The traffic of a group, under way.
+pub struct Traffic {
+    group: Group,
+    out: Netns,
+    workload: std::path::PathBuf,
+    commands: ChildStdin,
+    answers: BufReader<ChildStdout>,
+    _outside: Process,
+}
+
+impl Traffic {
+    /// Starts the clients outside, which wait for orders.
+    pub fn new(lab: &Lab, group: &Group) -> Result<Self> {
+        let mut command = command_in(&lab.net.out, &lab.image.workload);
+        command.arg("outside");
+        for vm in &group.vms {
+            command.args(["--vm", &format!("{}={}", vm.name, vm.address)]);
+        }
+        if let Some(last) = group.vms.last() {
+            command.args(["--sink-of", &last.name]);
+        }
+        command.args(["--echo-rate", &group.echo_rate.to_string()]);
+        command.args(["--request-rate", &group.request_rate.to_string()]);
+        let (outside, commands, answers) = Process::start_piped("the outside client", command)?;
+        Ok(Self {
+            group: group.clone(),
+            out: lab.net.out.clone(),
+            workload: lab.image.workload.clone(),
+            commands,
+            answers: BufReader::new(answers),
+            _outside: outside,
+        })
+    }
+
+    fn outside(&mut self, command: &str) -> Result<String> {
+        writeln!(self.commands, "{command}").context("the outside client is gone")?;
+        let mut answer = String::new();
+        self.answers.read_line(&mut answer)?;
+        checked("the outside client", &answer)
+    }
+
+    fn guest(&self, vm: &VmSpec, command: &str) -> Result<String> {
+        let address = format!("{}:{CONTROL_PORT}", vm.address);
+        let output = run(command_in(&self.out, &self.workload).args(["ask", &address, command]))
+            .with_context(|| format!("{command} to {}", vm.name))?;
+        checked(&vm.name, &String::from_utf8_lossy(&output.stdout))
+    }
+
+    /// Makes sure that each VM is reached from outside.
+    pub fn ping(&self) -> Result<()> {
+        self.group.vms.iter().try_for_each(|vm| self.guest(vm, "ping").map(drop))
+    }
+
+    /// Starts all flows.
+    pub fn start(&mut self) -> Result<()> {
+        self.ping()?;
+        for at in 0..self.group.vms.len() {
+            self.guest(&self.group.vms[at], "start")?;
+        }
+        self.outside("start").map(drop)
+    }
+
+    /// Every end's report.
+    pub fn ends(&mut self) -> Result<Vec<End>> {
+        let mut answers = vec![self.outside("report")?];
+        for vm in &self.group.vms {
+            answers.push(self.guest(vm, "report")?);
+        }
+        let mut ends = Vec::new();
+        for answer in answers {
+            let all: Ends = serde_json::from_str(&answer).with_context(|| format!("a report: {answer}"))?;
+            ends.extend(all.ends);
+        }
+        Ok(ends)
+    }
+
+    /// Stops the senders, waits until what is on its way has arrived, and judges.
+    pub fn stop(&mut self) -> Result<Vec<Flow>> {
+        self.outside("stop")?;
+        for at in 0..self.group.vms.len() {
+            self.guest(&self.group.vms[at], "stop")?;
+        }
+        let mut flows = self.judge()?;
+        let (mut arrived, mut since) = (received(&flows), Instant::now());
+        while flows.iter().any(|flow| flow.lost > 0) && since.elapsed() < QUIET {
+            thread::sleep(Duration::from_millis(100));
+            flows = self.judge()?;
+            if received(&flows) != arrived {
+                (arrived, since) = (received(&flows), Instant::now());
+            }
+        }
+        Ok(flows)
+    }
+
+    /// All flows as their ends see them now.
+    pub fn judge(&mut self) -> Result<Vec<Flow>> {
+        let ends = self.ends()?;
+        Ok(join(&self.group, &ends))
+    }
+}
+
+fn received(flows: &[Flow]) -> u64 {
+    flows.iter().map(|flow| flow.received).sum()
+}
+
+fn checked(who: &str, answer: &str) -> Result<String> {
+    let answer = answer.trim();
+    if answer.is_empty() || answer.starts_with("{\"error\"") {
+        bail!("{who} answers {answer:?}");
+    }
+    Ok(answer.to_owned())
+}
+
+/// Joins the ends by name, and adds the chain's stream from its first VM to its last.
+pub fn join(group: &Group, ends: &[End]) -> Vec<Flow> {
+    let mut by_name: BTreeMap<&str, Vec<&End>> = BTreeMap::new();
+    for end in ends {
+        by_name.entry(&end.flow).or_default().push(end);
+    }
+    let mut flows: Vec<Flow> = by_name.iter().map(|(name, ends)| Flow::join(name, ends)).collect();
+    if let (Some(first), Some(last)) = (group.vms.first(), group.vms.last())
+        && group.vms.len() > 2
+    {
+        let (out, into) = (format!("tcp {}->{}", first.name, first.next.0), last.prev.as_deref().unwrap_or(""));
+        let into = format!("tcp {into}->{}", last.name);
+        let source = ends.iter().find(|end| end.flow == out && end.sent.is_some());
+        let target = ends.iter().find(|end| end.flow == into && end.received.is_some());
+        if let (Some(source), Some(target)) = (source, target) {
+            flows.push(Flow::join(&format!("tcp {}->{}", first.name, last.name), &[source, target]));
+        }
+    }
+    flows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn end(flow: &str, sent: Option<u64>, received: Option<u64>) -> End {
+        End { flow: flow.to_owned(), sent, received, digest: Some("d".to_owned()), ..End::default() }
+    }
+
+    #[test]
+    fn what_was_sent_and_did_not_arrive_is_lost_also_at_the_tail() {
+        let ends = [
+            end("tcp producer->middle", Some(100), None),
+            end("tcp producer->middle", None, Some(99)),
+            end("tcp middle->consumer", Some(99), None),
+            end("tcp middle->consumer", None, Some(97)),
+        ];
+        let flows = join(&Group::default(), &ends);
+        let lost = |name: &str| flows.iter().find(|flow| flow.name == name).unwrap().lost;
+        assert_eq!(lost("tcp producer->middle"), 1);
+        assert_eq!(lost("tcp middle->consumer"), 2);
+        assert_eq!(lost("tcp producer->consumer"), 3);
+        assert!(flows.iter().all(|flow| !flow.is_clean()));
+    }
+
+    #[test]
+    fn a_flow_that_never_sent_is_not_clean() {
+        let ends = [end("udp a->b", Some(0), None), end("udp a->b", None, Some(0))];
+        assert!(!join(&Group::default(), &ends)[0].is_clean());
+    }
+}
