@@ -1,1 +1,22 @@
-//! To be written.
+//! The data path: from a burst received to frames delivered, held or counted.
+//!
+//! A worker ([`worker`]) owns receive queues and everything that is decided about their frames: per pair of (receive
+//! queue, destination port) a [`lane::Lane`] with its gate. Control changes lanes only by [`engine`]'s batches, which
+//! each worker applies between two bursts and acknowledges: that acknowledgement is the cut of a freeze.
+//!
+//! Invariant: nothing here logs, and nothing allocates per frame (a lane allocates its backlog once, when it first
+//! meets a full receiver).
+//! Invariant: a frame is released to its sender only after it was delivered, committed to a spool, or counted.
+//! Invariant: per lane, frames leave in the order in which they came (ADR-0001).
+
+pub mod backlog;
+pub mod engine;
+pub mod fdb;
+pub mod lane;
+pub mod parse;
+pub mod stats;
+#[cfg(test)]
+pub(crate) mod tests;
+pub mod worker;
+
+pub use engine::Engine;

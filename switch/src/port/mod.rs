@@ -13,6 +13,8 @@ use arrayvec::ArrayVec;
 
 use crate::mem::Seg;
 
+#[cfg(test)]
+pub mod memory;
 pub mod packet;
 pub mod tap;
 pub mod vhost;

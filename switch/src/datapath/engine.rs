@@ -1,0 +1,324 @@
+//! What control and the ports' own threads see of the data path: ports, batches of commands, counters.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::mpsc::{self, SyncSender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use gangway_shared::config::HostConfig;
+use gangway_shared::config::valid::PortKind;
+use gangway_shared::id::MacAddr;
+
+use super::fdb::Fdb;
+use super::stats::{Links, PortCounters};
+use super::worker::{Batch, Command, Outcome, QueueId, Worker, seconds_since};
+use crate::port::{Attach, RxQueue, TxQueue};
+use crate::sys;
+
+/// Batches that may wait for a worker.
+const BATCHES: usize = 64;
+
+/// How a port takes part in forwarding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Mode {
+    /// As configured.
+    Live = 0,
+    /// Its lanes are held or draining: frames for it are accepted although it may be down.
+    Held = 1,
+    /// Claimed by an incoming VM that has not arrived: it gets nothing.
+    Standby = 2,
+    /// Its VM runs elsewhere now; stragglers are still held and shipped.
+    Departing = 3,
+    /// Its VM runs elsewhere; it gets nothing.
+    Departed = 4,
+}
+
+impl Mode {
+    const ALL: [Mode; 5] = [Mode::Live, Mode::Held, Mode::Standby, Mode::Departing, Mode::Departed];
+
+    /// For listings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Mode::Live => "up",
+            Mode::Held => "held",
+            Mode::Standby => "standby",
+            Mode::Departing => "departing",
+            Mode::Departed => "departed",
+        }
+    }
+}
+
+type Tx = Option<Box<dyn TxQueue>>;
+
+/// A port as all workers see it.
+pub struct Port {
+    /// Configured name.
+    pub name: String,
+    /// `vhost-user`, `tap` or `uplink`.
+    pub kind: &'static str,
+    /// Its VM.
+    pub vm: Option<String>,
+    /// Configured address of the guest.
+    pub mac: Option<MacAddr>,
+    /// Leads out of the host.
+    pub uplink: bool,
+    /// See [`PortCounters`].
+    pub counters: PortCounters,
+    /// Departing: a frame of this VM came in from the network, so the network knows its new place.
+    pub marker: AtomicBool,
+    tx: Mutex<Tx>,
+    up: AtomicBool,
+    mode: AtomicU8,
+    deaf: AtomicBool,
+    fixed: AtomicBool,
+    error: Mutex<Option<String>>,
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Port {
+    /// The transmit side, for the time of a burst.
+    pub fn tx(&self) -> MutexGuard<'_, Tx> {
+        lock(&self.tx)
+    }
+
+    /// How it takes part.
+    pub fn mode(&self) -> Mode {
+        Mode::ALL[usize::from(self.mode.load(Ordering::Acquire)) % Mode::ALL.len()]
+    }
+
+    /// Changes it.
+    pub fn set_mode(&self, m: Mode) {
+        if m == Mode::Live {
+            self.fixed.store(false, Ordering::Release);
+        }
+        self.mode.store(m as u8, Ordering::Release);
+    }
+
+    /// It has a transmit side.
+    pub fn is_up(&self) -> bool {
+        self.up.load(Ordering::Acquire)
+    }
+
+    /// False between a commit and the announcement: the source still hears the network's broadcasts for this VM.
+    pub fn hears_uplink(&self) -> bool {
+        !self.deaf.load(Ordering::Acquire)
+    }
+
+    /// See [`Port::hears_uplink`].
+    pub fn set_hears_uplink(&self, yes: bool) {
+        self.deaf.store(!yes, Ordering::Release);
+    }
+
+    /// True once after the port came (back) to life: its own address should be fixed in the FDB.
+    pub fn fix_own_address(&self) -> bool {
+        !self.fixed.load(Ordering::Relaxed) && !self.fixed.swap(true, Ordering::AcqRel)
+    }
+
+    /// Its address was seen elsewhere while it was down.
+    pub fn unfix(&self) {
+        self.fixed.store(false, Ordering::Release);
+    }
+
+    /// Why it is down, for people.
+    pub fn error(&self) -> Option<String> {
+        lock(&self.error).clone()
+    }
+}
+
+/// What workers share.
+pub struct Shared {
+    /// In the configuration's order; a port's index is its number everywhere.
+    pub ports: Vec<Arc<Port>>,
+    /// Forwarding database.
+    pub fdb: Fdb,
+    /// Counters per pair of ports.
+    pub links: Links,
+    start: Instant,
+    stop: AtomicBool,
+}
+
+impl Shared {
+    /// Seconds since the engine started.
+    pub fn now_s(&self) -> u32 {
+        seconds_since(self.start)
+    }
+
+    /// Workers shall end.
+    pub fn stopping(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}
+
+struct Handle {
+    batches: SyncSender<Batch>,
+    waker: Arc<OwnedFd>,
+    asleep: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The workers of a switch.
+pub struct Engine {
+    shared: Arc<Shared>,
+    workers: Mutex<Vec<Handle>>,
+}
+
+/// A worker did not acknowledge a batch in time: the switch is broken.
+#[derive(Debug, thiserror::Error)]
+#[error("worker {0} did not acknowledge within {1:?}; the data path hangs, restart the switch")]
+pub struct NoAck(usize, Duration);
+
+/// How long a worker may take to acknowledge.
+const ACK: Duration = Duration::from_secs(5);
+
+impl Engine {
+    /// Starts the workers; ports come without queues.
+    pub fn start(cfg: &HostConfig) -> std::io::Result<Arc<Engine>> {
+        let ports = cfg.ports.iter().map(|p| {
+            Arc::new(Port {
+                name: p.name.clone(),
+                kind: match p.kind {
+                    PortKind::VhostUser { .. } => "vhost-user",
+                    PortKind::Tap { .. } => "tap",
+                    PortKind::Uplink { .. } => "uplink",
+                },
+                vm: p.vm.clone(),
+                mac: p.mac,
+                uplink: matches!(p.kind, PortKind::Uplink { .. }),
+                counters: PortCounters::default(),
+                marker: AtomicBool::new(false),
+                tx: Mutex::new(None),
+                up: AtomicBool::new(false),
+                mode: AtomicU8::new(Mode::Live as u8),
+                deaf: AtomicBool::new(false),
+                fixed: AtomicBool::new(false),
+                error: Mutex::new(None),
+            })
+        });
+        let shared = Arc::new(Shared {
+            links: Links::new(cfg.ports.len()),
+            ports: ports.collect(),
+            fdb: Fdb::new(cfg.fdb_capacity, cfg.fdb_ageing_s),
+            start: Instant::now(),
+            stop: AtomicBool::new(false),
+        });
+        let mut workers = Vec::new();
+        for n in 0..cfg.workers.count.max(1) {
+            let (batches, rx) = mpsc::sync_channel(BATCHES);
+            let waker = Arc::new(sys::eventfd()?);
+            let asleep = Arc::new(AtomicBool::new(false));
+            let worker = Worker::new(shared.clone(), rx, waker.clone(), asleep.clone(), cfg.workers.poll)?;
+            let cpu = cfg.workers.cpus.get(n).copied();
+            let body = move || {
+                if let Some(cpu) = cpu
+                    && let Err(e) = sys::pin_thread(cpu)
+                {
+                    tracing::warn!("worker {n} is not pinned to CPU {cpu}: {e}");
+                }
+                worker.run();
+            };
+            let thread = std::thread::Builder::new().name(format!("worker-{n}")).spawn(body)?;
+            workers.push(Handle { batches, waker, asleep, thread: Some(thread) });
+        }
+        Ok(Arc::new(Engine { shared, workers: Mutex::new(workers) }))
+    }
+
+    /// Ports, FDB and counters.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// The port of this name.
+    pub fn port(&self, name: &str) -> Option<(usize, &Arc<Port>)> {
+        self.shared.ports.iter().enumerate().find(|(_, p)| p.name == name)
+    }
+
+    /// Applies commands between two bursts of the workers that own the queues. Every worker takes part, also one
+    /// without a command: on return each has passed the cut.
+    pub fn batch(&self, commands: Vec<(QueueId, Command)>) -> Result<Outcome, NoAck> {
+        let workers = lock(&self.workers);
+        let mut parts: Vec<Vec<Command>> = workers.iter().map(|_| Vec::new()).collect();
+        for (id, c) in commands {
+            let owner = (id.port + usize::from(id.queue)) % workers.len();
+            parts[owner].push(c);
+        }
+        let mut waits = Vec::new();
+        for (n, (w, commands)) in workers.iter().zip(parts).enumerate() {
+            let (done, acked) = mpsc::channel();
+            if w.batches.send(Batch { commands, done }).is_err() {
+                return Err(NoAck(n, Duration::ZERO));
+            }
+            std::sync::atomic::fence(Ordering::SeqCst);
+            if w.asleep.load(Ordering::SeqCst) {
+                sys::signal_event(w.waker.as_fd());
+            }
+            waits.push(acked);
+        }
+        drop(workers);
+        let mut out = Outcome::default();
+        for (n, w) in waits.into_iter().enumerate() {
+            let part = w.recv_timeout(ACK).map_err(|_| NoAck(n, ACK))?;
+            out.queues.extend(part.queues);
+            out.refused.extend(part.refused);
+            out.lost += part.lost;
+        }
+        Ok(out)
+    }
+
+    /// Ends the workers and lets go of all queues.
+    pub fn stop(&self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        for w in lock(&self.workers).iter_mut() {
+            sys::signal_event(w.waker.as_fd());
+            if let Some(t) = w.thread.take()
+                && t.join().is_err()
+            {
+                tracing::error!("a worker had panicked");
+            }
+        }
+    }
+
+    fn one(&self, id: QueueId, c: Command) -> Option<Box<dyn RxQueue>> {
+        match self.batch(vec![(id, c)]) {
+            Ok(mut out) => out.queues.pop(),
+            Err(e) => {
+                tracing::error!("{e}");
+                None
+            }
+        }
+    }
+}
+
+impl Attach for Engine {
+    fn attach_rx(&self, port: usize, queue: u16, rx: Box<dyn RxQueue>) -> Option<Box<dyn RxQueue>> {
+        let id = QueueId { port, queue };
+        self.one(id, Command::Attach(id, rx))
+    }
+
+    fn detach_rx(&self, port: usize, queue: u16) -> Option<Box<dyn RxQueue>> {
+        let id = QueueId { port, queue };
+        self.one(id, Command::Detach(id))
+    }
+
+    fn set_tx(&self, port: usize, tx: Option<Box<dyn TxQueue>>) {
+        let p = &self.shared.ports[port];
+        let mut slot = p.tx();
+        p.up.store(tx.is_some(), Ordering::Release);
+        let old = std::mem::replace(&mut *slot, tx);
+        drop(slot);
+        drop(old);
+    }
+
+    fn port_error(&self, port: usize, error: Option<String>) {
+        let p = &self.shared.ports[port];
+        if let Some(e) = &error {
+            tracing::warn!("port {}: {e}", p.name);
+        }
+        *lock(&p.error) = error;
+    }
+}

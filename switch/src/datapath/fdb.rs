@@ -1,0 +1,221 @@
+//! The forwarding database: which port a MAC address was last seen at (IEEE 802.1Q, 8.8). Shared by all workers
+//! without locks.
+//!
+//! Buckets of eight entries, chosen by a seeded hash (addresses are the guests' choice): a look-up and a learning each
+//! touch one bucket. When a bucket is full the entry seen longest ago gives way, never a fixed one.
+//!
+//! Invariant: bounded work for any input. A look-up that races with a learning gives the old or the new port.
+
+use std::hash::BuildHasher;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+
+use gangway_shared::id::MacAddr;
+
+const WAYS: usize = 8;
+const FIXED: u64 = 1 << 63;
+
+/// See the module.
+pub struct Fdb {
+    entries: Box<[AtomicU64]>,
+    seen: Box<[AtomicU32]>,
+    mask: usize,
+    hash: foldhash::fast::RandomState,
+    ageing_s: u32,
+}
+
+/// One entry, for listings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// The address.
+    pub mac: MacAddr,
+    /// Port index.
+    pub port: usize,
+    /// Put there by configuration or a commit; only control moves it.
+    pub fixed: bool,
+    /// Seconds since it was last seen.
+    pub age_s: u32,
+}
+
+// An entry: bit 63 fixed, bits 48..62 port + 1, bits 0..48 the address. 0 is empty.
+fn pack(mac: MacAddr, port: usize, fixed: bool) -> u64 {
+    mac.to_u64() | ((port as u64 + 1) & 0x7fff) << 48 | if fixed { FIXED } else { 0 }
+}
+fn mac_of(e: u64) -> u64 {
+    e & 0xffff_ffff_ffff
+}
+fn port_of(e: u64) -> usize {
+    ((e >> 48) & 0x7fff) as usize - 1
+}
+
+impl Fdb {
+    /// For at least `capacity` addresses that age after `ageing_s` seconds.
+    pub fn new(capacity: usize, ageing_s: u32) -> Fdb {
+        let buckets = (capacity.max(WAYS).div_ceil(WAYS)).next_power_of_two();
+        Fdb {
+            entries: (0..buckets * WAYS).map(|_| AtomicU64::new(0)).collect(),
+            seen: (0..buckets * WAYS).map(|_| AtomicU32::new(0)).collect(),
+            mask: buckets - 1,
+            hash: foldhash::fast::RandomState::default(),
+            ageing_s,
+        }
+    }
+
+    fn bucket(&self, mac: MacAddr) -> usize {
+        (self.hash.hash_one(mac.to_u64()) as usize & self.mask) * WAYS
+    }
+
+    fn find(&self, mac: MacAddr) -> Option<(usize, u64)> {
+        let b = self.bucket(mac);
+        let key = mac.to_u64();
+        self.entries[b..b + WAYS].iter().enumerate().find_map(|(i, e)| {
+            let v = e.load(Relaxed);
+            (v != 0 && mac_of(v) == key).then_some((b + i, v))
+        })
+    }
+
+    fn expired(&self, at: usize, v: u64, now_s: u32) -> bool {
+        v & FIXED == 0 && now_s.wrapping_sub(self.seen[at].load(Relaxed)) as i32 > self.ageing_s as i32
+    }
+
+    /// Where `mac` is; `None` if unknown or aged.
+    pub fn lookup(&self, mac: MacAddr, now_s: u32) -> Option<usize> {
+        let (at, v) = self.find(mac)?;
+        (!self.expired(at, v, now_s)).then(|| port_of(v))
+    }
+
+    /// `mac` sent a frame through `port`. Returns the port of a fixed entry that says otherwise; nothing is changed
+    /// then. Group addresses are no stations and are not learned.
+    pub fn learn(&self, mac: MacAddr, port: usize, now_s: u32) -> Option<usize> {
+        if mac.is_multicast() || mac.to_u64() == 0 {
+            return None;
+        }
+        if let Some((at, v)) = self.find(mac) {
+            if port_of(v) != port {
+                if v & FIXED != 0 {
+                    return Some(port_of(v));
+                }
+                self.entries[at].store(pack(mac, port, false), Relaxed);
+            }
+            if self.seen[at].load(Relaxed) != now_s {
+                self.seen[at].store(now_s, Relaxed);
+            }
+            return None;
+        }
+        self.insert(mac, port, false, now_s);
+        None
+    }
+
+    fn insert(&self, mac: MacAddr, port: usize, fixed: bool, now_s: u32) {
+        let b = self.bucket(mac);
+        let mut victim = None;
+        for at in b..b + WAYS {
+            let v = self.entries[at].load(Relaxed);
+            if v == 0 || self.expired(at, v, now_s) {
+                victim = Some(at);
+                break;
+            }
+            let older = |x: usize| {
+                let age = |i: usize| now_s.wrapping_sub(self.seen[i].load(Relaxed));
+                age(at) > age(x)
+            };
+            if v & FIXED == 0 && victim.is_none_or(older) {
+                victim = Some(at);
+            }
+        }
+        if let Some(at) = victim {
+            self.seen[at].store(now_s, Relaxed);
+            self.entries[at].store(pack(mac, port, fixed), Relaxed);
+        }
+    }
+
+    /// Control's word: `mac` is at `port`, whatever is seen elsewhere (`fixed`) or until it is seen elsewhere.
+    pub fn set(&self, mac: MacAddr, port: usize, fixed: bool, now_s: u32) {
+        match self.find(mac) {
+            Some((at, _)) => {
+                self.seen[at].store(now_s, Relaxed);
+                self.entries[at].store(pack(mac, port, fixed), Relaxed);
+            }
+            None => self.insert(mac, port, fixed, now_s),
+        }
+    }
+
+    /// Forgets what points to `port`.
+    pub fn forget_port(&self, port: usize) {
+        for e in &self.entries {
+            let v = e.load(Relaxed);
+            if v != 0 && port_of(v) == port {
+                let _ = e.compare_exchange(v, 0, Relaxed, Relaxed);
+            }
+        }
+    }
+
+    /// All entries that have not aged.
+    pub fn list(&self, now_s: u32) -> Vec<Entry> {
+        let entry = |(at, e): (usize, &AtomicU64)| {
+            let v = e.load(Relaxed);
+            (v != 0 && !self.expired(at, v, now_s)).then(|| Entry {
+                mac: MacAddr::from_u64(v),
+                port: port_of(v),
+                fixed: v & FIXED != 0,
+                age_s: now_s.wrapping_sub(self.seen[at].load(Relaxed)),
+            })
+        };
+        self.entries.iter().enumerate().filter_map(entry).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+
+    fn mac(n: u64) -> MacAddr {
+        MacAddr::from_u64(0x0200_0000_0000 | n)
+    }
+
+    #[test]
+    fn addresses_move_age_and_stay_where_control_fixed_them() {
+        let f = Fdb::new(64, 300);
+        f.learn(mac(1), 3, 0);
+        assert_eq!(f.lookup(mac(1), 300), Some(3));
+        assert_eq!(f.lookup(mac(1), 301), None);
+        f.learn(mac(1), 4, 302);
+        assert_eq!(f.lookup(mac(1), 302), Some(4));
+        f.set(mac(1), 0, true, 302);
+        assert_eq!(f.learn(mac(1), 4, 303), Some(0));
+        assert_eq!(f.lookup(mac(1), 10_000), Some(0), "a fixed entry does not age");
+        f.forget_port(0);
+        assert_eq!(f.lookup(mac(1), 303), None);
+        f.learn(MacAddr::BROADCAST, 1, 0);
+        assert_eq!(f.lookup(MacAddr::BROADCAST, 0), None);
+    }
+
+    #[test]
+    fn a_flood_of_addresses_does_not_push_out_a_fixed_one() {
+        let f = Fdb::new(64, 300);
+        f.set(mac(0), 5, true, 0);
+        for n in 1..100_000 {
+            f.learn(mac(n), 1, 1);
+        }
+        assert_eq!(f.lookup(mac(0), 1), Some(5));
+        assert!(f.list(1).len() <= 64);
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_a_map_while_there_is_room(ops in proptest::collection::vec((0u64..6, 0usize..4, 0u32..50), 1..200)) {
+            let f = Fdb::new(4096, 300);
+            let mut model: HashMap<u64, (usize, u32)> = HashMap::new();
+            let mut now = 0;
+            for (m, p, dt) in ops {
+                now += dt;
+                f.learn(mac(m), p, now);
+                model.insert(m, (p, now));
+                for (m, (p, seen)) in &model {
+                    prop_assert_eq!(f.lookup(mac(*m), now), (now - seen <= 300).then_some(*p));
+                }
+            }
+        }
+    }
+}

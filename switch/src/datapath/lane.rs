@@ -1,0 +1,410 @@
+//! A lane: one receive queue towards one destination port, with its gate. Owned by the worker that owns the queue.
+//!
+//! ```text
+//!             receiver full             Hold                     Drain (abort, commit)
+//!   Forward <===============> Forward ----------> Hold(spool) ------------------------> Drain
+//!      ^      (backlog)                             |                                     |
+//!      |                                            | Close                               | everything older is
+//!      |                                            v                                     | delivered
+//!      |                                  Blocked | Closed                                v
+//!      +------------------------------------------------------------------------------ Forward
+//! ```
+//! * Forward: straight to the receiver; behind a non-empty backlog, to its end.
+//! * Hold: into the lane's spool queue. The backlog went there first, so order stays.
+//! * Drain: what was shipped, then what was queued here meanwhile, goes to the receiver as it takes it; newer frames
+//!   line up behind in the local spool queue. When all is delivered the lane forwards again.
+//! * Blocked: nothing is accepted; frames stay with their sender. Closed: frames are counted and dropped.
+//!
+//! Invariant: a frame is accepted by exactly one place, and places are emptied in the order in which they were filled.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use gangway_shared::api::Tally;
+
+use super::backlog::Backlog;
+use super::stats::Drop;
+use crate::port::{Frame, Sent};
+use crate::spool::{Reader, Writer};
+
+/// What a drain has delivered of one queue; written by the worker, read by control.
+#[derive(Debug, Default)]
+pub struct Progress {
+    frames: AtomicU64,
+    bytes: AtomicU64,
+    digest: AtomicU64,
+    finished: AtomicBool,
+}
+
+impl Progress {
+    /// What was delivered so far.
+    pub fn tally(&self) -> Tally {
+        let get = |a: &AtomicU64| a.load(Ordering::Acquire);
+        Tally { frames: get(&self.frames), bytes: get(&self.bytes), digest: get(&self.digest) }
+    }
+
+    /// The queue was sealed and is delivered to the end.
+    pub fn finished(&self) -> bool {
+        self.finished.load(Ordering::Acquire)
+    }
+
+    fn set(&self, t: Tally) {
+        self.digest.store(t.digest, Ordering::Release);
+        self.bytes.store(t.bytes, Ordering::Release);
+        self.frames.store(t.frames, Ordering::Release);
+    }
+}
+
+/// A queue to deliver, and where to note how far.
+pub struct Source {
+    /// The cursor.
+    pub reader: Reader,
+    /// For control.
+    pub progress: Arc<Progress>,
+}
+
+/// See [`Gate::Drain`].
+pub struct Drain {
+    /// Another lane's `done` that must be set before anything goes.
+    pub before: Option<Arc<AtomicBool>>,
+    /// Older than everything local, in this order.
+    pub older: VecDeque<Source>,
+    /// Set by this lane when `older` is delivered to the end.
+    pub done: Option<Arc<AtomicBool>>,
+    /// Another lane's `done` that must be set before anything local goes.
+    pub wait: Option<Arc<AtomicBool>>,
+    /// What comes meanwhile.
+    pub writer: Writer,
+    /// Its delivery.
+    pub local: Source,
+}
+
+/// See the module.
+pub enum Gate {
+    /// Straight to the receiver.
+    Forward,
+    /// Into the spool.
+    Hold(Writer),
+    /// Out of the spool, newer frames in behind.
+    Drain(Box<Drain>),
+    /// Nothing is accepted.
+    Blocked,
+    /// Everything is dropped and counted.
+    Closed(Drop),
+}
+
+/// Hands a frame to the receiving port.
+pub type Send<'a> = dyn FnMut(&Frame<'_>) -> Sent + 'a;
+
+/// What [`Lane::step`] came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Nothing is left; the lane forwards.
+    Idle,
+    /// The budget is used up or the receiver is full; come again.
+    More,
+}
+
+/// See the module.
+pub struct Lane {
+    gate: Gate,
+    backlog: Backlog,
+}
+
+impl Default for Lane {
+    fn default() -> Lane {
+        Lane { gate: Gate::Forward, backlog: Backlog::default() }
+    }
+}
+
+impl Lane {
+    /// False: the frame has to stay with its sender for now.
+    pub fn accepts(&self, len: u32) -> bool {
+        match &self.gate {
+            Gate::Forward | Gate::Closed(_) => true,
+            Gate::Hold(w) => w.has_room(len),
+            Gate::Drain(d) => d.writer.has_room(len),
+            Gate::Blocked => false,
+        }
+    }
+
+    /// Takes a frame that [`Lane::accepts`] has agreed to. `Err` counts as dropped.
+    pub fn take(&mut self, frame: &Frame<'_>, now_ns: u64, send: &mut Send<'_>) -> Result<(), Drop> {
+        let writer = match &mut self.gate {
+            Gate::Forward => {
+                if self.backlog.is_empty() {
+                    match send(frame) {
+                        Sent::Yes => return Ok(()),
+                        Sent::Never(r) => return Err(r.into()),
+                        Sent::Down => return Err(Drop::Down),
+                        Sent::Full => {}
+                    }
+                }
+                return if self.backlog.push(frame) { Ok(()) } else { Err(Drop::Full) };
+            }
+            Gate::Closed(why) => return Err(*why),
+            Gate::Blocked => return Err(Drop::Full),
+            Gate::Hold(w) => w,
+            Gate::Drain(d) => &mut d.writer,
+        };
+        writer.append(now_ns, frame.vnet, frame).map(drop).map_err(|_| Drop::Full)
+    }
+
+    /// Publishes what was taken into a spool. Once per burst, before the frames are released to their sender.
+    pub fn commit(&mut self) {
+        match &mut self.gate {
+            Gate::Hold(w) => w.commit(),
+            Gate::Drain(d) => d.writer.commit(),
+            _ => {}
+        }
+    }
+
+    /// True if [`Lane::step`] has something to do.
+    pub fn pending(&self) -> bool {
+        matches!(self.gate, Gate::Drain(_)) || !self.backlog.is_empty()
+    }
+
+    /// Delivers up to `budget` frames of what waits, oldest first. `count` is told what was dropped.
+    pub fn step(&mut self, budget: usize, send: &mut Send<'_>, count: &mut dyn FnMut(Drop)) -> Step {
+        let mut left = budget;
+        if let Gate::Drain(d) = &mut self.gate {
+            match d.step(&mut left, send, count) {
+                Step::More => return Step::More,
+                Step::Idle => self.gate = Gate::Forward,
+            }
+        }
+        loop {
+            let Some(f) = self.backlog.front() else { break };
+            if left == 0 {
+                return Step::More;
+            }
+            match send(&f) {
+                Sent::Yes => {}
+                Sent::Never(r) => count(r.into()),
+                Sent::Down => count(Drop::Down),
+                Sent::Full => return Step::More,
+            }
+            drop(f);
+            left -= 1;
+            self.backlog.pop();
+        }
+        Step::Idle
+    }
+
+    /// Forward -> Hold. What waits in the backlog goes first. Returns the frames that found no room (zero unless the
+    /// spool's first segment is smaller than a backlog). In any other state nothing changes and the writer comes back.
+    pub fn hold(&mut self, mut writer: Writer, now_ns: u64) -> Result<u64, Writer> {
+        if !matches!(self.gate, Gate::Forward) {
+            return Err(writer);
+        }
+        let mut lost = 0;
+        loop {
+            let Some(f) = self.backlog.front() else { break };
+            lost += u64::from(!writer.has_room(f.len) || writer.append(now_ns, f.vnet, &f).is_err());
+            drop(f);
+            self.backlog.pop();
+        }
+        writer.commit();
+        self.gate = Gate::Hold(writer);
+        Ok(lost)
+    }
+
+    /// Any state -> Drain. A writer that is there is sealed: its queue must be the last of `older`.
+    pub fn drain(&mut self, drain: Drain) {
+        self.seal();
+        self.gate = Gate::Drain(Box::new(drain));
+    }
+
+    /// Hold -> Blocked or Closed: no record will follow on the held queue.
+    pub fn close(&mut self, gate: Gate) {
+        self.seal();
+        self.gate = gate;
+    }
+
+    fn seal(&mut self) {
+        match &mut self.gate {
+            Gate::Hold(w) => {
+                w.commit();
+                w.seal();
+            }
+            Gate::Drain(d) => {
+                d.writer.commit();
+                d.writer.seal();
+            }
+            _ => {}
+        }
+    }
+
+    /// Back to plain forwarding from Blocked or Closed.
+    pub fn open(&mut self) {
+        if matches!(self.gate, Gate::Blocked | Gate::Closed(_)) {
+            self.gate = Gate::Forward;
+        }
+    }
+}
+
+impl Drain {
+    fn step(&mut self, left: &mut usize, send: &mut Send<'_>, count: &mut dyn FnMut(Drop)) -> Step {
+        let closed = |f: &Option<Arc<AtomicBool>>| f.as_ref().is_some_and(|f| !f.load(Ordering::Acquire));
+        if closed(&self.before) {
+            return Step::More;
+        }
+        while let Some(s) = self.older.front_mut() {
+            if !s.step(left, send, count) {
+                return Step::More;
+            }
+            if !s.reader.finished() {
+                return Step::More;
+            }
+            s.progress.finished.store(true, Ordering::Release);
+            self.older.pop_front();
+        }
+        if let Some(d) = self.done.take() {
+            d.store(true, Ordering::Release);
+        }
+        if closed(&self.wait) {
+            return Step::More;
+        }
+        self.writer.commit();
+        if !self.local.step(left, send, count) {
+            return Step::More;
+        }
+        self.writer.seal();
+        self.local.progress.finished.store(true, Ordering::Release);
+        Step::Idle
+    }
+}
+
+impl Source {
+    /// True when everything committed was delivered.
+    fn step(&mut self, left: &mut usize, send: &mut Send<'_>, count: &mut dyn FnMut(Drop)) -> bool {
+        loop {
+            if *left == 0 {
+                return false;
+            }
+            match self.reader.peek() {
+                Ok(None) => break,
+                Err(_) => count(Drop::Corrupt),
+                Ok(Some(r)) => match send(&Frame::from_slice(r.vnet, r.frame)) {
+                    Sent::Yes => {}
+                    Sent::Never(r) => count(r.into()),
+                    Sent::Full | Sent::Down => return false,
+                },
+            }
+            *left -= 1;
+            self.reader.advance();
+            self.progress.set(self.reader.tally());
+        }
+        self.reader.at_end()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::port::VnetHdr;
+    use crate::spool::{Kind, Spool};
+    use gangway_shared::config::valid::{SpoolConfig, Sync};
+    use gangway_shared::id::{HoldId, LaneKey};
+    use proptest::prelude::*;
+
+    fn frame(n: u64, len: usize) -> Vec<u8> {
+        let mut f = vec![(n % 251) as u8; len.max(22)];
+        f[14..22].copy_from_slice(&n.to_be_bytes());
+        f
+    }
+
+    fn number(f: &Frame<'_>) -> u64 {
+        let mut b = vec![0; f.len as usize];
+        f.copy_to(&mut b);
+        u64::from_be_bytes(b[14..22].try_into().expect("eight bytes"))
+    }
+
+    #[derive(Debug, Clone)]
+    enum Op {
+        Frames(u8, u16),
+        Room(u8),
+        Hold,
+        LetGo,
+        Step,
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        prop_oneof![
+            4 => (1u8..40, 22u16..3000).prop_map(|(n, l)| Op::Frames(n, l)),
+            3 => any::<u8>().prop_map(Op::Room),
+            1 => Just(Op::Hold),
+            1 => Just(Op::LetGo),
+            3 => Just(Op::Step),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        /// Whatever the receiver does and whenever control holds and lets go: what the lane accepted comes out once, in
+        /// order; nothing comes out while it is held.
+        #[test]
+        fn keeps_every_frame_and_their_order_through_holds_and_full_receivers(ops in proptest::collection::vec(op(), 1..60)) {
+            let dir = tempfile::tempdir().expect("a directory");
+            let cfg = SpoolConfig { dir: dir.path().into(), segment_bytes: 1 << 20, quota_bytes: 256 << 20, sync: Sync::None };
+            let (spool, _) = Spool::open(&cfg).expect("a spool");
+            let key = LaneKey { from: "a".into(), queue: 0, to: "b".into() };
+            let mut lane = Lane::default();
+            let mut out: Vec<u64> = Vec::new();
+            let mut room = 1000usize;
+            let (mut next, mut accepted) = (0u64, Vec::new());
+            let mut held: Option<Arc<crate::spool::Queue>> = None;
+            let mut holds = 0;
+            let mut dropped = 0;
+            for op in ops {
+                let before = out.len();
+                let is_held = held.is_some();
+                let mut send = |f: &Frame<'_>| {
+                    if room == 0 { return Sent::Full; }
+                    room -= 1;
+                    out.push(number(f));
+                    Sent::Yes
+                };
+                match op {
+                    Op::Frames(n, len) => for _ in 0..n {
+                        next += 1;
+                        let bytes = frame(next, usize::from(len));
+                        if !lane.accepts(bytes.len() as u32) { continue; }
+                        if lane.take(&Frame::from_slice(VnetHdr::default(), &bytes), 1, &mut send).is_ok() {
+                            accepted.push(next);
+                        } else { dropped += 1; }
+                    },
+                    Op::Room(n) => room = usize::from(n),
+                    Op::Hold => {
+                        holds += 1;
+                        let (w, q) = spool.create(HoldId(holds), Kind::Source, &key).expect("a queue");
+                        if let Ok(lost) = lane.hold(w, 1) {
+                            prop_assert_eq!(lost, 0);
+                            held = Some(q);
+                        }
+                    }
+                    Op::LetGo => if let Some(q) = held.take() {
+                        let (writer, local) = spool.create(HoldId(holds), Kind::Local, &key).expect("a queue");
+                        let source = |q: &Arc<crate::spool::Queue>| Source { reader: q.reader(), progress: Arc::default() };
+                        lane.drain(Drain { before: None, older: [source(&q)].into(), done: None, wait: None, writer, local: source(&local) });
+                    },
+                    Op::Step => { lane.step(64, &mut send, &mut |_| dropped += 1); }
+                }
+                lane.commit();
+                if is_held && held.is_some() {
+                    prop_assert_eq!(before, out.len(), "a held lane delivered");
+                }
+            }
+            if let Some(q) = held.take() {
+                let (writer, local) = spool.create(HoldId(9999), Kind::Local, &key).expect("a queue");
+                let source = |q: &Arc<crate::spool::Queue>| Source { reader: q.reader(), progress: Arc::default() };
+                lane.drain(Drain { before: None, older: [source(&q)].into(), done: None, wait: None, writer, local: source(&local) });
+            }
+            while lane.step(64, &mut |f| { out.push(number(f)); Sent::Yes }, &mut |_| dropped += 1) == Step::More {}
+            prop_assert!(matches!(lane.gate, Gate::Forward));
+            prop_assert_eq!(dropped, 0, "room was enough for all");
+            prop_assert_eq!(out, accepted);
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! The engine with real worker threads and ports in memory.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use gangway_shared::config::HostConfig;
+use gangway_shared::config::valid::{Poll, PortConfig, PortKind, SpoolConfig, Sync, Workers};
+use gangway_shared::id::{HoldId, LaneKey, MacAddr};
+
+use super::Engine;
+use super::engine::Mode;
+use super::lane::{Drain, Source};
+use super::worker::{Command, QueueId};
+use crate::port::Attach;
+use crate::port::memory::MemoryPort;
+use crate::spool::{Kind, Spool};
+
+pub(crate) fn config(names: &[&str], workers: usize, spool: PathBuf) -> HostConfig {
+    let port = |n: &&str| PortConfig {
+        name: (*n).into(),
+        vm: None,
+        mac: None,
+        kind: if n.starts_with("up") {
+            PortKind::Uplink { device: (*n).into() }
+        } else {
+            PortKind::VhostUser { socket: (*n).into(), server: false }
+        },
+    };
+    HostConfig {
+        name: "test".into(),
+        state_dir: spool.clone(),
+        control_socket: spool.join("control"),
+        listen: None,
+        tls: None,
+        workers: Workers { count: workers, cpus: vec![], poll: Poll::Adaptive },
+        fdb_ageing_s: 300,
+        fdb_capacity: 1024,
+        spool: SpoolConfig { dir: spool, segment_bytes: 1 << 20, quota_bytes: 64 << 20, sync: Sync::None },
+        migration_address: None,
+        ports: names.iter().map(port).collect(),
+        vms: vec![],
+    }
+}
+
+fn mac(n: u8) -> MacAddr {
+    MacAddr([2, 0, 0, 0, 0, n])
+}
+
+fn frame(src: u8, dst: MacAddr, n: u32) -> Vec<u8> {
+    let mut f = vec![0u8; 64];
+    f[..6].copy_from_slice(&dst.0);
+    f[6..12].copy_from_slice(&mac(src).0);
+    f[12..14].copy_from_slice(&[0x88, 0xb5]);
+    f[20..24].copy_from_slice(&n.to_be_bytes());
+    f
+}
+
+fn numbers(p: &MemoryPort, src: u8) -> Vec<u32> {
+    let from = |f: &&Vec<u8>| f[6..12] == mac(src).0;
+    p.delivered().iter().filter(from).map(|f| u32::from_be_bytes(f[20..24].try_into().unwrap())).collect()
+}
+
+fn eventually(what: &str, mut ok: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(20);
+    while !ok() {
+        assert!(Instant::now() < until, "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+struct World {
+    engine: Arc<Engine>,
+    ports: HashMap<&'static str, MemoryPort>,
+    spool: Arc<Spool>,
+    _dir: tempfile::TempDir,
+}
+
+fn world(names: &[&'static str], workers: usize) -> World {
+    let dir = tempfile::tempdir().unwrap();
+    let cfg = config(names, workers, dir.path().into());
+    let engine = Engine::start(&cfg).unwrap();
+    let (spool, _) = Spool::open(&cfg.spool).unwrap();
+    let mut ports = HashMap::new();
+    for (n, name) in names.iter().enumerate() {
+        let p = MemoryPort::new();
+        let (rx, tx) = p.queues();
+        engine.set_tx(n, Some(tx));
+        engine.attach_rx(n, 0, rx);
+        ports.insert(*name, p);
+    }
+    World { engine, ports, spool, _dir: dir }
+}
+
+#[test]
+fn learns_floods_and_never_echoes() {
+    let w = world(&["a", "b", "c"], 2);
+    w.ports["a"].push(frame(1, MacAddr::BROADCAST, 1));
+    eventually("the broadcast", || numbers(&w.ports["b"], 1) == [1] && numbers(&w.ports["c"], 1) == [1]);
+    assert!(numbers(&w.ports["a"], 1).is_empty(), "no echo");
+    w.ports["b"].push(frame(2, mac(1), 2));
+    eventually("unicast to the learned port", || numbers(&w.ports["a"], 2) == [2]);
+    assert!(numbers(&w.ports["c"], 2).is_empty());
+    w.ports["c"].push(frame(3, mac(9), 3));
+    eventually("unknown is flooded", || numbers(&w.ports["a"], 3) == [3] && numbers(&w.ports["b"], 3) == [3]);
+    let l = w.engine.shared().links.get(1, 0);
+    assert_eq!((l.frames.load(std::sync::atomic::Ordering::Relaxed), l.bytes.load(std::sync::atomic::Ordering::Relaxed)), (1, 64));
+    w.engine.stop();
+}
+
+#[test]
+fn a_frame_from_one_uplink_does_not_leave_through_another() {
+    let w = world(&["a", "up0", "up1"], 1);
+    w.ports["up0"].push(frame(1, MacAddr::BROADCAST, 1));
+    eventually("the broadcast", || numbers(&w.ports["a"], 1) == [1]);
+    assert!(numbers(&w.ports["up1"], 1).is_empty());
+    w.engine.stop();
+}
+
+#[test]
+fn garbage_is_counted_and_the_rest_goes_on() {
+    let w = world(&["a", "b"], 1);
+    w.ports["a"].push(vec![1, 2, 3]);
+    w.ports["a"].push(vec![]);
+    w.ports["a"].push(frame(1, MacAddr::BROADCAST, 7));
+    eventually("the good one", || numbers(&w.ports["b"], 1) == [7]);
+    let drops = &w.engine.shared().ports[0].counters.drops;
+    assert_eq!(drops[super::stats::Drop::Malformed as usize].load(std::sync::atomic::Ordering::Relaxed), 2);
+    w.engine.stop();
+}
+
+#[test]
+fn a_standby_port_gets_nothing_and_an_address_is_not_stolen() {
+    let w = world(&["a", "b", "up0"], 1);
+    let shared = w.engine.shared();
+    shared.ports[1].set_mode(Mode::Standby);
+    w.ports["a"].push(frame(1, MacAddr::BROADCAST, 1));
+    eventually("the uplink", || numbers(&w.ports["up0"], 1) == [1]);
+    assert!(numbers(&w.ports["b"], 1).is_empty());
+    // The network claims the address of a VM that is here and up: not believed, and not the mark of a move.
+    shared.fdb.set(mac(1), 0, true, shared.now_s());
+    w.ports["up0"].push(frame(1, MacAddr::BROADCAST, 2));
+    w.ports["up0"].push(frame(5, mac(1), 3));
+    eventually("the frame", || numbers(&w.ports["a"], 5) == [3]);
+    assert!(!shared.ports[0].marker.load(std::sync::atomic::Ordering::Acquire));
+    shared.ports[0].set_mode(Mode::Held);
+    w.ports["up0"].push(frame(1, MacAddr::BROADCAST, 4));
+    eventually("the mark", || shared.ports[0].marker.load(std::sync::atomic::Ordering::Acquire));
+    w.engine.stop();
+}
+
+/// Two senders on two workers under load: after the acknowledged cut nothing arrives, and after the drain everything has
+/// arrived once and in order.
+#[test]
+fn a_freeze_is_one_cut_over_all_workers_and_a_drain_keeps_order() {
+    let w = world(&["a", "b", "c"], 2);
+    w.ports["c"].push(frame(3, MacAddr::BROADCAST, 0));
+    eventually("c is learned", || numbers(&w.ports["a"], 3) == [0]);
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let senders: Vec<_> = [("a", 1u8), ("b", 2)]
+        .map(|(name, src)| {
+            let (p, stop) = (w.ports[name].clone(), stop.clone());
+            std::thread::spawn(move || {
+                let mut n = 0;
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    if p.waiting() < 200 {
+                        n += 1;
+                        p.push(frame(src, mac(3), n));
+                    } else {
+                        std::thread::yield_now();
+                    }
+                }
+                n
+            })
+        })
+        .into();
+    for round in 1..=5u64 {
+        let mut queues = Vec::new();
+        let mut commands = Vec::new();
+        for (port, name) in [(0usize, "a"), (1, "b")] {
+            let key = LaneKey { from: name.into(), queue: 0, to: "c".into() };
+            let (writer, q) = w.spool.create(HoldId(round), Kind::Source, &key).unwrap();
+            let id = QueueId { port, queue: 0 };
+            commands.push((id, Command::Hold(id, 2, writer)));
+            queues.push((id, key, q));
+        }
+        let out = w.engine.batch(commands).unwrap();
+        assert!(out.refused.is_empty(), "forwarding before round {round}");
+        let cut = w.ports["c"].delivered().len();
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(w.ports["c"].delivered().len(), cut, "nothing arrives after the cut");
+        let mut commands = Vec::new();
+        let mut ends = Vec::new();
+        for (id, key, q) in queues {
+            eventually("frames are held", || q.tally().frames > 0);
+            let (writer, local) = w.spool.create(HoldId(round), Kind::Local, &key).unwrap();
+            let source = |q: &Arc<crate::spool::Queue>| Source { reader: q.reader(), progress: Arc::default() };
+            let own = source(&local);
+            ends.push(own.progress.clone());
+            let older = [source(&q)].into();
+            let drain = Drain { before: None, older, done: None, wait: None, writer, local: own };
+            commands.push((id, Command::Drain(id, 2, drain)));
+        }
+        w.engine.batch(commands).unwrap();
+        eventually("the drain ends under load", || ends.iter().all(|e| e.finished()));
+        w.spool.remove_hold(HoldId(round)).unwrap();
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    for (src, s) in (1u8..).zip(senders) {
+        let n = s.join().unwrap();
+        eventually("the last frame", || numbers(&w.ports["c"], src).len() >= n as usize);
+        assert_eq!(numbers(&w.ports["c"], src), (1..=n).collect::<Vec<u32>>(), "sender {src}: once each, in order");
+    }
+    w.engine.stop();
+}

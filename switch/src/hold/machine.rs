@@ -1,0 +1,162 @@
+//! PURE: which request is right in which state of a hold, and where it leads.
+//!
+//! ```text
+//! source:  Open --Freeze--> FrozenInside --Freeze--> Frozen --Seal--> Sealed --Depart--> Departing ~~> Departed --Release--> Released
+//!            \________________\______________________\_________________\--Abort--> Aborting ~~> Aborted
+//! target:  Prepared --Restore--> Restored --Commit--> Draining ~~> Live --Release--> Released
+//!             \______________________\--Abort--> Aborted
+//! ```
+//! `~~>` happens by itself: every lane was acknowledged, delivered, or put back.
+//!
+//! Invariant: no I/O, no clock. A repeated request is `Again`, never an error, so that a coordinator may ask twice.
+
+use gangway_shared::api::{HoldState, Role, Scope};
+
+/// What moves a hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// Source.
+    Freeze(Scope),
+    /// Source.
+    Seal,
+    /// Source.
+    Depart,
+    /// Source: all lanes are acknowledged.
+    Acknowledged,
+    /// Target.
+    Restore,
+    /// Target.
+    Commit,
+    /// Target.
+    Announce,
+    /// Lanes have drained.
+    Drained,
+    /// Both.
+    Abort,
+    /// Both.
+    Release,
+}
+
+/// What to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Carry it out; then the hold is in this state.
+    Go(HoldState),
+    /// It was done before: answer as then.
+    Again,
+    /// Not in this state.
+    No,
+}
+
+/// The one transition table.
+pub fn step(role: Role, state: HoldState, event: Event) -> Verdict {
+    use Event as E;
+    use HoldState as S;
+    use Verdict::{Again, Go, No};
+    match (role, state, event) {
+        (Role::Source, S::Open, E::Freeze(Scope::Inside)) => Go(S::FrozenInside),
+        (Role::Source, S::Open | S::FrozenInside, E::Freeze(Scope::All)) => Go(S::Frozen),
+        (Role::Source, S::FrozenInside, E::Freeze(Scope::Inside)) => Again,
+        (Role::Source, S::Frozen | S::Sealed, E::Freeze(_)) => Again,
+        (Role::Source, S::Frozen, E::Seal) => Go(S::Sealed),
+        (Role::Source, S::Sealed | S::Departing | S::Departed, E::Seal) => Again,
+        (Role::Source, S::Sealed, E::Depart) => Go(S::Departing),
+        (Role::Source, S::Departing | S::Departed, E::Depart) => Again,
+        (Role::Source, S::Departing, E::Acknowledged) => Go(S::Departed),
+        (Role::Source, S::Departed, E::Release) => Go(S::Released),
+        (Role::Source, S::Open | S::FrozenInside | S::Frozen | S::Sealed, E::Abort) => Go(S::Aborting),
+        (Role::Source, S::Aborting, E::Drained) => Go(S::Aborted),
+
+        (Role::Target, S::Prepared, E::Restore) => Go(S::Restored),
+        (Role::Target, S::Restored | S::Draining | S::Live, E::Restore) => Again,
+        (Role::Target, S::Restored, E::Commit) => Go(S::Draining),
+        (Role::Target, S::Draining | S::Live, E::Commit) => Again,
+        (Role::Target, s @ (S::Draining | S::Live), E::Announce) => Go(s),
+        (Role::Target, S::Draining, E::Drained) => Go(S::Live),
+        (Role::Target, S::Live, E::Release) => Go(S::Released),
+        (Role::Target, S::Prepared | S::Restored, E::Abort) => Go(S::Aborted),
+
+        (_, S::Released, E::Release) => Again,
+        (_, S::Aborting | S::Aborted, E::Abort | E::Release) => Again,
+        _ => No,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STATES: [HoldState; 13] = [
+        HoldState::Open,
+        HoldState::FrozenInside,
+        HoldState::Frozen,
+        HoldState::Sealed,
+        HoldState::Departing,
+        HoldState::Departed,
+        HoldState::Prepared,
+        HoldState::Restored,
+        HoldState::Draining,
+        HoldState::Live,
+        HoldState::Aborting,
+        HoldState::Aborted,
+        HoldState::Released,
+    ];
+    const EVENTS: [Event; 11] = [
+        Event::Freeze(Scope::Inside),
+        Event::Freeze(Scope::All),
+        Event::Seal,
+        Event::Depart,
+        Event::Acknowledged,
+        Event::Restore,
+        Event::Commit,
+        Event::Announce,
+        Event::Drained,
+        Event::Abort,
+        Event::Release,
+    ];
+
+    /// The whole state x event matrix, to be read when it changes. `UPDATE=1 cargo test` writes it.
+    #[test]
+    fn the_matrix_is_the_one_that_was_reviewed() {
+        let mut text = String::new();
+        for role in [Role::Source, Role::Target] {
+            for s in STATES {
+                for e in EVENTS {
+                    if let v @ (Verdict::Go(_) | Verdict::Again) = step(role, s, e) {
+                        text.push_str(&format!("{role:?} {s:?} + {e:?} = {v:?}\n"));
+                    }
+                }
+            }
+        }
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/src/hold/matrix.txt");
+        if std::env::var_os("UPDATE").is_some() {
+            std::fs::write(file, &text).expect("write the matrix");
+        }
+        assert_eq!(text, std::fs::read_to_string(file).expect("the matrix"), "run with UPDATE=1 and review the diff");
+    }
+
+    #[test]
+    fn nothing_leads_back_behind_the_point_of_no_return() {
+        for s in [HoldState::Departing, HoldState::Departed] {
+            assert_eq!(step(Role::Source, s, Event::Abort), Verdict::No);
+        }
+        for s in [HoldState::Draining, HoldState::Live] {
+            assert_eq!(step(Role::Target, s, Event::Abort), Verdict::No);
+        }
+    }
+
+    #[test]
+    fn a_repeat_is_never_an_error() {
+        for role in [Role::Source, Role::Target] {
+            for s in STATES {
+                for e in EVENTS {
+                    if let Verdict::Go(to) = step(role, s, e)
+                        && !matches!(e, Event::Acknowledged | Event::Drained)
+                    {
+                        assert_ne!(step(role, to, e), Verdict::No, "{role:?} {to:?} {e:?}");
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! The target's end of a hold.
+//!
+//! What was shipped is older than anything that arrives here, so a lane opens only behind it:
+//! * a lane between two VMs of the group drains its own shipped queue first;
+//! * everything else that the source held for a VM (from its network, from other VMs there) drains on one carrier, the
+//!   lane from our uplink; every other lane to that VM waits for it;
+//! * what a paused VM's TAP queue held is older still: it drains on the VM's lane to itself, and all others wait.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use gangway_shared::api::{IncomingPrepare, LaneInfo, Refusal, RefusalCode, Tally};
+use gangway_shared::id::{HoldId, LaneKey, MacAddr};
+
+use super::manager::Host;
+use super::{READ_BACK, refuse};
+use crate::datapath::engine::Mode;
+use crate::datapath::lane::{Drain, Progress, Source as Older};
+use crate::datapath::parse;
+use crate::datapath::worker::{Command, QueueId};
+use crate::port::{Frame, Sent, VnetHdr};
+use crate::ship::{Incoming, IncomingLane};
+use crate::spool::{Kind, Queue, Writer};
+
+struct Local {
+    from: usize,
+    to: usize,
+    key: LaneKey,
+    writer: Option<Writer>,
+    queue: Arc<Queue>,
+    progress: Arc<Progress>,
+}
+
+/// Target's end.
+pub struct TargetHold {
+    id: HoldId,
+    group: Vec<usize>,
+    macs: Vec<Option<MacAddr>>,
+    incoming: Arc<Incoming>,
+    local: Vec<Local>,
+    /// Of each shipped lane, once committed.
+    flushed: Vec<(LaneKey, Arc<Progress>)>,
+}
+
+impl TargetHold {
+    /// Claims the ports and makes room for what arrives while they drain.
+    pub fn prepare(host: &Host, args: &IncomingPrepare, group: Vec<usize>) -> Result<TargetHold, Refusal> {
+        let shared = host.engine.shared();
+        let ports = &shared.ports;
+        let mut local = Vec::new();
+        for &to in &group {
+            for from in 0..ports.len() {
+                let key = LaneKey { from: ports[from].name.clone(), queue: 0, to: ports[to].name.clone() };
+                match host.spool.create(args.hold, Kind::Local, &key) {
+                    Ok((writer, queue)) => {
+                        let progress = Arc::new(Progress::default());
+                        local.push(Local { from, to, key, writer: Some(writer), queue, progress });
+                    }
+                    Err(e) => {
+                        host.free_spool(args.hold);
+                        return Err(refuse(RefusalCode::Resources, format!("no spool for {key}: {e}")));
+                    }
+                }
+            }
+        }
+        let macs = group.iter().map(|&g| args.ports.iter().find(|p| p.name == ports[g].name).and_then(|p| p.mac)).collect();
+        let incoming = host.expect(args)?;
+        for &g in &group {
+            ports[g].set_mode(Mode::Standby);
+            ports[g].set_hears_uplink(false);
+            shared.fdb.forget_port(g);
+        }
+        Ok(TargetHold { id: args.hold, group, macs, incoming, local, flushed: Vec::new() })
+    }
+
+    /// All lanes that must be complete before a VM may run are here, and agree with the source.
+    pub fn restore(&self, timeout: Duration) -> Result<(), Refusal> {
+        let until = Instant::now() + timeout;
+        loop {
+            let lanes = self.incoming.lanes();
+            if let Some(l) = lanes.iter().find(|l| l.mismatch.is_some()) {
+                let why = l.mismatch.clone().unwrap_or_default();
+                return Err(refuse(RefusalCode::Peer, format!("lane {} differs from the source's: {why}", l.key)));
+            }
+            let open: Vec<String> = lanes.iter().filter(|l| l.inside && !l.complete).map(|l| l.key.to_string()).collect();
+            if open.is_empty() && !lanes.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() >= until {
+                let what = if lanes.is_empty() { "no shipment".into() } else { format!("incomplete: {}", open.join(", ")) };
+                return Err(refuse(RefusalCode::State, format!("{what}; seal the hold at the source first")));
+            }
+            std::thread::sleep(Duration::from_micros(500));
+        }
+    }
+
+    /// The ports go live; lanes drain as the guests take frames.
+    pub fn commit(&mut self, host: &Host) -> Result<(), Refusal> {
+        let shared = host.engine.shared();
+        let uplink = shared.ports.iter().position(|p| p.uplink);
+        let shipped = self.incoming.lanes();
+        let mut commands = Vec::new();
+        for i in 0..self.group.len() {
+            self.commit_port(host, self.group[i], uplink, &shipped, &mut commands);
+        }
+        host.batch(commands)?;
+        for (&g, mac) in self.group.iter().zip(&self.macs) {
+            shared.ports[g].set_mode(Mode::Held);
+            if let Some(mac) = mac {
+                shared.fdb.set(*mac, g, true, shared.now_s());
+            }
+        }
+        Ok(())
+    }
+
+    fn commit_port(
+        &mut self,
+        host: &Host,
+        to: usize,
+        uplink: Option<usize>,
+        shipped: &[IncomingLane],
+        commands: &mut Vec<(QueueId, Command)>,
+    ) {
+        let ports = &host.engine.shared().ports;
+        let name = &ports[to].name;
+        let mine = || shipped.iter().filter(|l| l.key.to == *name);
+        let inside_from = |l: &IncomingLane| -> Option<usize> {
+            let from = ports.iter().position(|p| p.name == l.key.from)?;
+            (l.inside && self.group.contains(&from)).then_some(from)
+        };
+        let read_back = mine().any(|l| l.key.from == READ_BACK).then(|| Arc::new(AtomicBool::new(false)));
+        let outside = Arc::new(AtomicBool::new(false));
+        // The carrier is the uplink's lane; on a host without one, the VM's lane to itself, which nothing else uses.
+        let carrier = uplink.unwrap_or(to);
+        let mut flushed = Vec::new();
+        let mut older = |l: &IncomingLane| {
+            let progress = Arc::new(Progress::default());
+            flushed.push((l.key.clone(), progress.clone()));
+            Older { reader: l.queue.reader(), progress }
+        };
+        for local in self.local.iter_mut().filter(|l| l.to == to) {
+            let Some(writer) = local.writer.take() else { continue };
+            let id = QueueId { port: local.from, queue: 0 };
+            let mut before = read_back.clone();
+            let mut done = None;
+            let mut wait = None;
+            let mut first: VecDeque<Older> = VecDeque::new();
+            if local.from == to && read_back.is_some() {
+                first.extend(mine().filter(|l| l.key.from == READ_BACK).map(&mut older));
+                done = before.take();
+            }
+            if local.from == carrier {
+                let out = mine().filter(|l| l.key.from != READ_BACK && inside_from(l).is_none());
+                first.extend(out.map(&mut older));
+                if done.is_none() {
+                    done = Some(outside.clone());
+                }
+            } else if self.group.contains(&local.from) {
+                first.extend(mine().filter(|l| inside_from(l) == Some(local.from)).map(&mut older));
+            } else if local.from != to {
+                wait = Some(outside.clone());
+            }
+            let own = Older { reader: local.queue.reader(), progress: local.progress.clone() };
+            let drain = Drain { before, older: first, done, wait, writer, local: own };
+            commands.push((id, Command::Drain(id, to, drain)));
+        }
+        self.flushed.extend(flushed);
+    }
+
+    /// Tells the network where the VMs are. To be repeated: an announcement can get lost.
+    pub fn announce(&self, host: &Host) -> usize {
+        let ports = &host.engine.shared().ports;
+        let mut sent = 0;
+        for (&g, mac) in self.group.iter().zip(&self.macs) {
+            // From here on the network's broadcasts are ours to deliver.
+            ports[g].set_hears_uplink(true);
+            let Some(mac) = mac else { continue };
+            let bytes = parse::rarp(*mac);
+            let frame = Frame::from_slice(VnetHdr::default(), &bytes);
+            for p in ports.iter().filter(|p| p.uplink) {
+                if let Some(tx) = p.tx().as_mut() {
+                    sent += usize::from(tx.send(&frame) == Sent::Yes);
+                    tx.flush();
+                }
+            }
+        }
+        sent
+    }
+
+    /// True once every lane forwards; the ports are plain ports then.
+    pub fn drained(&self, host: &Host) -> bool {
+        let done = self.local.iter().all(|l| l.progress.finished());
+        if done {
+            for &g in &self.group {
+                host.engine.shared().ports[g].set_mode(Mode::Live);
+            }
+        }
+        done
+    }
+
+    /// Before the commit: forgets everything; the ports are free again.
+    pub fn abort(&mut self, host: &Host) {
+        self.release(host);
+        for &g in &self.group {
+            host.engine.shared().ports[g].set_hears_uplink(true);
+            host.engine.shared().ports[g].set_mode(Mode::Live);
+        }
+    }
+
+    /// Frees the spool.
+    pub fn release(&mut self, host: &Host) {
+        self.incoming.stop();
+        host.unexpect(self.id);
+        self.local.iter_mut().for_each(|l| l.writer = None);
+        host.free_spool(self.id);
+    }
+
+    /// Group's ports.
+    pub fn group(&self) -> &[usize] {
+        &self.group
+    }
+
+    /// For status and report.
+    pub fn lanes(&self) -> Vec<LaneInfo> {
+        let behind = |key: &LaneKey| {
+            self.local.iter().find(|l| l.key == *key).map_or(0, |l| l.queue.tally().frames)
+        };
+        let info = |l: IncomingLane| LaneInfo {
+            sealed: l.complete,
+            held: l.queue.tally(),
+            shipped: l.acked,
+            flushed: self.flushed.iter().find(|(k, _)| *k == l.key).map_or(Tally::default(), |(_, p)| p.tally()),
+            queued_behind: behind(&l.key),
+            dropped: 0,
+            lane: l.key,
+        };
+        self.incoming.lanes().into_iter().map(info).collect()
+    }
+
+    /// Trouble with the shipment.
+    pub fn error(&self) -> Option<String> {
+        self.incoming.error()
+    }
+}
