@@ -1,4 +1,4 @@
-//! The configuration after all checks: what the rest of the switch may rely on.
+//! The configuration after all checks: what the rest of the switch may rely on. Defaults stand in parentheses.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -10,9 +10,9 @@ use crate::id::MacAddr;
 pub struct HostConfig {
     /// `host.name`: must be the name in the host's certificate.
     pub name: String,
-    /// `host.state_dir`.
+    /// `host.state_dir` (`/var/lib/gangway`).
     pub state_dir: PathBuf,
-    /// `control.socket`: unix socket for the local coordinator; mode 0600.
+    /// `control.socket` (`/run/gangway/switch.sock`): unix socket for the local coordinator; mode 0600.
     pub control_socket: PathBuf,
     /// `control.listen`: QUIC, for coordinators and for other switches; absent: local control only.
     pub listen: Option<SocketAddr>,
@@ -68,7 +68,7 @@ pub enum Poll {
 /// `[spool]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SpoolConfig {
-    /// `spool.dir`.
+    /// `spool.dir` (`spool` under `host.state_dir`).
     pub dir: PathBuf,
     /// `spool.segment_bytes` (1 MiB; 128 KiB to 1 GiB, a multiple of 4096).
     pub segment_bytes: u64,
