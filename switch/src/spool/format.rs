@@ -89,12 +89,7 @@ fn header(magic: u32, f: &Fields, salt: u32) -> [u8; RECORD_HEADER] {
 
 /// Writes a record into `out` (of [`record_len`] bytes, its start aligned); `fill` copies the frame. Returns the
 /// checksum.
-pub fn write_record(
-    out: &mut [u8],
-    f: &Fields,
-    salt: u32,
-    fill: impl FnOnce(&mut [u8]),
-) -> u32 {
+pub fn write_record(out: &mut [u8], f: &Fields, salt: u32, fill: impl FnOnce(&mut [u8])) -> u32 {
     let end = RECORD_HEADER + f.frame_len as usize;
     out[..RECORD_HEADER].copy_from_slice(&header(RECORD, f, salt));
     fill(&mut out[RECORD_HEADER..end]);
@@ -174,7 +169,10 @@ pub fn step(bytes: &[u8], salt: u32) -> Step<'_> {
     }
     let magic = le32(bytes, 0);
     if magic == 0 {
-        return if bytes[..bytes.len().min(RECORD_HEADER)].iter().all(|b| *b == 0) {
+        return if bytes[..bytes.len().min(RECORD_HEADER)]
+            .iter()
+            .all(|b| *b == 0)
+        {
             Step::Free
         } else {
             Step::Bad
@@ -208,6 +206,21 @@ pub fn step(bytes: &[u8], salt: u32) -> Step<'_> {
         SEAL => Step::Marker(Marker::Seal, seq),
         _ => view(&bytes[..total]).map_or(Step::Bad, Step::Record),
     }
+}
+
+/// How many bytes the record at the start of a stream has; none as long as its header is not complete.
+pub fn stream_len(bytes: &[u8]) -> Result<Option<usize>, BadHeader> {
+    if bytes.len() < RECORD_HEADER {
+        return Ok(None);
+    }
+    let frame_len = le32(bytes, 24);
+    if le32(bytes, 0) != RECORD {
+        return Err(BadHeader::NotOurs);
+    }
+    if frame_len as usize > FRAME_MAX {
+        return Err(BadHeader::Field("length"));
+    }
+    Ok(Some(record_len(frame_len)))
 }
 
 /// The record whose header starts `raw`, without checking its checksum (done before).

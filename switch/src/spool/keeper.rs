@@ -86,7 +86,9 @@ impl Host {
 
     fn pool_path(&self, state: &mut State) -> PathBuf {
         state.file_number += 1;
-        self.dir.join("pool").join(format!("{:08}.seg", state.file_number))
+        self.dir
+            .join("pool")
+            .join(format!("{:08}.seg", state.file_number))
     }
 
     /// A zeroed, faulted-in segment under this name. Blocks.

@@ -68,7 +68,7 @@ impl Segment {
     pub(super) fn open(path: &Path) -> io::Result<Segment> {
         let file = File::options().read(true).write(true).open(path)?;
         let len = file.metadata()?.len();
-        if len < 4096 || len > 1 << 30 {
+        if !(4096..=1 << 30).contains(&len) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
                 format!("a segment of {len} bytes"),
@@ -131,10 +131,7 @@ impl Segment {
         // SAFETY: `to <= published <= len` of the live mapping. Bytes below `published` are never written again
         // (module invariant), and its Acquire load orders us behind the writes.
         unsafe {
-            std::slice::from_raw_parts(
-                self.map.as_ptr().add(from as usize),
-                (to - from) as usize,
-            )
+            std::slice::from_raw_parts(self.map.as_ptr().add(from as usize), (to - from) as usize)
         }
     }
 
@@ -172,8 +169,7 @@ impl Segment {
         if to <= from {
             return Ok(());
         }
-        self.map
-            .flush_range(from as usize, (to - from) as usize)?;
+        self.map.flush_range(from as usize, (to - from) as usize)?;
         self.synced.fetch_max(to, Ordering::AcqRel);
         Ok(())
     }

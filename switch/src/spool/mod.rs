@@ -2,7 +2,8 @@
 //! files. One [`Writer`] (a worker, or the receiver of a shipment) appends, any number of [`Reader`]s follow.
 //! Bytes: docs/formats/spool.md.
 //!
-//! Invariant: [`Writer::append`] makes no system call, takes no lock and allocates nothing; it copies.
+//! Invariant: [`Writer::append`] takes no lock, allocates nothing and makes no system call, but for one wake-up of the
+//! keeper per segment; it copies.
 //! Invariant: what a reader returns has been committed and its checksum was right.
 //! Invariant: after an I/O error a queue takes nothing more until the spool is opened again (fail-stop).
 
@@ -23,6 +24,8 @@ pub mod recover;
 mod store;
 mod writer;
 
+#[cfg(test)]
+mod tests;
 
 pub use format::Record;
 pub use queue::Queue;

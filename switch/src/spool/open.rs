@@ -59,10 +59,13 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
     }
     let page = match Page::open(&meta) {
         Ok(p) => p,
-        Err(_) => Page::create(&meta, &header.encode(QUEUE_MAGIC))
-            .map_err(SpoolError::io(&meta))?,
+        Err(_) => {
+            Page::create(&meta, &header.encode(QUEUE_MAGIC)).map_err(SpoolError::io(&meta))?
+        }
     };
-    let committed = page.word(super::queue::COMMITTED).load(std::sync::atomic::Ordering::Acquire);
+    let committed = page
+        .word(super::queue::COMMITTED)
+        .load(std::sync::atomic::Ordering::Acquire);
 
     let mut scan = Scanner::new(salt(hold, &header.lane));
     let mut found = Vec::new();
@@ -105,7 +108,10 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
         }
         let first = FileHeader::decode(seg.bytes_mut(), SEGMENT_MAGIC);
         if let Err(e) = first {
-            tracing::warn!("{}: {e}; its records were checked one by one", path.display());
+            tracing::warn!(
+                "{}: {e}; its records were checked one by one",
+                path.display()
+            );
         }
         seg.set_published(keep as u32);
         segments.push(Arc::new(seg));
@@ -142,13 +148,9 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
     let writer = if sealed {
         None
     } else {
-        tail_segment.tail().map(|tail| {
-            if tail.at() == 0 {
-                Writer::start(queue.clone(), tail, host.segment_bytes)
-            } else {
-                Writer::resume(queue.clone(), tail, number, last_seq, scan.tally())
-            }
-        })
+        tail_segment
+            .tail()
+            .map(|tail| Writer::new(queue.clone(), tail, number, last_seq, scan.tally()))
     };
     let damaged = scan
         .damaged()

@@ -118,6 +118,11 @@ impl Queue {
 
     /// What is committed.
     pub fn tally(&self) -> Tally {
+        self.tally.load().1
+    }
+
+    /// The sequence number of the last committed record, and the tally up to it, of the same moment.
+    pub fn progress(&self) -> (u64, Tally) {
         self.tally.load()
     }
 
@@ -243,8 +248,10 @@ impl Queue {
 
     /// Resolves when the queue is sealed or removed.
     pub async fn sealed(&self) {
-        self.wait(&self.sealed_notify, || self.is_sealed() || self.is_removed())
-            .await;
+        self.wait(&self.sealed_notify, || {
+            self.is_sealed() || self.is_removed()
+        })
+        .await;
     }
 
     async fn wait(&self, notify: &Notify, ready: impl Fn() -> bool) {
@@ -277,7 +284,7 @@ impl Queue {
 
     /// For recovery, before anybody else has it.
     pub(super) fn set_recovered(&self, seq: u64, tally: &Tally, sealed: bool) {
-        self.tally.store(tally);
+        self.tally.store(seq, tally);
         self.page.word(COMMITTED).store(seq, Ordering::Release);
         self.last.store(seq, Ordering::Release);
         self.sealed.store(sealed, Ordering::Release);
@@ -285,7 +292,7 @@ impl Queue {
 
     /// For the writer, after it has published its segments.
     pub(super) fn committed(&self, seq: u64, tally: &Tally, sealed: bool) {
-        self.tally.store(tally);
+        self.tally.store(seq, tally);
         self.page.word(COMMITTED).store(seq, Ordering::Release);
         self.last.store(seq, Ordering::Release);
         if sealed {
@@ -305,10 +312,11 @@ impl Queue {
 
     /// For the writer: asks the keeper for the next segment, once.
     pub(super) fn want_segment(&self) {
-        if !self.wanted.load(Ordering::Relaxed) && !self.wanted.swap(true, Ordering::AcqRel) {
-            if let Some(h) = self.host.upgrade() {
-                h.wake();
-            }
+        if !self.wanted.load(Ordering::Relaxed)
+            && !self.wanted.swap(true, Ordering::AcqRel)
+            && let Some(h) = self.host.upgrade()
+        {
+            h.wake();
         }
     }
 
@@ -372,35 +380,37 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// A tally that one thread writes and others read whole (a sequence lock).
+/// A sequence number and its tally, written by one thread and read whole by others (a sequence lock).
 #[derive(Debug, Default)]
 struct TallyCell {
     version: AtomicU64,
-    words: [AtomicU64; 3],
+    words: [AtomicU64; 4],
 }
 
 impl TallyCell {
-    fn store(&self, t: &Tally) {
+    fn store(&self, seq: u64, t: &Tally) {
         let v = self.version.load(Ordering::Relaxed);
         self.version.store(v + 1, Ordering::Relaxed);
         fence(Ordering::Release);
-        for (w, x) in self.words.iter().zip([t.frames, t.bytes, t.digest]) {
+        for (w, x) in self.words.iter().zip([seq, t.frames, t.bytes, t.digest]) {
             w.store(x, Ordering::Relaxed);
         }
         self.version.store(v + 2, Ordering::Release);
     }
 
-    fn load(&self) -> Tally {
+    fn load(&self) -> (u64, Tally) {
         loop {
             let v = self.version.load(Ordering::Acquire);
-            let [frames, bytes, digest] = [0, 1, 2].map(|i| self.words[i].load(Ordering::Relaxed));
+            let [seq, frames, bytes, digest] =
+                [0, 1, 2, 3].map(|i| self.words[i].load(Ordering::Relaxed));
             fence(Ordering::Acquire);
-            if v % 2 == 0 && self.version.load(Ordering::Relaxed) == v {
-                return Tally {
+            if v.is_multiple_of(2) && self.version.load(Ordering::Relaxed) == v {
+                let t = Tally {
                     frames,
                     bytes,
                     digest,
                 };
+                return (seq, t);
             }
             std::hint::spin_loop();
         }

@@ -142,7 +142,9 @@ impl Reader {
         let d = Damaged {
             lane: self.queue.lane().clone(),
             first_seq: self.next_seq,
-            last_seq: next_seq.saturating_sub(1).clamp(self.next_seq, last.max(self.next_seq)),
+            last_seq: next_seq
+                .saturating_sub(1)
+                .clamp(self.next_seq, last.max(self.next_seq)),
         };
         self.damaged = Some((d.clone(), resume));
         d

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use gangway_shared::api::Tally;
 use gangway_shared::config::valid::SpoolConfig;
 use gangway_shared::id::{HoldId, LaneKey};
 use rustix::fs::{FlockOperation, flock};
@@ -106,8 +107,8 @@ impl Spool {
                 segment_bytes: host.segment_bytes,
             };
             let meta = dir.join(META);
-            let page = Page::create(&meta, &header.encode(QUEUE_MAGIC))
-                .map_err(SpoolError::io(&meta))?;
+            let page =
+                Page::create(&meta, &header.encode(QUEUE_MAGIC)).map_err(SpoolError::io(&meta))?;
             let seg = Arc::new(host.take(dir.join(segment_name(0)))?);
             let tail = seg
                 .tail()
@@ -123,7 +124,7 @@ impl Spool {
                 page,
                 segments: vec![seg],
             }));
-            let writer = Writer::start(queue.clone(), tail, host.segment_bytes);
+            let writer = Writer::new(queue.clone(), tail, 0, 0, Tally::default());
             Ok((writer, queue))
         })();
         match made {

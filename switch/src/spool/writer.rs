@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use gangway_shared::api::Tally;
 
-use super::format::{self, FILE_HEADER, Fields, FileHeader, Marker, RECORD_HEADER, Step, record_len};
+use super::format::{
+    self, FILE_HEADER, Fields, FileHeader, Marker, RECORD_HEADER, Step, record_len,
+};
 use super::map::{Segment, Tail};
 use super::queue::Queue;
 use crate::port::{FRAME_MAX, Frame, VnetHdr};
@@ -49,27 +51,15 @@ pub enum RejectedRecord {
 }
 
 impl Writer {
-    /// Of an empty first segment, whose header it writes and publishes.
-    pub(super) fn start(queue: Arc<Queue>, tail: Tail, segment_bytes: u64) -> Writer {
-        let mut w = Writer::resume(queue, tail, 0, 0, Tally::default());
-        let h = w.file_header(segment_bytes);
-        if let Some(b) = w.tail.buf(FILE_HEADER) {
-            b.copy_from_slice(&h.encode(format::SEGMENT_MAGIC));
-            w.tail.advance(FILE_HEADER);
-        }
-        w.tail.publish();
-        w
-    }
-
-    /// Behind what recovery found.
-    pub(super) fn resume(
+    /// Behind record `last_seq` of segment `number`; writes and publishes the segment's header if it is empty.
+    pub(super) fn new(
         queue: Arc<Queue>,
         tail: Tail,
         number: u32,
         last_seq: u64,
         tally: Tally,
     ) -> Writer {
-        Writer {
+        let mut w = Writer {
             queue,
             tail,
             left: None,
@@ -78,7 +68,13 @@ impl Writer {
             tally,
             dirty: false,
             sealed: false,
+        };
+        if w.tail.at() == 0 {
+            let header = w.file_header(w.tail.room() as u64);
+            put_header(&mut w.tail, &header);
+            w.tail.publish();
         }
+        w
     }
 
     fn file_header(&self, segment_bytes: u64) -> FileHeader {
@@ -191,11 +187,7 @@ impl Writer {
         let mut tail = next.tail().ok_or(NoRoom)?;
         // The next segment's header first: a marker always points to a complete one.
         self.number += 1;
-        let header = self.file_header(next.len() as u64);
-        if let Some(b) = tail.buf(FILE_HEADER) {
-            b.copy_from_slice(&header.encode(format::SEGMENT_MAGIC));
-            tail.advance(FILE_HEADER);
-        }
+        put_header(&mut tail, &self.file_header(next.len() as u64));
         self.put_marker(Marker::Next);
         let left = std::mem::replace(&mut self.tail, tail).leave();
         self.left.get_or_insert(left);
@@ -238,5 +230,12 @@ impl Writer {
         }
         self.tail.publish();
         self.queue.committed(self.next_seq - 1, &self.tally, seal);
+    }
+}
+
+fn put_header(tail: &mut Tail, header: &FileHeader) {
+    if let Some(b) = tail.buf(FILE_HEADER) {
+        b.copy_from_slice(&header.encode(format::SEGMENT_MAGIC));
+        tail.advance(FILE_HEADER);
     }
 }

@@ -1,0 +1,142 @@
+//! Who may ship what: the first words on a connection.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use gangway_shared::api::{Refusal, RefusalCode, VERSION};
+use gangway_shared::id::HoldId;
+use gangway_shared::ship::{ToSource, ToTarget};
+use quinn::{Connection, SendStream};
+use tokio::time::timeout;
+
+use super::incoming::Incoming;
+use super::{HOST_SUFFIX, ShipError, receive, wire};
+
+/// How long a connection may take to say what it wants.
+const HELLO: Duration = Duration::from_secs(3);
+
+/// The shipments that are expected on this host.
+#[derive(Debug, Default)]
+pub struct Acceptor {
+    expected: Mutex<HashMap<HoldId, Arc<Incoming>>>,
+}
+
+impl Acceptor {
+    /// Expects nothing yet.
+    pub fn new() -> Acceptor {
+        Acceptor::default()
+    }
+
+    /// Expects a shipment. One of the same hold is stopped and returned.
+    pub fn register(&self, incoming: Arc<Incoming>) -> Option<Arc<Incoming>> {
+        let old = self.lock().insert(incoming.hold, incoming);
+        if let Some(o) = &old {
+            o.stop();
+        }
+        old
+    }
+
+    /// Expects it no more, and stops it.
+    pub fn unregister(&self, hold: HoldId) -> Option<Arc<Incoming>> {
+        let old = self.lock().remove(&hold);
+        if let Some(o) = &old {
+            o.stop();
+        }
+        old
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<HoldId, Arc<Incoming>>> {
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Serves a connection (ALPN [`gangway_shared::ship::ALPN`]) of the host `peer_name`, as its verified certificate
+    /// says, until it ends. To be spawned.
+    pub async fn accept(self: Arc<Self>, conn: Connection, peer_name: String) {
+        if let Err(e) = self.serve(&conn, &peer_name).await {
+            tracing::info!(peer = %peer_name, "shipment: {e}");
+        }
+        conn.close(quinn::VarInt::from_u32(0), b"");
+    }
+
+    async fn serve(&self, conn: &Connection, peer: &str) -> Result<(), ShipError> {
+        let hello = async {
+            let (mut answers, mut control) = conn.accept_bi().await.map_err(wire::lost)?;
+            match wire::from_source(&mut control).await {
+                Ok(Some(first)) => Ok((answers, control, first)),
+                Ok(None) => Err(ShipError::Protocol("no first message".into())),
+                Err(e) => {
+                    refuse(conn, &mut answers, malformed(&e)).await;
+                    Err(e)
+                }
+            }
+        };
+        let hello = timeout(HELLO, hello).await;
+        let (mut answers, control, first) = hello.map_err(|_| ShipError::Timeout(None))??;
+        match self.admit(&first, peer) {
+            Ok(incoming) => receive::run(incoming, conn, control, answers).await,
+            Err(r) => {
+                refuse(conn, &mut answers, r.clone()).await;
+                Err(ShipError::Refused(r))
+            }
+        }
+    }
+
+    fn admit(&self, first: &ToTarget, peer: &str) -> Result<Arc<Incoming>, Refusal> {
+        let refuse = |code, message: String| Err(Refusal { code, message });
+        let ToTarget::Hello {
+            version,
+            hold,
+            ticket,
+        } = first
+        else {
+            return refuse(RefusalCode::Malformed, "no hello at the start".into());
+        };
+        if *version != VERSION {
+            let m =
+                format!("this switch speaks version {VERSION}, the peer {version}; upgrade one");
+            return refuse(RefusalCode::Version, m);
+        }
+        let Some(incoming) = self.lock().get(hold).cloned() else {
+            let m = format!("no shipment of hold {hold} is expected here");
+            return refuse(RefusalCode::Unknown, m);
+        };
+        let peer = peer.strip_suffix(HOST_SUFFIX).unwrap_or(peer);
+        if peer != incoming.source_host {
+            let m = format!(
+                "hold {hold} is expected from host '{}', not from '{peer}'",
+                incoming.source_host
+            );
+            return refuse(RefusalCode::Unknown, m);
+        }
+        if !same(ticket, &incoming.ticket) {
+            let m = format!("the ticket is not that of hold {hold}");
+            return refuse(RefusalCode::Unknown, m);
+        }
+        Ok(incoming)
+    }
+}
+
+/// Compares in a time that does not depend on the content.
+fn same(a: &[u8; 32], b: &[u8; 32]) -> bool {
+    let diff = a.iter().zip(b).fold(0, |d, (x, y)| d | (x ^ y));
+    std::hint::black_box(diff) == 0
+}
+
+pub(super) fn malformed(e: &ShipError) -> Refusal {
+    Refusal {
+        code: RefusalCode::Malformed,
+        message: e.to_string(),
+    }
+}
+
+/// Says no, and gives the peer a moment to read it.
+pub(super) async fn refuse(conn: &Connection, answers: &mut SendStream, r: Refusal) {
+    if wire::to_source(answers, &ToSource::Refused(r))
+        .await
+        .is_ok()
+    {
+        let _ = answers.finish();
+        let _ = timeout(Duration::from_secs(1), conn.closed()).await;
+    }
+}

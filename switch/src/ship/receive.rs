@@ -1,0 +1,426 @@
+//! The target's work on one connection: queues for the lanes, records into them, syncs, acknowledgements.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::{Buf, BytesMut};
+use gangway_shared::api::{Refusal, RefusalCode, Tally};
+use gangway_shared::ship::{ToSource, ToTarget};
+use quinn::{Connection, RecvStream, SendStream};
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use super::accept::{malformed, refuse};
+use super::incoming::{Incoming, Lane};
+use super::wire::{self, lost};
+use super::{LANES_MAX, ShipError};
+use crate::spool::format::stream_len;
+use crate::spool::{Kind, Queue, RejectedRecord, Writer};
+
+/// Acknowledgements that nobody waits for go out together, this far apart.
+const CALM: Duration = Duration::from_millis(1);
+/// How long a lane's stream waits for the message that names the lane.
+const NAMED: Duration = Duration::from_secs(3);
+/// While the spool has no room.
+const RETRY: Duration = Duration::from_millis(1);
+/// Syncs at the same time.
+const SYNCS: usize = 8;
+
+/// Numbers of this connection's lanes; place in [`super::incoming::State::lanes`].
+#[derive(Debug, Default)]
+struct Numbers {
+    place: Mutex<HashMap<u32, usize>>,
+    named: Notify,
+}
+
+impl Numbers {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u32, usize>> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn get(&self, lane: u32) -> usize {
+        loop {
+            let named = self.named.notified();
+            tokio::pin!(named);
+            named.as_mut().enable();
+            if let Some(n) = self.lock().get(&lane) {
+                return *n;
+            }
+            named.await;
+        }
+    }
+}
+
+/// Until the connection ends. One that was there before is ended first.
+pub(super) async fn run(
+    incoming: Arc<Incoming>,
+    conn: &Connection,
+    control: RecvStream,
+    mut answers: SendStream,
+) -> Result<(), ShipError> {
+    let old = incoming.update(|s| {
+        if s.stopped {
+            return Err(());
+        }
+        Ok(s.conn.replace(conn.clone()))
+    });
+    match old {
+        Err(()) => {
+            let r = Refusal {
+                code: RefusalCode::State,
+                message: format!("hold {} takes no shipment any more", incoming.hold),
+            };
+            refuse(conn, &mut answers, r.clone()).await;
+            return Err(ShipError::Refused(r));
+        }
+        Ok(Some(old)) => old.close(quinn::VarInt::from_u32(0), b"replaced"),
+        Ok(None) => {}
+    }
+    let _turn = incoming.turn.lock().await;
+    let mut tasks = JoinSet::new();
+    let r = session(&incoming, conn, control, &mut answers, &mut tasks).await;
+    // Each gives its writer back when it is dropped.
+    tasks.shutdown().await;
+    incoming.update(|s| {
+        let ours = s.conn.as_ref().map(Connection::stable_id) == Some(conn.stable_id());
+        if ours {
+            s.conn = None;
+        }
+        let done = !s.lanes.is_empty() && s.lanes.iter().all(|l| l.complete);
+        if let (Err(e), false) = (&r, done) {
+            s.error = Some(e.to_string());
+        }
+    });
+    let refusal = match &r {
+        Err(ShipError::Refused(r)) => Some(r.clone()),
+        Err(e @ (ShipError::Protocol(_) | ShipError::Disagree { .. })) => Some(malformed(e)),
+        _ => None,
+    };
+    if let Some(refusal) = refusal {
+        refuse(conn, &mut answers, refusal).await;
+    }
+    r
+}
+
+async fn session(
+    incoming: &Arc<Incoming>,
+    conn: &Connection,
+    control: RecvStream,
+    answers: &mut SendStream,
+    tasks: &mut JoinSet<Result<(), ShipError>>,
+) -> Result<(), ShipError> {
+    let all: Vec<_> = incoming
+        .lock()
+        .lanes
+        .iter()
+        .map(|l| l.queue.clone())
+        .collect();
+    sync(all).await?;
+    let watermarks = incoming.update(|s| {
+        s.error = None;
+        let lanes = s.lanes.iter();
+        lanes.map(|l| (l.key.clone(), l.queue.last_seq())).collect()
+    });
+    wire::to_source(answers, &ToSource::Welcome { watermarks }).await?;
+
+    let numbers = Arc::new(Numbers::default());
+    tasks.spawn(messages(incoming.clone(), control, numbers.clone()));
+    let mut acked = HashMap::new();
+    loop {
+        tokio::select! {
+            Some(r) = tasks.join_next() => match r {
+                Ok(r) => r?,
+                Err(e) => return Err(ShipError::Connection(format!("a task failed: {e}"))),
+            },
+            s = conn.accept_uni() => {
+                tasks.spawn(stream(incoming.clone(), s.map_err(lost)?, numbers.clone()));
+            }
+            () = incoming.received.notified() => {
+                acknowledge(incoming, &numbers, &mut acked, answers).await?;
+                let _ = timeout(CALM, incoming.urgent.notified()).await;
+            }
+        }
+        if incoming.lock().aborted {
+            return Ok(());
+        }
+    }
+}
+
+/// The control stream. Ends with the connection, or with an abort.
+async fn messages(
+    incoming: Arc<Incoming>,
+    mut control: RecvStream,
+    numbers: Arc<Numbers>,
+) -> Result<(), ShipError> {
+    loop {
+        match wire::from_source(&mut control).await? {
+            Some(ToTarget::Lane { lane, key, inside }) => {
+                let known = incoming.lock().lanes.iter().position(|l| l.key == key);
+                let place = match known {
+                    Some(n) => n,
+                    None => {
+                        let (writer, queue) = make_queue(&incoming, key.clone(), inside).await?;
+                        incoming.update(|s| {
+                            s.lanes.push(Lane {
+                                key,
+                                inside,
+                                queue,
+                                writer: Some(writer),
+                                end: None,
+                                complete: false,
+                                mismatch: None,
+                                acked: Tally::default(),
+                            });
+                            s.lanes.len() - 1
+                        })
+                    }
+                };
+                if numbers.lock().insert(lane, place).is_some() {
+                    return Err(ShipError::Protocol(format!("lane {lane} was named twice")));
+                }
+                numbers.named.notify_waiters();
+            }
+            Some(ToTarget::End { lane, tally }) => {
+                let place = numbers.lock().get(&lane).copied();
+                incoming.update(|s| match place.and_then(|p| s.lanes.get_mut(p)) {
+                    Some(l) => {
+                        l.end = Some(tally);
+                        Ok(())
+                    }
+                    None => Err(ShipError::Protocol(format!("lane {lane} was not named"))),
+                })?;
+                incoming.received.notify_one();
+                incoming.urgent.notify_one();
+            }
+            Some(ToTarget::Abort) => {
+                incoming.update(|s| s.aborted = true);
+                return Ok(());
+            }
+            Some(ToTarget::Hello { .. }) => {
+                return Err(ShipError::Protocol("a second hello".into()));
+            }
+            None => return Err(ShipError::Connection("the source ended it".into())),
+        }
+    }
+}
+
+async fn make_queue(
+    incoming: &Arc<Incoming>,
+    key: gangway_shared::id::LaneKey,
+    inside: bool,
+) -> Result<(Writer, Arc<Queue>), ShipError> {
+    let no = |message| {
+        ShipError::Refused(Refusal {
+            code: RefusalCode::Resources,
+            message,
+        })
+    };
+    if incoming.lock().lanes.len() >= LANES_MAX {
+        return Err(no(format!("more than {LANES_MAX} lanes in one hold")));
+    }
+    let i = incoming.clone();
+    let made = tokio::task::spawn_blocking(move || {
+        let (writer, queue) = i.spool.create(i.hold, Kind::Incoming, &key)?;
+        queue.set_inside(inside);
+        queue.sync()?;
+        Ok((writer, queue))
+    });
+    match made.await {
+        Ok(Ok(m)) => Ok(m),
+        Ok(Err::<_, crate::spool::SpoolError>(e)) => Err(no(e.to_string())),
+        Err(e) => Err(no(e.to_string())),
+    }
+}
+
+/// A lane's writer, which goes back to the lane whatever happens.
+struct Borrowed {
+    incoming: Arc<Incoming>,
+    place: usize,
+    writer: Option<Writer>,
+}
+
+impl Borrowed {
+    fn take(incoming: Arc<Incoming>, place: usize) -> Option<Borrowed> {
+        let writer = incoming.lock().lanes.get_mut(place)?.writer.take()?;
+        Some(Borrowed {
+            incoming,
+            place,
+            writer: Some(writer),
+        })
+    }
+}
+
+impl Drop for Borrowed {
+    fn drop(&mut self) {
+        let writer = self.writer.take().map(|mut w| {
+            w.commit();
+            w
+        });
+        if let Some(l) = self.incoming.lock().lanes.get_mut(self.place) {
+            l.writer = writer;
+        }
+        self.incoming.received.notify_one();
+        self.incoming.urgent.notify_one();
+    }
+}
+
+async fn stream(
+    incoming: Arc<Incoming>,
+    mut s: RecvStream,
+    numbers: Arc<Numbers>,
+) -> Result<(), ShipError> {
+    let open = wire::read_lane_open(&mut s).await?;
+    let lane = open.lane;
+    let place = timeout(NAMED, numbers.get(lane)).await;
+    let place =
+        place.map_err(|_| ShipError::Protocol(format!("a stream of lane {lane}, unnamed")))?;
+    let mut b = Borrowed::take(incoming.clone(), place)
+        .ok_or_else(|| ShipError::Protocol(format!("a second stream of lane {lane}")))?;
+    let Some(writer) = b.writer.as_mut() else {
+        return Ok(());
+    };
+    if open.first_seq > writer.next_seq() {
+        return Err(ShipError::Protocol(format!(
+            "lane {lane} goes on at record {}, {} is missing",
+            open.first_seq,
+            writer.next_seq()
+        )));
+    }
+    let mut buf = BytesMut::new();
+    while let Some(chunk) = s.read_chunk(64 << 10, true).await.map_err(lost)? {
+        buf.extend_from_slice(&chunk.bytes);
+        loop {
+            let garbage =
+                |e: &dyn std::fmt::Display| ShipError::Protocol(format!("lane {lane}: {e}"));
+            let Some(len) = stream_len(&buf).map_err(|e| garbage(&e))? else {
+                break;
+            };
+            let Some(record) = buf.get(..len) else { break };
+            match writer.append_record(record) {
+                Ok(_) => buf.advance(len),
+                // Sent again after a lost connection.
+                Err(RejectedRecord::Sequence { found, expected }) if found < expected => {
+                    buf.advance(len);
+                }
+                Err(RejectedRecord::NoRoom(_)) => {
+                    writer.commit();
+                    wait_for_room(writer, &incoming).await?;
+                }
+                Err(e) => return Err(garbage(&e)),
+            }
+        }
+        writer.commit();
+        incoming.received.notify_one();
+    }
+    if buf.is_empty() {
+        Ok(())
+    } else {
+        Err(ShipError::Protocol(format!(
+            "lane {lane} ends inside a record"
+        )))
+    }
+}
+
+async fn wait_for_room(writer: &Writer, incoming: &Incoming) -> Result<(), ShipError> {
+    let q = writer.queue();
+    if let Some(e) = q.failed() {
+        return Err(ShipError::Refused(Refusal {
+            code: RefusalCode::Internal,
+            message: format!("the target's spool has stopped: {e}"),
+        }));
+    }
+    if q.is_removed() {
+        return Err(ShipError::Closed);
+    }
+    incoming.received.notify_one();
+    sleep(RETRY).await;
+    Ok(())
+}
+
+/// Syncs and acknowledges what has come since the last time.
+async fn acknowledge(
+    incoming: &Arc<Incoming>,
+    numbers: &Numbers,
+    acked: &mut HashMap<u32, (u64, bool)>,
+    answers: &mut SendStream,
+) -> Result<(), ShipError> {
+    let places: Vec<(u32, usize)> = numbers.lock().iter().map(|(n, p)| (*n, *p)).collect();
+    let mut due = Vec::new();
+    incoming.update(|s| {
+        for (lane, place) in places {
+            let Some(l) = s.lanes.get_mut(place) else {
+                continue;
+            };
+            let ended = at_end(l)?;
+            let (seq, tally) = l.queue.progress();
+            if acked.get(&lane) != Some(&(seq, ended)) && (seq > 0 || ended) {
+                due.push((lane, place, seq, tally, ended, l.queue.clone()));
+            }
+        }
+        Ok::<_, ShipError>(())
+    })?;
+    if due.is_empty() {
+        return Ok(());
+    }
+    sync(due.iter().map(|d| d.5.clone()).collect()).await?;
+    for (lane, place, seq, tally, complete, _) in due {
+        acked.insert(lane, (seq, complete));
+        incoming.update(|s| {
+            if let Some(l) = s.lanes.get_mut(place) {
+                l.acked = tally;
+                l.complete |= complete;
+            }
+        });
+        let m = ToSource::Ack {
+            lane,
+            seq,
+            tally,
+            complete,
+        };
+        wire::to_source(answers, &m).await?;
+    }
+    Ok(())
+}
+
+/// True if everything is here that the source has announced; seals the queue then.
+fn at_end(l: &mut Lane) -> Result<bool, ShipError> {
+    let Some(end) = l.end else { return Ok(false) };
+    let here = l.queue.tally();
+    if here == end {
+        if let Some(mut w) = l.writer.take() {
+            w.seal();
+        }
+        // While a stream still has the writer its end is not seen yet.
+        return Ok(l.queue.is_sealed());
+    }
+    if here.frames < end.frames && !l.queue.is_sealed() {
+        return Ok(false);
+    }
+    let what = format!("source has {end:?}, target {here:?}");
+    l.mismatch = Some(what.clone());
+    Err(ShipError::Disagree {
+        lane: l.key.clone(),
+        what,
+    })
+}
+
+/// Syncs several queues, a few at a time.
+async fn sync(queues: Vec<Arc<Queue>>) -> Result<(), ShipError> {
+    let mut work = JoinSet::new();
+    let each = queues.len().div_ceil(SYNCS).max(1);
+    for part in queues.chunks(each).map(<[_]>::to_vec) {
+        work.spawn_blocking(move || part.iter().try_for_each(|q| q.sync()));
+    }
+    while let Some(r) = work.join_next().await {
+        let r = r.map_err(|e| e.to_string());
+        r.and_then(|r| r.map_err(|e| e.to_string())).map_err(|e| {
+            ShipError::Refused(Refusal {
+                code: RefusalCode::Internal,
+                message: format!("the target can't sync: {e}"),
+            })
+        })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,274 @@
+//! The source's work: connect, be welcomed, pump each lane, note acknowledgements; and again.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use gangway_shared::api::{Tally, VERSION};
+use gangway_shared::ship::{LaneOpen, ToSource, ToTarget};
+use quinn::{Connection, RecvStream, SendStream};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use super::outgoing::{Ending, Outgoing};
+use super::wire::{self, lost};
+use super::{ShipError, server_name};
+use crate::spool::Queue;
+
+const BACKOFF_MIN: Duration = Duration::from_millis(20);
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// For each step up to the welcome.
+const HANDSHAKE: Duration = Duration::from_secs(3);
+/// Records are gathered up to this many bytes before they go to QUIC.
+const CHUNK: usize = 64 << 10;
+/// A lane that has caught up looks again after this long (or at its seal), so that a writer need not wake us for each
+/// of its bursts.
+const CALM: Duration = Duration::from_millis(1);
+
+/// Until it is closed or fails for good.
+pub(super) async fn run(out: Arc<Outgoing>) {
+    let mut backoff = BACKOFF_MIN;
+    loop {
+        let r = session(&out, &mut backoff).await;
+        let e = r.err().unwrap_or(ShipError::Closed);
+        tracing::debug!(hold = %out.args.hold, "shipment: {e}");
+        let over = out.update(|s| {
+            s.connected = false;
+            let first_refusal = !s.welcomed && matches!(e, ShipError::Refused(_));
+            if s.end.is_some() {
+                s.fatal.get_or_insert(ShipError::Closed);
+            } else if e.is_final() || first_refusal {
+                s.fatal = Some(e.clone());
+            }
+            s.error = Some(e);
+            s.fatal.is_some()
+        });
+        if over {
+            return;
+        }
+        tokio::select! {
+            () = sleep(backoff) => {}
+            () = ending(&out) => {}
+        }
+        backoff = (backoff * 2).min(BACKOFF_MAX);
+    }
+}
+
+/// Resolves when the shipment is to end.
+async fn ending(out: &Outgoing) {
+    while out.lock().end.is_none() {
+        out.poke.notified().await;
+    }
+}
+
+async fn session(out: &Arc<Outgoing>, backoff: &mut Duration) -> Result<(), ShipError> {
+    if out.lock().end.is_some() {
+        return Ok(());
+    }
+    let conn = tokio::select! {
+        r = timeout(HANDSHAKE, connect(out)) => r.map_err(|_| {
+            ShipError::Connection(format!("{} does not answer", out.args.target_address))
+        })??,
+        () = ending(out) => return Ok(()),
+    };
+    let r = connected(out, &conn, backoff).await;
+    conn.close(quinn::VarInt::from_u32(0), b"");
+    r
+}
+
+async fn connect(out: &Outgoing) -> Result<Connection, ShipError> {
+    let address = &out.args.target_address;
+    let bad = |e: &dyn std::fmt::Display| ShipError::Connection(format!("{address}: {e}"));
+    let mut found = tokio::net::lookup_host(address)
+        .await
+        .map_err(|e| bad(&e))?;
+    let to: SocketAddr = found.next().ok_or_else(|| bad(&"no such host"))?;
+    let name = server_name(&out.args.target_host);
+    let connecting = out
+        .endpoint
+        .connect_with(out.client.clone(), to, &name)
+        .map_err(|e| bad(&e))?;
+    connecting.await.map_err(|e| bad(&e))
+}
+
+/// What lane tasks tell the session.
+struct LaneEnd {
+    lane: u32,
+    tally: Tally,
+}
+
+async fn connected(
+    out: &Arc<Outgoing>,
+    conn: &Connection,
+    backoff: &mut Duration,
+) -> Result<(), ShipError> {
+    let (mut control, mut answers) = conn.open_bi().await.map_err(lost)?;
+    let hello = ToTarget::Hello {
+        version: VERSION,
+        hold: out.args.hold,
+        ticket: out.args.ticket,
+    };
+    wire::to_target(&mut control, &hello).await?;
+    let answer = timeout(HANDSHAKE, wire::from_target(&mut answers)).await;
+    let watermarks = match answer.map_err(|_| ShipError::Timeout(None))?? {
+        Some(ToSource::Welcome { watermarks }) => watermarks,
+        Some(ToSource::Refused(r)) => return Err(ShipError::Refused(r)),
+        Some(m) => return Err(ShipError::Protocol(format!("{m:?} instead of a welcome"))),
+        None => return Err(ShipError::Connection("closed before the welcome".into())),
+    };
+    *backoff = BACKOFF_MIN;
+    out.update(|s| {
+        s.connected = true;
+        s.welcomed = true;
+        s.error = None;
+    });
+
+    let (ends, mut ended) = mpsc::channel::<LaneEnd>(16);
+    let mut tasks = JoinSet::new();
+    tasks.spawn(acknowledgements(out.clone(), answers));
+    let mut started = 0;
+    loop {
+        let (fresh, end) = {
+            let s = out.lock();
+            (s.lanes.get(started..).unwrap_or_default().to_vec(), s.end)
+        };
+        match end {
+            Some(Ending::Abort) => {
+                wire::to_target(&mut control, &ToTarget::Abort).await?;
+                let _ = control.finish();
+                // The target closes when it has read that.
+                let _ = timeout(Duration::from_secs(1), conn.closed()).await;
+                return Ok(());
+            }
+            Some(Ending::Close) => return Ok(()),
+            None => {}
+        }
+        for l in fresh {
+            let lane = started as u32;
+            started += 1;
+            let message = ToTarget::Lane {
+                lane,
+                key: l.key.clone(),
+                inside: l.inside,
+            };
+            wire::to_target(&mut control, &message).await?;
+            let safe = watermarks.iter().find(|(k, _)| *k == l.key);
+            let safe = safe.map_or(0, |(_, seq)| *seq);
+            if safe > l.queue.last_seq() {
+                return Err(ShipError::Disagree {
+                    lane: l.key,
+                    what: format!(
+                        "the target has {safe} records, only {} are here",
+                        l.queue.last_seq()
+                    ),
+                });
+            }
+            tasks.spawn(pump(conn.clone(), lane, l.queue, safe, ends.clone()));
+        }
+        tokio::select! {
+            Some(e) = ended.recv() => {
+                let message = ToTarget::End { lane: e.lane, tally: e.tally };
+                wire::to_target(&mut control, &message).await?;
+            }
+            // The acknowledgements' task ends only with an error.
+            Some(r) = tasks.join_next() => match r {
+                Ok(r) => r?,
+                Err(e) => return Err(ShipError::Connection(format!("a task failed: {e}"))),
+            },
+            () = out.poke.notified() => {}
+        }
+    }
+}
+
+/// Sends what is behind record `safe`, until the queue is sealed and all of it is sent.
+async fn pump(
+    conn: Connection,
+    lane: u32,
+    queue: Arc<Queue>,
+    safe: u64,
+    ends: mpsc::Sender<LaneEnd>,
+) -> Result<(), ShipError> {
+    let mut reader = queue.reader();
+    if let Some(d) = reader.skip_to(safe).into_iter().next() {
+        return Err(d.into());
+    }
+    let mut stream: Option<SendStream> = None;
+    let mut chunk = BytesMut::new();
+    while !reader.finished() {
+        while chunk.len() < CHUNK {
+            let Some(r) = reader.peek()? else { break };
+            if chunk.is_empty() {
+                chunk.reserve(CHUNK + r.raw.len());
+            }
+            chunk.extend_from_slice(r.raw);
+            reader.advance();
+        }
+        if chunk.is_empty() {
+            if queue.is_removed() {
+                return Ok(());
+            }
+            let _ = timeout(CALM, queue.sealed()).await;
+            reader.ready().await;
+            continue;
+        }
+        let s = match &mut stream {
+            Some(s) => s,
+            none => {
+                let mut s = conn.open_uni().await.map_err(lost)?;
+                let first_seq = safe + 1;
+                wire::lane_open(&mut s, &LaneOpen { lane, first_seq }).await?;
+                none.insert(s)
+            }
+        };
+        s.write_chunk(chunk.split().freeze()).await.map_err(lost)?;
+    }
+    if let Some(mut s) = stream {
+        // It is closed already if the connection is, and then all is done again.
+        let _ = s.finish();
+    }
+    let tally = reader.tally();
+    let _ = ends.send(LaneEnd { lane, tally }).await;
+    Ok(())
+}
+
+/// Notes what the target has. Ends with an error.
+async fn acknowledgements(out: Arc<Outgoing>, mut answers: RecvStream) -> Result<(), ShipError> {
+    loop {
+        match wire::from_target(&mut answers).await? {
+            Some(ToSource::Ack {
+                lane,
+                seq,
+                tally,
+                complete,
+            }) => out.update(|s| {
+                let Some(l) = s.lanes.get_mut(lane as usize) else {
+                    return Err(ShipError::Protocol(format!("lane {lane} does not exist")));
+                };
+                let disagree = |what| ShipError::Disagree {
+                    lane: l.key.clone(),
+                    what,
+                };
+                if seq > l.queue.last_seq() {
+                    return Err(disagree(format!("record {seq} acknowledged, never sent")));
+                }
+                if complete && (tally != l.queue.tally() || !l.queue.is_sealed()) {
+                    return Err(disagree(format!(
+                        "source has {:?}, target {tally:?}",
+                        l.queue.tally()
+                    )));
+                }
+                l.acked_seq = l.acked_seq.max(seq);
+                l.acked = tally;
+                l.complete |= complete;
+                Ok(())
+            })?,
+            Some(ToSource::Refused(r)) => return Err(ShipError::Refused(r)),
+            Some(ToSource::Welcome { .. }) => {
+                return Err(ShipError::Protocol("a second welcome".into()));
+            }
+            None => return Err(ShipError::Connection("the target ended it".into())),
+        }
+    }
+}

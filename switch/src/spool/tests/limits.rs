@@ -1,0 +1,191 @@
+use super::*;
+
+#[test]
+fn at_the_quota_the_writer_waits_until_another_hold_is_gone() {
+    let dir = tmp();
+    let cfg = config(dir.path(), 128 << 10, 8 * (128 << 10));
+    let (spool, _) = Spool::open(&cfg).unwrap();
+    let (mut w1, _q1) = spool.create(HoldId(1), Kind::Source, &lane(0)).unwrap();
+    let (mut w2, q2) = spool.create(HoldId(2), Kind::Source, &lane(0)).unwrap();
+    let mut full = |w: &mut Writer| {
+        let mut n = 0;
+        let mut idle = Instant::now();
+        while idle.elapsed() < Duration::from_millis(300) {
+            if w.has_room(1500) {
+                put(w, n, 1500);
+                n += 1;
+                idle = Instant::now();
+            }
+        }
+        w.commit();
+        n
+    };
+    let n1 = full(&mut w1);
+    assert!(n1 > 300, "{n1}");
+    let n2 = full(&mut w2);
+    let frame = bytes(0, 1500);
+    let frame = Frame::from_slice(vnet(0), &frame);
+    assert_eq!(w2.append(0, vnet(0), &frame), Err(NoRoom));
+    assert!(spool.used_bytes() <= cfg.quota_bytes);
+    let on_disk = disk_bytes(dir.path());
+    assert!(on_disk <= cfg.quota_bytes + (64 << 10), "{on_disk}");
+    let e = spool.create(HoldId(3), Kind::Source, &lane(0)).unwrap_err();
+    assert!(matches!(e, SpoolError::Quota { .. }), "{e}");
+
+    // The writer of the removed hold is still there, and has no room.
+    spool.remove_hold(HoldId(1)).unwrap();
+    assert!(!w1.has_room(64));
+    drop(w1);
+    until(|| w2.has_room(1500));
+    for n in n2..n2 + 200 {
+        put(&mut w2, n, 1500);
+    }
+    w2.commit();
+    assert_eq!(all(&q2).0.len() as u64, n2 + 200);
+    // Nothing of the failed creation is left.
+    assert!(
+        !dir.path()
+            .join(HoldId(3).to_string())
+            .join("s-0000")
+            .exists()
+    );
+}
+
+fn disk_bytes(dir: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::read_dir(dir)
+        .unwrap()
+        .map(|e| e.unwrap())
+        .map(|e| {
+            if e.path().is_dir() {
+                disk_bytes(&e.path())
+            } else {
+                e.metadata().unwrap().blocks() * 512
+            }
+        })
+        .sum()
+}
+
+#[test]
+fn a_removed_hold_gives_its_bytes_back_and_leaves_no_files() {
+    let dir = tmp();
+    let (spool, _) = open(dir.path());
+    let (mut w, q) = spool.create(HOLD, Kind::Source, &lane(0)).unwrap();
+    assert!(matches!(
+        spool.create(HOLD, Kind::Source, &lane(0)),
+        Err(SpoolError::Exists(..))
+    ));
+    for n in 0..2000 {
+        put(&mut w, n, 1500);
+    }
+    w.commit();
+    let mut r = q.reader();
+    assert_eq!(r.peek().unwrap().unwrap().seq, 1);
+    spool.remove_hold(HOLD).unwrap();
+    assert!(!dir.path().join(HOLD.to_string()).exists());
+    // Whoever still reads may go on reading what was there.
+    for n in 1..=2000 {
+        assert_eq!(r.peek().unwrap().unwrap().seq, n);
+        r.advance();
+    }
+    assert!(spool.used_bytes() > 0);
+    drop((w, r, q));
+    until(|| spool.used_bytes() == 0);
+    let (mut w, q) = spool.create(HOLD, Kind::Source, &lane(0)).unwrap();
+    put(&mut w, 3, 100);
+    w.commit();
+    assert_eq!(all(&q).0, [1]);
+}
+
+/// In a mount namespace of its own: this test runs itself again under `unshare`.
+#[test]
+fn a_full_disk_is_backpressure_and_no_signal() {
+    const INNER: &str = "GANGWAY_TEST_FULL_DISK";
+    if let Ok(dir) = std::env::var(INNER) {
+        let out = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=3m", "none", &dir])
+            .status();
+        assert!(out.unwrap().success());
+        return full_disk(Path::new(&dir));
+    }
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not root: no small file system to fill");
+        return;
+    }
+    let dir = tmp();
+    let out = std::process::Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "--"])
+        .arg(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "--nocapture",
+            "spool::tests::limits::a_full_disk_is_backpressure_and_no_signal",
+        ])
+        .env(INNER, dir.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(
+        out.status.success() && text.contains("full disk seen"),
+        "{out:?}"
+    );
+}
+
+fn full_disk(dir: &Path) {
+    let cfg = config(dir, 256 << 10, 1 << 30);
+    let (spool, _) = Spool::open(&cfg).unwrap();
+    let (mut w, q) = spool.create(HOLD, Kind::Source, &lane(0)).unwrap();
+    let mut n = 0;
+    let mut idle = Instant::now();
+    while idle.elapsed() < Duration::from_millis(400) {
+        if w.has_room(1500) {
+            put(&mut w, n, 1500);
+            w.commit();
+            n += 1;
+            idle = Instant::now();
+        }
+    }
+    assert!((1000..2000).contains(&n), "{n}");
+    let e = spool.create(HOLD, Kind::Source, &lane(1)).unwrap_err();
+    assert!(e.to_string().contains("No space left"), "{e}");
+    assert_eq!(all(&q).0.len() as u64, n);
+    assert!(q.failed().is_none());
+    println!("full disk seen: {e}");
+}
+
+#[test]
+fn names_that_do_not_fit_are_refused() {
+    let dir = tmp();
+    let (spool, _) = open(dir.path());
+    for from in [String::new(), "x".repeat(65)] {
+        let key = LaneKey { from, ..lane(0) };
+        assert!(matches!(
+            spool.create(HOLD, Kind::Source, &key),
+            Err(SpoolError::Name(_))
+        ));
+    }
+}
+
+#[test]
+fn sync_covers_what_is_committed_under_each_policy() {
+    for sync in [Sync::Batch, Sync::Each, Sync::None] {
+        let dir = tmp();
+        let cfg = SpoolConfig {
+            sync,
+            ..config(dir.path(), 128 << 10, 8 << 20)
+        };
+        let (spool, _) = Spool::open(&cfg).unwrap();
+        let (mut w, q) = spool.create(HOLD, Kind::Source, &lane(0)).unwrap();
+        q.sync().unwrap();
+        for n in 0..300 {
+            put(&mut w, n, 1500);
+            if n % 32 == 0 {
+                w.commit();
+            }
+        }
+        w.seal();
+        q.sync().unwrap();
+        q.sync().unwrap();
+        assert_eq!(q.failed(), None);
+    }
+}
