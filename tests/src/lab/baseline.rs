@@ -5,6 +5,7 @@
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -51,9 +52,21 @@ impl Default for Phases {
     }
 }
 
-/// Boots the group on A, moves it to B under traffic, and judges. `say` hears of the progress.
-pub fn run(group: &Group, recipe: Recipe, phases: Phases, say: &mut dyn FnMut(&str)) -> Result<Run> {
+/// Boots the group on A, moves it to B under traffic, and judges. `say` hears of the progress; logs are left in `logs`.
+pub fn run(
+    group: &Group,
+    recipe: Recipe,
+    phases: Phases,
+    logs: &Path,
+    say: &mut dyn FnMut(&str),
+) -> Result<Run> {
     let lab = Lab::new()?;
+    let result = run_in(&lab, group, recipe, phases, say);
+    lab.keep_logs(logs)?;
+    result
+}
+
+fn run_in(lab: &Lab, group: &Group, recipe: Recipe, phases: Phases, say: &mut dyn FnMut(&str)) -> Result<Run> {
     for host in [&lab.a, &lab.b] {
         host.start_bridge()?;
         group.vms.iter().try_for_each(|vm| host.bridge_tap(&vm.name))?;
@@ -64,7 +77,7 @@ pub fn run(group: &Group, recipe: Recipe, phases: Phases, say: &mut dyn FnMut(&s
         vms.collect::<Result<Vec<Vm>>>()
     };
     let mut sources = start(&lab.a, Incoming::No)?;
-    let mut traffic = Traffic::new(&lab, group)?;
+    let mut traffic = Traffic::new(lab, group)?;
     sources.iter().try_for_each(|vm| vm.wait_ready(Duration::from_secs(60)))?;
     traffic.start()?;
     say("the VMs run on A, traffic flows");

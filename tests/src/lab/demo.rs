@@ -50,9 +50,12 @@ pub fn run(options: &Options) -> Result<bool> {
     let mut report = Report::default();
     if options.baseline || options.baseline_only {
         say("baseline: gang stop on Linux bridges");
-        report.baseline = Some(baseline::run(&group, Recipe::GangStop, Phases::default(), &mut say)?);
+        let logs = options.out.join("logs/gang-stop");
+        report.baseline = Some(baseline::run(&group, Recipe::GangStop, Phases::default(), &logs, &mut say)?);
         say("baseline: one by one on Linux bridges");
-        report.baseline_one_by_one = Some(baseline::run(&group, Recipe::OneByOne, Phases::default(), &mut say)?);
+        let logs = options.out.join("logs/one-by-one");
+        let run = baseline::run(&group, Recipe::OneByOne, Phases::default(), &logs, &mut say)?;
+        report.baseline_one_by_one = Some(run);
     }
     let path = report.write(&options.out)?;
     println!("\n{}", table::render(&report));

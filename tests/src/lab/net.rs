@@ -71,21 +71,21 @@ impl Netns {
 
     /// A bridge that forwards at once and only what it is given.
     pub fn bridge(&self, name: &str) -> Result<()> {
-        self.ip(&format!("link add {name} type bridge stp_state 0 forward_delay 0 mcast_snooping 0"))?;
-        self.ip(&format!("link set {name} up"))
+        self.ip(&format!("link add dev {name} type bridge stp_state 0 forward_delay 0 mcast_snooping 0"))?;
+        self.ip(&format!("link set dev {name} up"))
     }
 
     /// Puts a device on a bridge.
     pub fn enslave(&self, device: &str, bridge: &str) -> Result<()> {
-        self.ip(&format!("link set {device} master {bridge}"))?;
-        self.ip(&format!("link set {device} up"))
+        self.ip(&format!("link set dev {device} master {bridge}"))?;
+        self.ip(&format!("link set dev {device} up"))
     }
 
     /// A virtual cable from a device of ours to one of `peer`.
     pub fn cable(&self, device: &str, peer: &Netns, peer_device: &str) -> Result<()> {
-        self.ip(&format!("link add {device} type veth peer name {peer_device} netns {}", peer.name))?;
-        self.ip(&format!("link set {device} up"))?;
-        peer.ip(&format!("link set {peer_device} up"))
+        self.ip(&format!("link add dev {device} type veth peer name {peer_device} netns {}", peer.name))?;
+        self.ip(&format!("link set dev {device} up"))?;
+        peer.ip(&format!("link set dev {peer_device} up"))
     }
 
     /// Makes a device send whole frames with their checksums, as they look on a wire.
