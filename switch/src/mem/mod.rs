@@ -3,6 +3,8 @@
 //! Invariant: nothing here hands out a reference into shared memory; a [`Seg`] can only be copied from.
 #![allow(unsafe_code)]
 
+pub mod guest;
+
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 

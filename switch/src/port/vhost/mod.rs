@@ -1,1 +1,193 @@
-//! To be written.
+//! vhost-user ports: a guest's rings, served in its own memory. QEMU is the front-end, we are the back-end
+//! (<https://qemu-project.gitlab.io/qemu/interop/vhost-user.html>).
+//!
+//! - `conn`: the socket, for ever (dial or listen, again after each disconnect); a thread per port
+//! - [`session`]: one connection's requests; decides which rings run and attaches them
+//! - [`live`]: what changes under a running ring (memory, log, call) without stopping it
+//! - [`rx`], [`tx`]: the loops, which a worker runs; [`ring`]: the layout they run on
+//! - [`dirty`]: the log for live migration
+//!
+//! Invariant: nothing here waits for a guest, and nothing a guest writes makes the data path panic, log or run long.
+//! Invariant: a chain is given back to the guest only when its frame is safe, so a crash or a migration finds all others
+//! in guest memory.
+
+use std::fs::File;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use super::Attach;
+
+mod conn;
+pub mod csum;
+pub mod dirty;
+pub mod features;
+pub mod live;
+pub mod ring;
+pub mod rx;
+pub mod session;
+pub mod tx;
+
+#[cfg(test)]
+mod tests;
+
+/// A vhost-user port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VhostConfig {
+    /// For the log.
+    pub name: String,
+    /// The port's number for [`Attach`].
+    pub slot: usize,
+    /// The control socket.
+    pub socket: PathBuf,
+    /// We listen and QEMU dials (`reconnect=1`); otherwise QEMU listens.
+    pub server: bool,
+}
+
+/// What a port's guest and front-end are up to.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct VhostState {
+    /// A front-end is there.
+    pub connected: bool,
+    /// Connections so far.
+    pub connections: u64,
+    /// We take frames from the guest.
+    pub rx_running: bool,
+    /// We give frames to the guest.
+    pub tx_running: bool,
+    /// Virtio features that the guest accepted.
+    pub features: u64,
+    /// `VHOST_F_LOG_ALL`: a migration is on.
+    pub logging: bool,
+    /// Rings that broke.
+    pub broken: u64,
+    /// Starts of a ring that took up what an earlier back-end had left unfinished.
+    pub resumed: u64,
+    /// Frames taken from the guest since the ring's start.
+    pub rx_frames: u64,
+    /// Frames given to the guest since the ring's start.
+    pub tx_frames: u64,
+    /// Chains from the guest that were no frames since the ring's start.
+    pub malformed: u64,
+    /// Why the last connection ended or failed.
+    pub last_error: Option<String>,
+}
+
+/// What the port's handle, its thread and its session share.
+pub struct Shared {
+    name: String,
+    slot: usize,
+    attach: Arc<dyn Attach>,
+    /// Wakes the thread: to stop, or for a broken ring.
+    alarm: Arc<File>,
+    stop: AtomicBool,
+    stream: Mutex<Option<UnixStream>>,
+    state: Mutex<VhostState>,
+    controls: Mutex<[Option<Arc<live::Control>>; 2]>,
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    fn state<T>(&self, f: impl FnOnce(&mut VhostState) -> T) -> T {
+        f(&mut lock(&self.state))
+    }
+
+    fn set_control(&self, ring: usize, control: Option<Arc<live::Control>>) {
+        lock(&self.controls)[ring] = control;
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    /// Keeps a handle on the connection, so that [`VhostPort::stop`] can end a request that hangs.
+    fn set_stream(&self, stream: Option<UnixStream>) {
+        *lock(&self.stream) = stream;
+        if self.is_stopping() {
+            self.hang_up();
+        }
+    }
+
+    fn hang_up(&self) {
+        if let Some(s) = &*lock(&self.stream) {
+            let _ = s.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+/// A running port.
+pub struct VhostPort {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Serves the port's control socket in a thread of its own until it is stopped.
+///
+/// # Errors
+/// If the kernel gives no eventfd or thread.
+pub fn spawn(cfg: VhostConfig, attach: Arc<dyn Attach>) -> std::io::Result<VhostPort> {
+    use rustix::event::{EventfdFlags, eventfd};
+    let alarm = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+    let shared = Arc::new(Shared {
+        name: cfg.name.clone(),
+        slot: cfg.slot,
+        attach,
+        alarm: Arc::new(File::from(alarm)),
+        stop: AtomicBool::new(false),
+        stream: Mutex::new(None),
+        state: Mutex::default(),
+        controls: Mutex::default(),
+    });
+    let thread = std::thread::Builder::new()
+        .name(format!("vhost-{}", cfg.name))
+        .spawn({
+            let shared = shared.clone();
+            move || conn::serve(&cfg, &shared)
+        })?;
+    Ok(VhostPort {
+        shared,
+        thread: Some(thread),
+    })
+}
+
+impl VhostPort {
+    /// Detaches the queues, hangs up and ends the thread.
+    pub fn stop(self) {
+        drop(self);
+    }
+
+    /// What is going on.
+    pub fn state(&self) -> VhostState {
+        let mut s = self.shared.state(|s| s.clone());
+        let controls = lock(&self.shared.controls);
+        let [tx, rx] = controls.each_ref().map(Option::as_ref);
+        let get = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
+        s.rx_running = rx.is_some();
+        s.tx_running = tx.is_some();
+        if let Some(c) = rx {
+            s.rx_frames = get(&c.counters.frames);
+            s.malformed = get(&c.counters.malformed);
+        }
+        if let Some(c) = tx {
+            s.tx_frames = get(&c.counters.frames);
+        }
+        s
+    }
+}
+
+impl Drop for VhostPort {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        live::signal(&self.shared.alarm);
+        self.shared.hang_up();
+        if let Some(t) = self.thread.take() {
+            let _ = t.join();
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! A port's control socket: dial or listen, serve one connection at a time, begin again.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use vhost::vhost_user::{BackendReqHandler, Error};
+
+use super::live::clear;
+use super::session::Session;
+use super::{Shared, VhostConfig, lock};
+
+/// Between two attempts to dial or to listen.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// Serves until the port is stopped.
+pub(super) fn serve(cfg: &VhostConfig, shared: &Arc<Shared>) {
+    let mut listener = None;
+    while !shared.is_stopping() {
+        let stream = if cfg.server {
+            accept(&mut listener, &cfg.socket, shared)
+        } else {
+            dial(&cfg.socket).map(Some)
+        };
+        match stream {
+            Ok(Some(stream)) => session(stream, shared),
+            Ok(None) => continue,
+            Err(e) => shared.state(|s| s.last_error = Some(e.to_string())),
+        }
+        wait(None, shared, Some(RETRY));
+    }
+    if listener.is_some() {
+        let _ = std::fs::remove_file(&cfg.socket);
+    }
+}
+
+/// Waits until `fd` is readable (true), or for an alarm or the timeout (false).
+fn wait(fd: Option<BorrowedFd<'_>>, shared: &Shared, timeout: Option<Duration>) -> bool {
+    let timeout = timeout.map(|t| Timespec {
+        tv_sec: t.as_secs() as i64,
+        tv_nsec: i64::from(t.subsec_nanos()),
+    });
+    let alarm = PollFd::new(&*shared.alarm, PollFlags::IN);
+    let mut fds = vec![alarm];
+    fds.extend(fd.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+    if poll(&mut fds, timeout.as_ref()).is_err() {
+        return false;
+    }
+    if !fds[0].revents().is_empty() {
+        clear(&shared.alarm);
+    }
+    fds.get(1).is_some_and(|f| !f.revents().is_empty())
+}
+
+/// Dials without waiting: the backlog of a QEMU that is busy with another connection is short.
+fn dial(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&fd, &SocketAddrUnix::new(path)?)?;
+    let stream = UnixStream::from(fd);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
+/// Waits for a connection. `None` after an alarm.
+fn accept(
+    listener: &mut Option<UnixListener>,
+    path: &Path,
+    shared: &Shared,
+) -> io::Result<Option<UnixStream>> {
+    let listener = match listener {
+        Some(l) => l,
+        None => listener.insert(listen(path)?),
+    };
+    if !wait(Some(listener.as_fd()), shared, None) {
+        return Ok(None);
+    }
+    let (stream, _) = listener.accept()?;
+    stream.set_nonblocking(false)?;
+    Ok(Some(stream))
+}
+
+/// Listens, for our own user only. A socket that nobody listens on any more is in the way after a crash.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
+    if is_socket && matches!(dial(path), Err(e) if e.kind() == io::ErrorKind::ConnectionRefused) {
+        std::fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// Serves one connection to its end.
+fn session(stream: UnixStream, shared: &Arc<Shared>) {
+    let Ok(handle) = stream.try_clone() else {
+        return;
+    };
+    let Ok(watch) = stream.try_clone() else {
+        return;
+    };
+    shared.set_stream(Some(handle));
+    shared.state(|s| {
+        s.connected = true;
+        s.connections += 1;
+        s.last_error = None;
+    });
+    tracing::info!(port = %shared.name, "vhost-user front-end connected");
+    let session = Arc::new(Mutex::new(Session::new(shared.clone())));
+    let mut handler = BackendReqHandler::from_stream(stream, session.clone());
+    let end = loop {
+        if shared.is_stopping() {
+            break None;
+        }
+        if wait(Some(watch.as_fd()), shared, None)
+            && let Err(e) = handler.handle_request()
+        {
+            break Some(e);
+        }
+        lock(&session).report_broken();
+    };
+    lock(&session).stop_all();
+    shared.set_stream(None);
+    let why = match end {
+        None | Some(Error::Disconnected) => None,
+        Some(e) => Some(e.to_string()),
+    };
+    match &why {
+        Some(why) => tracing::warn!(port = %shared.name, "vhost-user connection ended: {why}"),
+        None => tracing::info!(port = %shared.name, "vhost-user connection ended"),
+    }
+    shared.state(|s| {
+        s.connected = false;
+        s.features = 0;
+        s.logging = false;
+        s.last_error = why;
+    });
+    if !shared.is_stopping() {
+        let text = "no vhost-user front-end".to_owned();
+        shared.attach.port_error(shared.slot, Some(text));
+    }
+}

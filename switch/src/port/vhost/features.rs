@@ -1,0 +1,131 @@
+//! What we offer to a guest and to QEMU, and what the bits they accept mean for the ring loops.
+
+use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
+use virtio_bindings::{virtio_config, virtio_net, virtio_ring};
+
+/// `VHOST_F_LOG_ALL`: mark dirty pages (vhost-user, "Migration").
+pub const LOG_ALL: u64 = 1 << 26;
+/// `VHOST_USER_F_PROTOCOL_FEATURES`.
+pub const PROTOCOL_FEATURES: u64 = 1 << 30;
+const VERSION_1: u64 = 1 << virtio_config::VIRTIO_F_VERSION_1;
+const INDIRECT: u64 = 1 << virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
+const EVENT_IDX: u64 = 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+const MRG_RXBUF: u64 = 1 << virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+const CSUM: u64 = 1 << virtio_net::VIRTIO_NET_F_CSUM;
+const HOST_TSO4: u64 = 1 << virtio_net::VIRTIO_NET_F_HOST_TSO4;
+const HOST_TSO6: u64 = 1 << virtio_net::VIRTIO_NET_F_HOST_TSO6;
+const HOST_ECN: u64 = 1 << virtio_net::VIRTIO_NET_F_HOST_ECN;
+const GUEST_CSUM: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_CSUM;
+const GUEST_TSO4: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_TSO4;
+const GUEST_TSO6: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_TSO6;
+const GUEST_ECN: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_ECN;
+// The guest announces itself after a migration; QEMU handles the announcement itself, but masks the bit with ours.
+const GUEST_ANNOUNCE: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_ANNOUNCE;
+
+/// The virtio features of a port. QEMU 7.2 passes through what is not in its list for vhost-user (CTRL_VQ, MAC, STATUS
+/// and other things that it does itself).
+pub const OFFERED: u64 = VERSION_1
+    | INDIRECT
+    | EVENT_IDX
+    | MRG_RXBUF
+    | CSUM
+    | HOST_TSO4
+    | HOST_TSO6
+    | HOST_ECN
+    | GUEST_CSUM
+    | GUEST_TSO4
+    | GUEST_TSO6
+    | GUEST_ECN
+    | GUEST_ANNOUNCE
+    | LOG_ALL
+    | PROTOCOL_FEATURES;
+
+/// The protocol features of a port: only what the `vhost` crate dispatches and [`super::session`] answers.
+pub fn protocol() -> Protocol {
+    Protocol::MQ | Protocol::LOG_SHMFD | Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS
+}
+
+/// Offloads that one side of a ring has agreed to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Offloads {
+    /// Partial checksums.
+    pub csum: bool,
+    /// TCP segmentation over IPv4.
+    pub tso4: bool,
+    /// TCP segmentation over IPv6.
+    pub tso6: bool,
+    /// Segmentation of TCP with ECN.
+    pub ecn: bool,
+}
+
+/// What the accepted features mean for the rings of a port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RingFeatures {
+    /// Bytes of `virtio_net_hdr` before each frame (virtio 1.2, 5.1.6.1).
+    pub hdr_len: u8,
+    /// A frame may span several buffers of the guest's receive ring.
+    pub mrg: bool,
+    /// Indirect descriptor tables.
+    pub indirect: bool,
+    /// `used_event` and `avail_event`.
+    pub event_idx: bool,
+    /// What the guest may ask of us (its transmit ring).
+    pub host: Offloads,
+    /// What the guest takes from us (its receive ring).
+    pub guest: Offloads,
+}
+
+impl RingFeatures {
+    /// Of `SET_FEATURES`.
+    pub fn new(bits: u64) -> RingFeatures {
+        let has = |f| bits & f != 0;
+        let mrg = has(MRG_RXBUF);
+        RingFeatures {
+            hdr_len: if mrg || has(VERSION_1) { 12 } else { 10 },
+            mrg,
+            indirect: has(INDIRECT),
+            event_idx: has(EVENT_IDX),
+            host: Offloads {
+                csum: has(CSUM),
+                tso4: has(HOST_TSO4),
+                tso6: has(HOST_TSO6),
+                ecn: has(HOST_ECN),
+            },
+            guest: Offloads {
+                csum: has(GUEST_CSUM),
+                tso4: has(GUEST_TSO4),
+                tso6: has(GUEST_TSO6),
+                ecn: has(GUEST_ECN),
+            },
+        }
+    }
+}
+
+/// `gso_type` without the ECN bit (virtio 1.2, 5.1.6).
+pub mod gso {
+    /// One frame.
+    pub const NONE: u8 = 0;
+    /// TCP over IPv4.
+    pub const TCPV4: u8 = 1;
+    /// TCP over IPv6.
+    pub const TCPV6: u8 = 4;
+    /// TCP with ECN, a flag.
+    pub const ECN: u8 = 0x80;
+}
+
+impl Offloads {
+    /// Whether this side takes a segmentation request of this type.
+    pub fn takes_gso(&self, gso_type: u8) -> bool {
+        if gso_type == gso::NONE {
+            return true;
+        }
+        if gso_type & gso::ECN != 0 && !self.ecn {
+            return false;
+        }
+        match gso_type & !gso::ECN {
+            gso::TCPV4 => self.tso4,
+            gso::TCPV6 => self.tso6,
+            _ => false,
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! What of a running ring may change under it, and how the control thread changes it without stopping the ring.
+//!
+//! A front-end may turn the dirty log on and off, replace it, move the call descriptor and add memory while frames
+//! flow. Its request is answered only when no worker can still act by the old state: after the answer to "log from now
+//! on" no write may go unlogged, or a page that the front-end copies next would stay stale on the target.
+//!
+//! The control thread swaps a snapshot in and raises the generation; a ring looks at the generation when it enters a
+//! section in which it writes to guest memory (once per burst), and takes the new snapshot then. The control thread
+//! waits until a section that was open at the swap is left. Both do "write mine, then read the other's" in sequentially
+//! consistent order, so one of them sees the other.
+//!
+//! ```text
+//!   ring:     turn := odd      | generation?  -> new snapshot if raised | write, mark | turn := even
+//!   control:  generation += 1  | turn odd?    -> wait until it changes                | answer
+//! ```
+//!
+//! Invariant: a ring takes the lock only after a change.
+
+use std::fs::File;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::dirty::DirtyLog;
+use super::ring::Broken;
+use crate::mem::guest::GuestMem;
+
+/// Where a ring's three areas lie (virtio 1.2, 2.7), valid for its size.
+#[derive(Debug, Clone, Copy)]
+pub struct Areas {
+    /// Descriptor table.
+    pub desc: NonNull<u8>,
+    /// Available ring.
+    pub avail: NonNull<u8>,
+    /// Used ring.
+    pub used: NonNull<u8>,
+}
+
+/// The changeable part of a ring.
+#[derive(Debug)]
+pub struct Live {
+    /// The memory table; keeps what `areas` points to.
+    pub mem: Arc<GuestMem>,
+    /// Translated in `mem`.
+    pub areas: Areas,
+    /// Where to mark what we write.
+    pub log: Option<Arc<DirtyLog>>,
+    /// The guest address under which writes to the used ring are marked (`VHOST_VRING_F_LOG`).
+    pub used_log: Option<u64>,
+    /// Signals the driver; none if it polls.
+    pub call: Option<Arc<File>>,
+}
+
+#[allow(unsafe_code)]
+mod threads {
+    use super::Live;
+    // SAFETY: `areas` points into the mappings that `mem` keeps, which are the same for all threads; it is dereferenced
+    // in the ring files only, by atomic and volatile access.
+    unsafe impl Send for Live {}
+    // SAFETY: as above.
+    unsafe impl Sync for Live {}
+}
+
+/// What a ring has done, for `state()`.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Frames taken from or given to the guest.
+    pub frames: AtomicU64,
+    /// Chains that were no frames.
+    pub malformed: AtomicU64,
+}
+
+/// Shared by a ring, which lives with a worker, and the control thread of its port.
+#[derive(Debug)]
+pub struct Control {
+    generation: AtomicU64,
+    slot: Mutex<Option<Arc<Live>>>,
+    turn: AtomicU64,
+    next: AtomicU16,
+    broken: OnceLock<Broken>,
+    alarm: Arc<File>,
+    /// What the ring has done.
+    pub counters: Counters,
+}
+
+impl Control {
+    /// Of a ring that starts at `next`; `alarm` is signalled when it breaks.
+    pub fn new(live: Live, next: u16, alarm: Arc<File>) -> Arc<Control> {
+        Arc::new(Control {
+            generation: AtomicU64::new(1),
+            slot: Mutex::new(Some(Arc::new(live))),
+            turn: AtomicU64::new(0),
+            next: AtomicU16::new(next),
+            broken: OnceLock::new(),
+            alarm,
+            counters: Counters::default(),
+        })
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Option<Arc<Live>>> {
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Control side: swaps the snapshot (`None` closes the ring for good) and waits until the old one is out of use.
+    /// False if that takes longer than a second: a worker hangs in the middle of a burst.
+    #[must_use]
+    pub fn swap(&self, live: Option<Live>) -> bool {
+        *self.slot() = live.map(Arc::new);
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        let seen = self.turn.load(Ordering::SeqCst);
+        if seen.is_multiple_of(2) {
+            return true;
+        }
+        let since = Instant::now();
+        while self.turn.load(Ordering::SeqCst) == seen {
+            if since.elapsed() > Duration::from_secs(1) {
+                return false;
+            }
+            std::thread::sleep(Duration::from_micros(20));
+        }
+        true
+    }
+
+    /// The ring's position: the first chain that has not been given back.
+    pub fn next(&self) -> u16 {
+        self.next.load(Ordering::Acquire)
+    }
+
+    /// Why the ring gives no frames any more.
+    pub fn broken(&self) -> Option<Broken> {
+        self.broken.get().copied()
+    }
+}
+
+/// The ring's side of a [`Control`].
+#[derive(Debug)]
+pub struct Gate {
+    control: Arc<Control>,
+    seen: u64,
+    turn: u64,
+    live: Option<Arc<Live>>,
+}
+
+impl Gate {
+    /// Takes the first snapshot.
+    pub fn new(control: Arc<Control>) -> Gate {
+        let live = control.slot().clone();
+        Gate {
+            seen: control.generation.load(Ordering::SeqCst),
+            turn: 0,
+            live,
+            control,
+        }
+    }
+
+    /// Looks for a new snapshot. True if the ring must take it over from [`Gate::live`].
+    #[inline]
+    pub fn refresh(&mut self) -> bool {
+        if self.control.generation.load(Ordering::SeqCst) == self.seen {
+            return false;
+        }
+        let slot = self.control.slot();
+        self.seen = self.control.generation.load(Ordering::SeqCst);
+        self.live.clone_from(&slot);
+        true
+    }
+
+    /// Whether a newer snapshot waits: what looked wrong may be right by that one.
+    pub fn is_stale(&self) -> bool {
+        self.control.generation.load(Ordering::SeqCst) != self.seen
+    }
+
+    /// Opens a section in which the ring writes to guest memory. [`Gate::refresh`] must follow.
+    #[inline]
+    pub fn enter(&mut self) {
+        if self.turn.is_multiple_of(2) {
+            self.turn += 1;
+            self.control.turn.swap(self.turn, Ordering::SeqCst);
+        }
+    }
+
+    /// Closes the section, if one is open.
+    #[inline]
+    pub fn leave(&mut self) {
+        if !self.turn.is_multiple_of(2) {
+            self.turn += 1;
+            self.control.turn.store(self.turn, Ordering::Release);
+        }
+    }
+
+    /// The snapshot; none if the ring was closed.
+    #[inline]
+    pub fn live(&self) -> Option<&Arc<Live>> {
+        self.live.as_ref()
+    }
+
+    /// Tells the control side how far the ring is.
+    #[inline]
+    pub fn set_next(&self, next: u16) {
+        self.control.next.store(next, Ordering::Release);
+    }
+
+    /// Whether the ring has broken.
+    #[inline]
+    pub fn is_broken(&self) -> bool {
+        self.control.broken.get().is_some()
+    }
+
+    /// The ring is unusable: says so once.
+    pub fn set_broken(&self, why: Broken) {
+        if self.control.broken.set(why).is_ok() {
+            signal(&self.control.alarm);
+        }
+    }
+
+    /// The counters.
+    pub fn counters(&self) -> &Counters {
+        &self.control.counters
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+/// Raises an eventfd (or writes into a pipe, which the specification allows). A full one is raised already.
+pub fn signal(fd: &File) {
+    let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+}
+
+/// Clears an eventfd.
+pub fn clear(fd: &File) {
+    let _ = rustix::io::read(fd, &mut [0u8; 8]);
+}

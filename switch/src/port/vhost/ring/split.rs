@@ -1,0 +1,352 @@
+//! The split ring (virtio 1.2, 2.7): descriptor table, available ring, used ring.
+//!
+//! ```text
+//!   desc   16 bytes each: addr u64, len u32, flags u16, next u16
+//!   avail  flags u16, idx u16, ring [u16; num], used_event u16
+//!   used   flags u16, idx u16, ring [(id u32, len u32); num], avail_event u16
+//! ```
+//!
+//! We give chains back in the order in which they came, so the used index is also the position of the first chain that
+//! is still ours, and nothing is in flight between the two indices.
+//!
+//! Invariant: every access to the three areas is volatile or atomic, at an offset below the size that was checked when
+//! the ring was set up.
+#![allow(unsafe_code)]
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering, fence};
+
+use super::super::dirty::DirtyLog;
+use super::super::features::RingFeatures;
+use super::super::live::{Areas, Live};
+use super::{Broken, CHAIN_MAX, Chain, Direction, Piece, Pieces, Pos, Ring};
+use crate::mem::guest::GuestMem;
+
+const DESC_NEXT: u16 = 1;
+const DESC_WRITE: u16 = 2;
+const DESC_INDIRECT: u16 = 4;
+const DESC_BYTES: u32 = 16;
+const AVAIL_NO_INTERRUPT: u16 = 1;
+const USED_NO_NOTIFY: u16 = 1;
+/// Where the rings start behind flags and index.
+const RING: usize = 4;
+
+/// Bytes of the three areas for a ring of `num`.
+pub fn sizes(num: u16) -> [u64; 3] {
+    let num = u64::from(num);
+    [16 * num, 6 + 2 * num, 6 + 8 * num]
+}
+
+/// The alignment of the three areas (virtio 1.2, 2.7).
+pub const ALIGN: [usize; 3] = [16, 2, 4];
+
+#[derive(Clone, Copy)]
+struct Desc {
+    addr: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+/// A split ring.
+#[derive(Debug)]
+pub struct Split {
+    mem: Arc<GuestMem>,
+    areas: Areas,
+    log: Option<(Arc<DirtyLog>, u64)>,
+    num: u16,
+    event_idx: bool,
+    indirect: bool,
+    region: usize,
+    /// The driver's index when we last looked.
+    avail: u16,
+    /// Where the next used entry goes.
+    used: u16,
+    /// What the driver sees as our index.
+    published: u16,
+    /// The index at the last decision about a signal.
+    signalled: Option<u16>,
+    /// `flags` as we last wrote it.
+    flags: Option<u16>,
+}
+
+// SAFETY: the pointers lead into mappings that `mem` keeps and that are the same for all threads.
+unsafe impl Send for Split {}
+
+impl Split {
+    /// A ring of `num` (a power of two) entries whose areas were checked for that size and alignment, at the position
+    /// that [`Split::used_idx`] found.
+    pub fn new(live: &Live, num: u16, next: u16, features: &RingFeatures) -> Split {
+        let mut ring = Split {
+            mem: live.mem.clone(),
+            areas: live.areas,
+            log: None,
+            num,
+            event_idx: features.event_idx,
+            indirect: features.indirect,
+            region: 0,
+            avail: next,
+            used: next,
+            published: next,
+            signalled: None,
+            flags: None,
+        };
+        ring.rebind(live);
+        ring
+    }
+
+    /// The used index in guest memory: everything before it was given back.
+    pub fn used_idx(areas: &Areas) -> u16 {
+        // SAFETY: the used area has at least 4 bytes, is aligned to 4 and mapped (checked at set-up).
+        unsafe { atomic(areas.used, 2) }.load(Ordering::Acquire)
+    }
+
+    /// Checks a ring's areas once: in one region each, aligned.
+    pub fn areas(mem: &GuestMem, num: u16, desc: u64, avail: u64, used: u64) -> Option<Areas> {
+        let [d, a, u] = sizes(num);
+        Some(Areas {
+            desc: mem.ring(desc, d, ALIGN[0])?,
+            avail: mem.ring(avail, a, ALIGN[1])?,
+            used: mem.ring(used, u, ALIGN[2])?,
+        })
+    }
+
+    #[inline]
+    fn slot(&self, pos: u16) -> usize {
+        usize::from(pos & (self.num - 1))
+    }
+
+    #[inline]
+    fn load_avail_idx(&self) -> u16 {
+        // SAFETY: offset 2 of the available area, aligned to 2 and mapped (checked at set-up).
+        unsafe { atomic(self.areas.avail, 2) }.load(Ordering::Acquire)
+    }
+
+    #[inline]
+    fn read_avail(&self, offset: usize) -> u16 {
+        // SAFETY: callers pass an even offset of at most 4 + 2 * num, within the area of 6 + 2 * num bytes that was
+        // checked at set-up.
+        unsafe { atomic(self.areas.avail, offset) }.load(Ordering::Relaxed)
+    }
+
+    /// Looks at the driver's index again.
+    #[inline]
+    fn look(&mut self) -> Result<(), Broken> {
+        let avail = self.load_avail_idx();
+        let ahead = avail.wrapping_sub(self.used);
+        if ahead > self.num {
+            return Err(Broken::Index(ahead));
+        }
+        self.avail = avail;
+        Ok(())
+    }
+
+    /// Descriptor `i` of the table at `table`, which has more than `i` of them.
+    ///
+    /// # Safety
+    /// `table` is mapped for `16 * (i + 1)` bytes.
+    #[inline]
+    unsafe fn desc(table: NonNull<u8>, i: u32) -> Desc {
+        // SAFETY: within the table by the contract of this function.
+        let at = unsafe { table.as_ptr().add((i * DESC_BYTES) as usize) };
+        let (addr, rest) = if at.cast::<u64>().is_aligned() {
+            let at = at.cast::<u64>();
+            // SAFETY: aligned, within the table. Volatile: the driver may write meanwhile, we look once.
+            unsafe { (at.read_volatile(), at.add(1).read_volatile()) }
+        } else {
+            // Only an indirect table can be that odd.
+            let mut b = [0u8; 16];
+            for (k, b) in b.iter_mut().enumerate() {
+                // SAFETY: within the table.
+                *b = unsafe { at.add(k).read_volatile() };
+            }
+            let both = u128::from_ne_bytes(b);
+            (both as u64, (both >> 64) as u64)
+        };
+        Desc {
+            addr: u64::from_le(addr),
+            len: u64::from_le(rest) as u32,
+            flags: (u64::from_le(rest) >> 32) as u16,
+            next: (u64::from_le(rest) >> 48) as u16,
+        }
+    }
+
+    #[inline]
+    fn buffer(&mut self, mut gpa: u64, mut len: u32, pieces: &mut Pieces) -> Result<(), Broken> {
+        while len > 0 {
+            let host = self
+                .mem
+                .at(&mut self.region, gpa, len)
+                .ok_or(Broken::Address(gpa))?;
+            pieces.push(Piece { host, gpa })?;
+            // No wrap: the region ends below 2^64.
+            gpa += u64::from(host.len);
+            len -= host.len;
+        }
+        Ok(())
+    }
+
+    /// Writes an u16 of the used area and marks it.
+    fn store_used(&mut self, offset: usize, value: u16, order: Ordering) -> Result<(), Broken> {
+        // SAFETY: callers pass 0, 2 or 4 + 8 * num, within the area of 6 + 8 * num bytes that was checked at set-up and
+        // is aligned to 4.
+        unsafe { atomic(self.areas.used, offset) }.store(value, order);
+        self.mark(offset, 2)
+    }
+
+    fn mark(&self, offset: usize, len: usize) -> Result<(), Broken> {
+        match &self.log {
+            Some((log, base)) => {
+                let gpa = base.wrapping_add(offset as u64);
+                log.mark(gpa, len as u64)
+                    .then_some(())
+                    .ok_or(Broken::Log(gpa))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn set_flags(&mut self, flags: u16) -> Result<(), Broken> {
+        if self.flags == Some(flags) {
+            return Ok(());
+        }
+        self.flags = Some(flags);
+        self.store_used(0, flags, Ordering::Relaxed)
+    }
+}
+
+/// # Safety
+/// `base + offset` is mapped and aligned to 2 as long as the result lives.
+#[inline]
+unsafe fn atomic<'a>(base: NonNull<u8>, offset: usize) -> &'a AtomicU16 {
+    // SAFETY: by the contract of this function; the driver uses atomic-sized accesses too.
+    unsafe { &*base.as_ptr().add(offset).cast::<AtomicU16>() }
+}
+
+impl Ring for Split {
+    fn rebind(&mut self, live: &Live) {
+        self.mem = live.mem.clone();
+        self.areas = live.areas;
+        self.log = live.log.clone().zip(live.used_log);
+        self.region = 0;
+    }
+
+    #[inline]
+    fn peek(
+        &mut self,
+        at: Pos,
+        direction: Direction,
+        pieces: &mut Pieces,
+    ) -> Result<Option<(Chain, Pos)>, Broken> {
+        if at.0 == self.avail {
+            self.look()?;
+            if at.0 == self.avail {
+                return Ok(None);
+            }
+        }
+        let id = u16::from_le(self.read_avail(RING + 2 * self.slot(at.0)));
+        let mut table = self.areas.desc;
+        let mut table_len = u32::from(self.num);
+        let mut in_indirect = false;
+        let mut i = u32::from(id);
+        let mut steps = 0;
+        loop {
+            if i >= table_len {
+                return Err(Broken::Descriptor(i as u16));
+            }
+            steps += 1;
+            if steps > CHAIN_MAX {
+                return Err(Broken::Chain);
+            }
+            // SAFETY: `i < table_len`; the ring's own table was checked for `num` descriptors, an indirect one below.
+            let d = unsafe { Self::desc(table, i) };
+            if d.flags & DESC_INDIRECT != 0 {
+                // virtio 1.2, 2.7.5.3.1: not nested, no NEXT, whole descriptors.
+                let whole = d.len > 0 && d.len.is_multiple_of(DESC_BYTES);
+                if !self.indirect || in_indirect || d.flags & DESC_NEXT != 0 || !whole {
+                    return Err(Broken::Indirect);
+                }
+                let host = self
+                    .mem
+                    .at(&mut self.region, d.addr, d.len)
+                    .filter(|h| h.len == d.len)
+                    .ok_or(Broken::Address(d.addr))?;
+                (table, table_len, in_indirect, i) = (host.ptr, d.len / DESC_BYTES, true, 0);
+                continue;
+            }
+            if (d.flags & DESC_WRITE != 0) != (direction == Direction::Write) {
+                return Err(Broken::Direction);
+            }
+            self.buffer(d.addr, d.len, pieces)?;
+            if d.flags & DESC_NEXT == 0 {
+                break;
+            }
+            i = u32::from(d.next);
+        }
+        Ok(Some((Chain { id }, Pos(at.0.wrapping_add(1)))))
+    }
+
+    #[inline]
+    fn complete(&mut self, chain: Chain, written: u32) {
+        let offset = RING + 8 * self.slot(self.used);
+        // SAFETY: a slot's entry ends at 4 + 8 * num at most, within the used area checked at set-up; aligned to 4.
+        unsafe {
+            let entry = self.areas.used.as_ptr().add(offset).cast::<u32>();
+            entry.write_volatile(u32::from(chain.id).to_le());
+            entry.add(1).write_volatile(written.to_le());
+        }
+        self.used = self.used.wrapping_add(1);
+    }
+
+    fn publish(&mut self) -> Result<bool, Broken> {
+        if self.used == self.published {
+            return Ok(false);
+        }
+        let first = self.slot(self.published);
+        let count = usize::from(self.used.wrapping_sub(self.published));
+        // Release: entries and buffers before the index.
+        self.store_used(2, self.used.to_le(), Ordering::Release)?;
+        self.published = self.used;
+        if self.log.is_some() {
+            let up = count.min(usize::from(self.num) - first);
+            self.mark(RING + 8 * first, 8 * up)?;
+            self.mark(RING, 8 * (count - up))?;
+        }
+        // The index must be out before we look whether the driver sleeps (virtio 1.2, 2.7.7.2); the driver does the
+        // same the other way round.
+        fence(Ordering::SeqCst);
+        let before = self.signalled.replace(self.used);
+        if !self.event_idx {
+            return Ok(u16::from_le(self.read_avail(0)) & AVAIL_NO_INTERRUPT == 0);
+        }
+        let event = u16::from_le(self.read_avail(RING + 2 * usize::from(self.num)));
+        Ok(before.is_none_or(|b| passed(event, self.used, b)))
+    }
+
+    fn arm(&mut self, at: Pos) -> Result<bool, Broken> {
+        if self.event_idx {
+            let offset = RING + 8 * usize::from(self.num);
+            self.store_used(offset, at.0.to_le(), Ordering::Relaxed)?;
+        }
+        self.set_flags(0)?;
+        // Our wish must be out before we look again.
+        fence(Ordering::SeqCst);
+        self.look()?;
+        Ok(self.avail != at.0)
+    }
+
+    fn quiet(&mut self) -> Result<(), Broken> {
+        // With EVENT_IDX the event stays behind the driver's index, which passes it once in 65536 chains.
+        if self.event_idx {
+            return Ok(());
+        }
+        self.set_flags(USED_NO_NOTIFY.to_le())
+    }
+}
+
+/// Whether an index that moved from `old` to `new` has passed `event` (virtio 1.2, 2.7.7.2).
+#[inline]
+fn passed(event: u16, new: u16, old: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}

@@ -1,0 +1,504 @@
+//! The control socket's requests (vhost-user, "Front-end message types"), and from them: which rings run.
+//!
+//! A ring runs while it has everything it needs: features, memory, size, addresses, a kick descriptor, and the front-end
+//! has enabled it. The specification starts a ring at its first kick; we start it at once, since after a restart of the
+//! switch a guest has no reason to kick a ring that it has filled long ago.
+//!
+//! ```text
+//!              has all, enabled                       GET_VRING_BASE, RESET_OWNER, disconnect,
+//!   stopped ---------------------> running ---------> disabled, features changed: closed at a
+//!      ^                            |    ^            burst boundary, position kept --> stopped
+//!      |                            v    |
+//!      |                     SET_MEM_TABLE, ADD/REM_MEM_REG, SET_LOG_BASE, LOG_ALL,
+//!      |                     SET_VRING_ADDR, SET_VRING_CALL: new snapshot, ring keeps running
+//!      +--------------------------------- addresses no longer valid
+//! ```
+//!
+//! Invariant: the answer to GET_VRING_BASE (and to everything that stops a ring) is sent when no worker touches the
+//! ring any more; what the guest has queued and we have not given back stays in guest memory.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
+    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Error, Result, VhostUserBackendReqHandlerMut};
+
+use super::Shared;
+use super::dirty::DirtyLog;
+use super::features::{self, LOG_ALL, OFFERED, PROTOCOL_FEATURES, RingFeatures};
+use super::live::{Control, Gate, Live, signal};
+use super::ring::split::Split;
+use super::rx::Rx;
+use super::tx::Tx;
+use crate::mem::guest::{GuestMem, GuestMemError, REGIONS_MAX, Region};
+
+/// The guest's receive ring: we transmit.
+const RING_TX: usize = 0;
+/// The guest's transmit ring: we receive.
+const RING_RX: usize = 1;
+const RINGS: usize = 2;
+/// virtio 1.2, 2.7: the largest split ring.
+const NUM_MAX: u32 = 32_768;
+
+#[derive(Debug, Clone, Copy)]
+struct Addr {
+    desc: u64,
+    avail: u64,
+    used: u64,
+    /// `VHOST_VRING_F_LOG` and its address.
+    used_log: Option<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Vring {
+    num: u16,
+    addr: Option<Addr>,
+    base: u16,
+    /// Given (`Some`), perhaps without a descriptor (`Some(None)`: the driver is polled).
+    kick: Option<Option<Arc<File>>>,
+    call: Option<Arc<File>>,
+    err: Option<Arc<File>>,
+    enabled: bool,
+    running: Option<Arc<Control>>,
+    reported: bool,
+}
+
+/// One connection's state.
+pub struct Session {
+    shared: Arc<Shared>,
+    features: Option<u64>,
+    mem: Option<Arc<GuestMem>>,
+    log: Option<Arc<DirtyLog>>,
+    vrings: [Vring; RINGS],
+}
+
+fn refuse(why: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::ReqHandlerError(std::io::Error::other(why))
+}
+
+fn refuse_mem(e: GuestMemError) -> Error {
+    refuse(e)
+}
+
+impl Session {
+    /// Of a new connection.
+    pub fn new(shared: Arc<Shared>) -> Session {
+        Session {
+            shared,
+            features: None,
+            mem: None,
+            log: None,
+            vrings: Default::default(),
+        }
+    }
+
+    fn vring(&mut self, index: u32) -> Result<&mut Vring> {
+        self.vrings.get_mut(index as usize).ok_or(Error::InvalidParam)
+    }
+
+    fn logging(&self) -> bool {
+        self.features.is_some_and(|f| f & LOG_ALL != 0)
+    }
+
+    /// The snapshot of a ring, if it has valid addresses.
+    fn live(&self, i: usize) -> Option<Live> {
+        let v = &self.vrings[i];
+        let (mem, addr) = (self.mem.as_ref()?, v.addr?);
+        if v.num == 0 {
+            return None;
+        }
+        let areas = Split::areas(mem, v.num, addr.desc, addr.avail, addr.used)?;
+        Some(Live {
+            mem: mem.clone(),
+            areas,
+            log: self.log.clone().filter(|_| self.logging()),
+            used_log: addr.used_log,
+            call: v.call.clone(),
+        })
+    }
+
+    /// Starts what can run.
+    fn start(&mut self, i: usize) {
+        let v = &self.vrings[i];
+        let (Some(kick), Some(features)) = (v.kick.clone(), self.features) else {
+            return;
+        };
+        if v.running.is_some() || !v.enabled {
+            return;
+        }
+        let Some(live) = self.live(i) else {
+            return;
+        };
+        // What lies between the used index and the front-end's idea of our position was taken by somebody who never
+        // gave it back (a back-end that was killed). We take it again: rather twice than never.
+        let next = Split::used_idx(&live.areas);
+        let v = &mut self.vrings[i];
+        if next != v.base {
+            self.shared.state(|s| s.resumed += 1);
+        }
+        v.base = next;
+        v.reported = false;
+        let features = RingFeatures::new(features);
+        let ring = Split::new(&live, v.num, next, &features);
+        let control = Control::new(live, next, self.shared.alarm.clone());
+        let gate = Gate::new(control.clone());
+        v.running = Some(control.clone());
+        let (attach, slot) = (&self.shared.attach, self.shared.slot);
+        if i == RING_RX {
+            let rx = Rx::new(ring, gate, next, kick.clone(), features);
+            attach.attach_rx(slot, 0, Box::new(rx));
+            // The guest may have kicked long before, or may never.
+            if let Some(kick) = kick {
+                signal(&kick);
+            }
+        } else {
+            let tx = Tx::new(ring, gate, next, v.num, features);
+            attach.set_tx(slot, Some(Box::new(tx)));
+        }
+        self.shared.set_control(i, Some(control));
+        if self.vrings.iter().all(|v| v.running.is_some() && !v.reported) {
+            attach.port_error(slot, None);
+        }
+    }
+
+    /// Stops a ring at a burst boundary and keeps its position.
+    fn stop(&mut self, i: usize) {
+        let Some(control) = self.vrings[i].running.take() else {
+            return;
+        };
+        if i == RING_RX {
+            drop(self.shared.attach.detach_rx(self.shared.slot, 0));
+        } else {
+            self.shared.attach.set_tx(self.shared.slot, None);
+        }
+        // Whoever might still hold the queue finds it closed.
+        if !control.swap(None) {
+            tracing::warn!(port = %self.shared.name, ring = i, "a worker does not let go of a stopped ring");
+        }
+        self.vrings[i].base = control.next();
+        self.shared.set_control(i, None);
+    }
+
+    /// Stops everything, for the end of the connection.
+    pub fn stop_all(&mut self) {
+        for i in [RING_RX, RING_TX] {
+            self.stop(i);
+        }
+    }
+
+    /// Gives a running ring its new snapshot, or stops it if there is none.
+    fn renew(&mut self, i: usize) {
+        let Some(control) = self.vrings[i].running.clone() else {
+            return;
+        };
+        let Some(live) = self.live(i) else {
+            self.stop(i);
+            return;
+        };
+        if !control.swap(Some(live)) {
+            // A worker hangs in the middle of a burst; without the ring it can do no harm.
+            self.stop(i);
+            self.start(i);
+        }
+    }
+
+    fn set_mem(&mut self, mem: GuestMem) {
+        self.mem = Some(Arc::new(mem));
+        for i in 0..RINGS {
+            self.renew(i);
+            self.start(i);
+        }
+    }
+
+    fn reset(&mut self) {
+        self.stop_all();
+        self.vrings = Default::default();
+        self.features = None;
+        self.log = None;
+        self.shared.state(|s| {
+            s.features = 0;
+            s.logging = false;
+        });
+    }
+
+    /// Reports rings that broke since the last call.
+    pub fn report_broken(&mut self) {
+        for (i, v) in self.vrings.iter_mut().enumerate() {
+            let Some(why) = v.running.as_ref().and_then(|c| c.broken()) else {
+                continue;
+            };
+            if std::mem::replace(&mut v.reported, true) {
+                continue;
+            }
+            if let Some(err) = &v.err {
+                signal(err);
+            }
+            let which = if i == RING_RX { "transmit" } else { "receive" };
+            let text = format!("guest's {which} ring is broken: {why}");
+            self.shared.state(|s| s.broken += 1);
+            self.shared.attach.port_error(self.shared.slot, Some(text));
+        }
+    }
+}
+
+/// An eventfd of the front-end, made non-blocking: a worker must not sleep in it.
+fn event(fd: Option<File>) -> Result<Option<Arc<File>>> {
+    let Some(fd) = fd else { return Ok(None) };
+    let flags = rustix::fs::fcntl_getfl(fd.as_fd()).map_err(refuse)?;
+    rustix::fs::fcntl_setfl(fd.as_fd(), flags | rustix::fs::OFlags::NONBLOCK).map_err(refuse)?;
+    Ok(Some(Arc::new(fd)))
+}
+
+impl VhostUserBackendReqHandlerMut for Session {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        self.reset();
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.reset();
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(OFFERED)
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        if features & !OFFERED != 0 {
+            return Err(Error::InvalidParam);
+        }
+        let before = self.features.replace(features);
+        // Without protocol features there is no SET_VRING_ENABLE: a ring starts enabled ("Ring states").
+        if features & PROTOCOL_FEATURES == 0 {
+            for v in &mut self.vrings {
+                v.enabled = true;
+            }
+        }
+        let only_log = before.is_some_and(|b| (b ^ features) & !LOG_ALL == 0);
+        for i in 0..RINGS {
+            if only_log {
+                self.renew(i);
+            } else {
+                self.stop(i);
+            }
+            self.start(i);
+        }
+        let logging = self.logging();
+        self.shared.state(|s| {
+            s.features = features;
+            s.logging = logging;
+        });
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        ctx: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<Vec<u64>>> {
+        let regions = ctx
+            .iter()
+            .zip(&files)
+            .map(|(r, f)| Region::map(r.guest_phys_addr, r.memory_size, r.user_addr, f, r.mmap_offset))
+            .collect::<std::result::Result<Vec<_>, _>>()
+            .map_err(refuse_mem)?;
+        self.set_mem(GuestMem::new(regions).map_err(refuse_mem)?);
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        if !num.is_power_of_two() || num > NUM_MAX {
+            return Err(Error::InvalidParam);
+        }
+        self.vring(index)?;
+        let i = index as usize;
+        if self.vrings[i].num != num as u16 {
+            self.stop(i);
+            self.vrings[i].num = num as u16;
+        }
+        self.start(i);
+        Ok(())
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        log: u64,
+    ) -> Result<()> {
+        let logged = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG);
+        self.vring(index)?.addr = Some(Addr {
+            desc: descriptor,
+            avail: available,
+            used,
+            used_log: logged.then_some(log),
+        });
+        self.renew(index as usize);
+        self.start(index as usize);
+        Ok(())
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        self.vring(index)?;
+        self.stop(index as usize);
+        self.vrings[index as usize].base = base as u16;
+        self.start(index as usize);
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        self.vring(index)?;
+        self.stop(index as usize);
+        let v = &mut self.vrings[index as usize];
+        // It starts again with new descriptors only.
+        v.kick = None;
+        v.call = None;
+        Ok(VhostUserVringState::new(index, u32::from(v.base)))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let kick = event(fd)?;
+        self.vring(u32::from(index))?;
+        self.stop(usize::from(index));
+        self.vrings[usize::from(index)].kick = Some(kick);
+        self.start(usize::from(index));
+        Ok(())
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let call = event(fd)?;
+        let v = self.vring(u32::from(index))?;
+        v.call.clone_from(&call);
+        let is_running = v.running.is_some();
+        self.renew(usize::from(index));
+        // A signal may just have gone to the old one, where nobody listens any more.
+        if let Some(call) = call
+            && is_running
+        {
+            signal(&call);
+        }
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        self.vring(u32::from(index))?.err = event(fd)?;
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(features::protocol())
+    }
+
+    fn set_protocol_features(&mut self, bits: u64) -> Result<()> {
+        match bits & !features::protocol().bits() {
+            0 => Ok(()),
+            _ => Err(Error::InvalidParam),
+        }
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        // Pairs, for a network device.
+        Ok(1)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        self.vring(index)?.enabled = enable;
+        if enable {
+            self.start(index as usize);
+        } else {
+            self.stop(index as usize);
+        }
+        Ok(())
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(REGIONS_MAX as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        r: &VhostUserSingleMemoryRegion,
+        fd: File,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<u64>> {
+        let region = Region::map(r.guest_phys_addr, r.memory_size, r.user_addr, &fd, r.mmap_offset);
+        let old = self.mem.clone().unwrap_or_default();
+        self.set_mem(old.with(region.map_err(refuse_mem)?).map_err(refuse_mem)?);
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, r: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let old = self.mem.clone().unwrap_or_default();
+        let new = old.without(r.guest_phys_addr, r.memory_size, r.user_addr);
+        self.set_mem(new.map_err(refuse_mem)?);
+        Ok(())
+    }
+
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        let log = DirtyLog::new(&file, log.mmap_offset, log.mmap_size).map_err(refuse_mem)?;
+        self.log = Some(Arc::new(log));
+        if self.logging() {
+            for i in 0..RINGS {
+                self.renew(i);
+            }
+        }
+        Ok(())
+    }
+
+    // What follows belongs to features that we do not offer.
+
+    fn get_config(&mut self, _: u32, _: u32, _: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        Err(Error::InvalidOperation("no config"))
+    }
+
+    fn set_config(&mut self, _: u32, _: &[u8], _: VhostUserConfigFlags) -> Result<()> {
+        Err(Error::InvalidOperation("no config"))
+    }
+
+    fn set_gpu_socket(&mut self, _: vhost::vhost_user::GpuBackend) -> Result<()> {
+        Err(Error::InvalidOperation("no GPU"))
+    }
+
+    fn get_shared_object(&mut self, _: VhostUserSharedMsg) -> Result<File> {
+        Err(Error::InvalidOperation("no shared objects"))
+    }
+
+    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        Err(Error::InvalidOperation("no inflight region"))
+    }
+
+    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
+        Err(Error::InvalidOperation("no inflight region"))
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _: VhostTransferStateDirection,
+        _: VhostTransferStatePhase,
+        _: File,
+    ) -> Result<Option<File>> {
+        Err(Error::InvalidOperation("no device state"))
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        Err(Error::InvalidOperation("no device state"))
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Err(Error::InvalidOperation("no shared memory regions"))
+    }
+}
