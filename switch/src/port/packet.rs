@@ -31,7 +31,9 @@ const STATS_EVERY: Duration = Duration::from_millis(10);
 #[non_exhaustive]
 pub enum PortError {
     /// The operator named a device that is not there.
-    #[error("there is no network device {device} here; check the name (`ip link`) and the network namespace")]
+    #[error(
+        "there is no network device {device} here; check the name (`ip link`) and the network namespace"
+    )]
     NoDevice {
         /// As configured.
         device: String,
@@ -95,7 +97,9 @@ pub enum Fault {
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Fault::Down => f.write_str("the device is down; set it up with `ip link set DEVICE up`"),
+            Fault::Down => {
+                f.write_str("the device is down; set it up with `ip link set DEVICE up`")
+            }
             Fault::Gone => f.write_str("the device was deleted; make it again and reload"),
             Fault::NoReader => f.write_str("no VM has the TAP open"),
             Fault::Errno(e) => write!(f, "the host: {}", io::Error::from_raw_os_error(*e)),

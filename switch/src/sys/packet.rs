@@ -240,7 +240,11 @@ fn vlan_tag(msg: &libc::msghdr) -> Option<VlanTag> {
         return None;
     }
     // SAFETY: the message holds a whole `tpacket_auxdata` (just checked), a plain struct.
-    let aux: libc::tpacket_auxdata = unsafe { libc::CMSG_DATA(c).cast::<libc::tpacket_auxdata>().read_unaligned() };
+    let aux: libc::tpacket_auxdata = unsafe {
+        libc::CMSG_DATA(c)
+            .cast::<libc::tpacket_auxdata>()
+            .read_unaligned()
+    };
     if aux.tp_status & libc::TP_STATUS_VLAN_VALID == 0 {
         return None;
     }

@@ -17,7 +17,12 @@ impl Poller {
 
     /// Adds a descriptor. The kernel forgets it when its last duplicate is closed.
     pub fn add(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        epoll::add(&self.0, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
+        epoll::add(
+            &self.0,
+            fd,
+            epoll::EventData::new_u64(0),
+            epoll::EventFlags::IN,
+        )?;
         Ok(())
     }
 
@@ -38,7 +43,10 @@ impl Poller {
     /// Sleeps until a descriptor is readable or `timeout` has passed.
     pub fn wait(&self, timeout: Option<Duration>) {
         let timeout = timeout.and_then(|t| rustix::time::Timespec::try_from(t).ok());
-        let mut events = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 8];
+        let mut events = [epoll::Event {
+            flags: epoll::EventFlags::empty(),
+            data: epoll::EventData::new_u64(0),
+        }; 8];
         // An interrupted wait is a short one.
         let _ = epoll::wait(&self.0, &mut events[..], timeout.as_ref());
     }

@@ -141,6 +141,8 @@ impl TxQueue for EndpointTx {
 /// kernel remembers through which queue a flow came and sends its answers there.
 fn flow_of(head: &[u8]) -> usize {
     let tail = head.get(26..38).unwrap_or(head);
-    let sum = tail.iter().fold(0u32, |h, b| (h ^ u32::from(*b)).wrapping_mul(0x0100_0193));
+    let sum = tail
+        .iter()
+        .fold(0u32, |h, b| (h ^ u32::from(*b)).wrapping_mul(0x0100_0193));
     (sum >> 16) as usize
 }

@@ -102,6 +102,8 @@ impl VmTapTx {
                 self.credit = 0;
                 Sent::Full
             }
+            // Asking for the carrier has also made the kernel set up the queueing discipline of a device that has just
+            // got one (`linkwatch_sync_dev`); before that it would drop silently.
             Some(_) => {
                 self.segment_until = Some(Instant::now() + SEGMENT_FOR);
                 self.send_segmented(frame)

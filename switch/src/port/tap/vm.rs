@@ -36,7 +36,9 @@ pub enum TapError {
         driver: String,
     },
     /// The process does not read this TAP (caller, or QEMU has not opened it yet).
-    #[error("process {pid} does not have {device} open; is it the VM's QEMU, and was it started with ifname={device}?")]
+    #[error(
+        "process {pid} does not have {device} open; is it the VM's QEMU, and was it started with ifname={device}?"
+    )]
     NotTheReader {
         /// Who was asked.
         pid: u32,
@@ -58,7 +60,9 @@ pub enum TapError {
         device: String,
     },
     /// The host refused.
-    #[error("cannot {doing} (reader of {device}: process {pid}); the switch needs CAP_NET_ADMIN and CAP_SYS_PTRACE")]
+    #[error(
+        "cannot {doing} (reader of {device}: process {pid}); the switch needs CAP_NET_ADMIN and CAP_SYS_PTRACE"
+    )]
     Host {
         /// What was tried.
         doing: &'static str,
