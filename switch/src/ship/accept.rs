@@ -11,7 +11,7 @@ use quinn::{Connection, SendStream};
 use tokio::time::timeout;
 
 use super::incoming::Incoming;
-use super::{HOST_SUFFIX, ShipError, receive, wire};
+use super::{ShipError, receive, wire};
 
 /// How long a connection may take to say what it wants.
 const HELLO: Duration = Duration::from_secs(3);
@@ -50,8 +50,8 @@ impl Acceptor {
         self.expected.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Serves a connection (ALPN [`gangway_shared::ship::ALPN`]) of the host `peer_name`, as its verified certificate
-    /// says, until it ends. To be spawned.
+    /// Serves a connection (ALPN [`gangway_shared::ship::ALPN`]) of the host `peer_name` (as its verified certificate
+    /// says, without the suffix), until it ends. To be spawned.
     pub async fn accept(self: Arc<Self>, conn: Connection, peer_name: String) {
         if let Err(e) = self.serve(&conn, &peer_name).await {
             tracing::info!(peer = %peer_name, "shipment: {e}");
@@ -101,7 +101,6 @@ impl Acceptor {
             let m = format!("no shipment of hold {hold} is expected here");
             return refuse(RefusalCode::Unknown, m);
         };
-        let peer = peer.strip_suffix(HOST_SUFFIX).unwrap_or(peer);
         if peer != incoming.source_host {
             let m = format!(
                 "hold {hold} is expected from host '{}', not from '{peer}'",

@@ -27,6 +27,9 @@ mod receive;
 mod send;
 mod wire;
 
+#[cfg(test)]
+mod tests;
+
 pub use accept::Acceptor;
 pub use incoming::{Incoming, IncomingLane};
 pub use outgoing::{LaneShip, Lanes, Outgoing, OutgoingArgs};
@@ -52,13 +55,6 @@ pub fn transport() -> quinn::TransportConfig {
 
 /// The most lanes of one shipment.
 pub const LANES_MAX: usize = 4096;
-
-/// The name in the certificate of a host.
-pub fn server_name(host: &str) -> String {
-    format!("{host}{HOST_SUFFIX}")
-}
-
-const HOST_SUFFIX: &str = ".host.gangway";
 
 /// Why a shipment does not get on.
 #[derive(Debug, Clone, thiserror::Error)]

@@ -6,15 +6,16 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use gangway_shared::api::{Tally, VERSION};
+use gangway_shared::pki::host_server_name;
 use gangway_shared::ship::{LaneOpen, ToSource, ToTarget};
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use super::ShipError;
 use super::outgoing::{Ending, Outgoing};
 use super::wire::{self, lost};
-use super::{ShipError, server_name};
 use crate::spool::Queue;
 
 const BACKOFF_MIN: Duration = Duration::from_millis(20);
@@ -85,7 +86,7 @@ async fn connect(out: &Outgoing) -> Result<Connection, ShipError> {
         .await
         .map_err(|e| bad(&e))?;
     let to: SocketAddr = found.next().ok_or_else(|| bad(&"no such host"))?;
-    let name = server_name(&out.args.target_host);
+    let name = host_server_name(&out.args.target_host).map_err(|e| bad(&e))?;
     let connecting = out
         .endpoint
         .connect_with(out.client.clone(), to, &name)

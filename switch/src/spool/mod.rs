@@ -25,7 +25,7 @@ mod store;
 mod writer;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use format::Record;
 pub use queue::Queue;

@@ -7,7 +7,7 @@ fn at_the_quota_the_writer_waits_until_another_hold_is_gone() {
     let (spool, _) = Spool::open(&cfg).unwrap();
     let (mut w1, _q1) = spool.create(HoldId(1), Kind::Source, &lane(0)).unwrap();
     let (mut w2, q2) = spool.create(HoldId(2), Kind::Source, &lane(0)).unwrap();
-    let mut full = |w: &mut Writer| {
+    let full = |w: &mut Writer| {
         let mut n = 0;
         let mut idle = Instant::now();
         while idle.elapsed() < Duration::from_millis(300) {

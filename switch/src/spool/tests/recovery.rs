@@ -236,3 +236,63 @@ fn a_newer_format_is_refused_by_name() {
     let e = Spool::open(&config(dir.path(), 128 << 10, 64 << 20)).unwrap_err();
     assert!(e.to_string().contains("format version 9"), "{e}");
 }
+
+/// Contract 5 with a real SIGKILL: this test runs itself again, and kills it while it writes.
+#[test]
+fn a_killed_process_loses_nothing_it_committed() {
+    use std::io::{BufRead, BufReader};
+    const INNER: &str = "GANGWAY_TEST_KILLED";
+    if let Ok(dir) = std::env::var(INNER) {
+        let (spool, _) = open(Path::new(&dir));
+        let (mut w, q) = spool.create(HOLD, Kind::Source, &lane(0)).unwrap();
+        for n in 0.. {
+            put(&mut w, n % 5000, 60 + (n as usize * 97) % 3000);
+            if n % 8 == 0 {
+                w.commit();
+                println!("\ncommitted {}", q.last_seq());
+            }
+            if n > 20_000 {
+                std::thread::sleep(Duration::from_secs(60));
+            }
+        }
+    }
+    for wait_ms in [5, 20, 60] {
+        let dir = tmp();
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "--nocapture",
+                "spool::tests::recovery::a_killed_process_loses_nothing_it_committed",
+            ])
+            .env(INNER, dir.path())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let out = child.stdout.take().unwrap();
+        let lines = std::thread::spawn(move || {
+            let lines = BufReader::new(out).lines().map_while(Result::ok);
+            let seqs = lines.filter_map(|l| l.strip_prefix("committed ")?.parse::<u64>().ok());
+            seqs.last()
+        });
+        until(|| dir.path().join(HOLD.to_string()).exists());
+        std::thread::sleep(Duration::from_millis(wait_ms));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let committed = lines.join().unwrap().unwrap_or(0);
+        let (_spool, mut found) = open(dir.path());
+        let Some(f) = found.pop() else {
+            assert_eq!(committed, 0);
+            continue;
+        };
+        let (seqs, bad) = all(&f.queue);
+        assert_eq!(bad, []);
+        assert_eq!(f.damaged, []);
+        assert_eq!(seqs, (1..=seqs.len() as u64).collect::<Vec<_>>());
+        assert!(
+            seqs.len() as u64 >= committed,
+            "{} of {committed}",
+            seqs.len()
+        );
+        assert!(f.writer.is_some());
+    }
+}

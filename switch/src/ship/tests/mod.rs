@@ -1,0 +1,241 @@
+//! Shipments over real QUIC on the loopback, with certificates from a throw-away authority.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use gangway_shared::config::valid::{SpoolConfig, Sync, TlsFiles};
+use gangway_shared::id::{HoldId, LaneKey};
+use gangway_shared::pki::{self, Credentials};
+use gangway_shared::ship::ALPN;
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rustls::pki_types::UnixTime;
+use tempfile::TempDir;
+
+use super::*;
+use crate::spool::tests::{HOLD, bytes, put, until, vnet};
+use crate::spool::{Kind, Queue, Spool, Writer};
+
+mod hostile;
+mod ships;
+
+const TICKET: [u8; 32] = [7; 32];
+
+/// Two hosts' switches, as far as shipments go.
+struct World {
+    dir: TempDir,
+    rt: tokio::runtime::Runtime,
+    source: Arc<Spool>,
+    target: Arc<Spool>,
+    acceptor: Arc<Acceptor>,
+    client: quinn::ClientConfig,
+    endpoint: quinn::Endpoint,
+    address: SocketAddr,
+    /// The target's connections, to be cut.
+    conns: Arc<std::sync::Mutex<Vec<quinn::Connection>>>,
+    relay: Arc<AtomicBool>,
+    relayed: SocketAddr,
+}
+
+fn spool_config(dir: PathBuf, sync: Sync) -> SpoolConfig {
+    SpoolConfig {
+        dir,
+        segment_bytes: 256 << 10,
+        quota_bytes: 256 << 20,
+        sync,
+    }
+}
+
+/// An authority and certificates for these names, as the real thing reads them.
+fn credentials(dir: &std::path::Path, names: &[&str]) -> Vec<Credentials> {
+    let ca_key = KeyPair::generate().unwrap();
+    let mut ca = CertificateParams::new(Vec::<String>::new()).unwrap();
+    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let ca_pem = ca.self_signed(&ca_key).unwrap().pem();
+    std::fs::write(dir.join("ca.pem"), ca_pem).unwrap();
+    let issuer = Issuer::new(ca, ca_key);
+    names
+        .iter()
+        .map(|name| {
+            let key = KeyPair::generate().unwrap();
+            let p = CertificateParams::new(vec![format!("{name}.host.gangway")]).unwrap();
+            let cert = p.signed_by(&key, &issuer).unwrap();
+            let files = TlsFiles {
+                cert: dir.join(format!("{name}.pem")),
+                key: dir.join(format!("{name}.key")),
+                ca: dir.join("ca.pem"),
+            };
+            std::fs::write(&files.cert, cert.pem()).unwrap();
+            std::fs::write(&files.key, key.serialize_pem()).unwrap();
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+            Credentials::load(&files, UnixTime::since_unix_epoch(now.unwrap())).unwrap()
+        })
+        .collect()
+}
+
+fn client(c: &Credentials) -> quinn::ClientConfig {
+    let tls = QuicClientConfig::try_from(c.client_config(ALPN).unwrap()).unwrap();
+    let mut config = quinn::ClientConfig::new(Arc::new(tls));
+    config.transport_config(Arc::new(transport()));
+    config
+}
+
+impl World {
+    fn new(sync: Sync) -> World {
+        let dir = tempfile::tempdir().unwrap();
+        let rt = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap();
+        let _in = rt.enter();
+        let who = credentials(dir.path(), &["alpha", "beta"]);
+        let tls = QuicServerConfig::try_from(who[1].server_config(&[ALPN]).unwrap()).unwrap();
+        let mut server = quinn::ServerConfig::with_crypto(Arc::new(tls));
+        server.transport_config(Arc::new(transport()));
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let listen = quinn::Endpoint::server(server, any).unwrap();
+        let address = listen.local_addr().unwrap();
+        let acceptor = Arc::new(Acceptor::new());
+        let conns = Arc::new(std::sync::Mutex::new(Vec::new()));
+        rt.spawn({
+            let (acceptor, conns) = (acceptor.clone(), conns.clone());
+            async move {
+                while let Some(incoming) = listen.accept().await {
+                    let Ok(conn) = incoming.await else { continue };
+                    conns.lock().unwrap().push(conn.clone());
+                    let cert = conn.peer_identity().unwrap();
+                    let chain = cert.downcast::<Vec<rustls::pki_types::CertificateDer>>();
+                    let peer = pki::peer_identity(&chain.unwrap()[0]).unwrap();
+                    tokio::spawn(acceptor.clone().accept(conn, peer.name));
+                }
+            }
+        });
+        let relay = Arc::new(AtomicBool::new(true));
+        let relayed = rt.block_on(cable(address, relay.clone()));
+        let spool = |name: &str| {
+            Spool::open(&spool_config(dir.path().join(name), sync))
+                .unwrap()
+                .0
+        };
+        World {
+            source: spool("source"),
+            target: spool("target"),
+            acceptor,
+            client: client(&who[0]),
+            endpoint: quinn::Endpoint::client(any).unwrap(),
+            address,
+            conns,
+            relay,
+            relayed,
+            rt: {
+                drop(_in);
+                rt
+            },
+            dir,
+        }
+    }
+
+    fn expect(&self) -> Arc<Incoming> {
+        let i = Incoming::new(self.target.clone(), HOLD, TICKET, "alpha".into());
+        self.acceptor.register(i.clone());
+        i
+    }
+
+    fn args(&self) -> OutgoingArgs {
+        OutgoingArgs {
+            hold: HOLD,
+            ticket: TICKET,
+            target_address: self.address.to_string(),
+            target_host: "beta".into(),
+        }
+    }
+
+    fn ship(&self, args: OutgoingArgs) -> Arc<Outgoing> {
+        let rt = self.rt.handle().clone();
+        Outgoing::start(rt, self.endpoint.clone(), self.client.clone(), args)
+    }
+
+    fn queue(&self, n: u16) -> (Writer, Arc<Queue>) {
+        self.source.create(HOLD, Kind::Source, &key(n)).unwrap()
+    }
+
+    fn cut(&self) {
+        for c in self.conns.lock().unwrap().drain(..) {
+            c.close(quinn::VarInt::from_u32(9), b"cut by the test");
+        }
+    }
+}
+
+fn key(n: u16) -> LaneKey {
+    LaneKey {
+        from: format!("web{n}"),
+        queue: n,
+        to: "db0".into(),
+    }
+}
+
+/// A cable that can be pulled: forwards datagrams between one client and `to` while `on`.
+async fn cable(to: SocketAddr, on: Arc<AtomicBool>) -> SocketAddr {
+    let near = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let far = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    far.connect(to).await.unwrap();
+    let at = near.local_addr().unwrap();
+    tokio::spawn(async move {
+        let (mut a, mut b) = (vec![0; 65536], vec![0; 65536]);
+        let mut client = None;
+        loop {
+            tokio::select! {
+                Ok((n, from)) = near.recv_from(&mut a) => {
+                    client = Some(from);
+                    if on.load(Ordering::Relaxed) {
+                        let _ = far.send(&a[..n]).await;
+                    }
+                }
+                Ok(n) = far.recv(&mut b) => {
+                    if let (true, Some(c)) = (on.load(Ordering::Relaxed), client) {
+                        let _ = near.send_to(&b[..n], c).await;
+                    }
+                }
+            }
+        }
+    });
+    at
+}
+
+/// Source, wire and target agree on this lane, and the frames are the ones that were put in.
+fn check(out: &Outgoing, into: &Incoming, q: &Arc<Queue>, frames: u64) {
+    let t = q.tally();
+    assert_eq!(t.frames, frames);
+    let sent = out
+        .status()
+        .into_iter()
+        .find(|l| l.key == *q.lane())
+        .unwrap();
+    assert!(sent.complete);
+    assert_eq!((sent.acked, sent.acked_seq), (t, frames));
+    let got = into
+        .lanes()
+        .into_iter()
+        .find(|l| l.key == *q.lane())
+        .unwrap();
+    assert!(got.complete && got.queue.is_sealed() && got.mismatch.is_none());
+    assert_eq!(got.acked, t);
+    assert_eq!(got.inside, sent.inside);
+    let mut r = got.queue.reader();
+    let mut n = 0;
+    while let Some(x) = r.peek().unwrap() {
+        assert_eq!(x.seq, n + 1);
+        assert_eq!(x.frame, bytes(x.time_ns, x.frame.len()));
+        assert_eq!(x.vnet, vnet(x.time_ns));
+        r.advance();
+        n += 1;
+    }
+    assert!(r.finished());
+    assert_eq!(r.tally(), t);
+}
+
+const LONG: Duration = Duration::from_secs(30);
