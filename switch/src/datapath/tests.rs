@@ -44,11 +44,11 @@ pub(crate) fn config(names: &[&str], workers: usize, spool: PathBuf) -> HostConf
     }
 }
 
-fn mac(n: u8) -> MacAddr {
+pub(crate) fn mac(n: u8) -> MacAddr {
     MacAddr([2, 0, 0, 0, 0, n])
 }
 
-fn frame(src: u8, dst: MacAddr, n: u32) -> Vec<u8> {
+pub(crate) fn frame(src: u8, dst: MacAddr, n: u32) -> Vec<u8> {
     let mut f = vec![0u8; 64];
     f[..6].copy_from_slice(&dst.0);
     f[6..12].copy_from_slice(&mac(src).0);
@@ -62,7 +62,7 @@ fn numbers(p: &MemoryPort, src: u8) -> Vec<u32> {
     p.delivered().iter().filter(from).map(|f| u32::from_be_bytes(f[20..24].try_into().unwrap())).collect()
 }
 
-fn eventually(what: &str, mut ok: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, mut ok: impl FnMut() -> bool) {
     let until = Instant::now() + Duration::from_secs(20);
     while !ok() {
         assert!(Instant::now() < until, "{what}");

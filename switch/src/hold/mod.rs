@@ -10,6 +10,8 @@ pub mod machine;
 pub mod manager;
 pub mod source;
 pub mod target;
+#[cfg(test)]
+mod tests;
 
 pub use manager::Manager;
 

@@ -33,6 +33,14 @@ impl MemoryPort {
     pub fn waiting(&self) -> usize {
         self.input.lock().unwrap().len()
     }
+    /// Takes out what waits to go in.
+    pub fn take_waiting(&self) -> Vec<Vec<u8>> {
+        self.input.lock().unwrap().drain(..).collect()
+    }
+    /// Takes what the switch delivered.
+    pub fn take_delivered(&self) -> Vec<Vec<u8>> {
+        std::mem::take(&mut *self.output.lock().unwrap())
+    }
     /// What the switch delivered so far.
     pub fn delivered(&self) -> Vec<Vec<u8>> {
         self.output.lock().unwrap().clone()

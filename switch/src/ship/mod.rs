@@ -28,7 +28,7 @@ mod send;
 mod wire;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use accept::Acceptor;
 pub use incoming::{Incoming, IncomingLane};

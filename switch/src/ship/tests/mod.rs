@@ -25,19 +25,19 @@ mod ships;
 const TICKET: [u8; 32] = [7; 32];
 
 /// Two hosts' switches, as far as shipments go.
-struct World {
-    dir: TempDir,
-    rt: tokio::runtime::Runtime,
-    source: Arc<Spool>,
-    target: Arc<Spool>,
-    acceptor: Arc<Acceptor>,
-    client: quinn::ClientConfig,
-    endpoint: quinn::Endpoint,
-    address: SocketAddr,
+pub(crate) struct World {
+    pub(crate) dir: TempDir,
+    pub(crate) rt: tokio::runtime::Runtime,
+    pub(crate) source: Arc<Spool>,
+    pub(crate) target: Arc<Spool>,
+    pub(crate) acceptor: Arc<Acceptor>,
+    pub(crate) client: quinn::ClientConfig,
+    pub(crate) endpoint: quinn::Endpoint,
+    pub(crate) address: SocketAddr,
     /// The target's connections, to be cut.
-    conns: Arc<std::sync::Mutex<Vec<quinn::Connection>>>,
-    relay: Arc<AtomicBool>,
-    relayed: SocketAddr,
+    pub(crate) conns: Arc<std::sync::Mutex<Vec<quinn::Connection>>>,
+    pub(crate) relay: Arc<AtomicBool>,
+    pub(crate) relayed: SocketAddr,
 }
 
 fn spool_config(dir: PathBuf, sync: Sync) -> SpoolConfig {
@@ -84,7 +84,7 @@ fn client(c: &Credentials) -> quinn::ClientConfig {
 }
 
 impl World {
-    fn new(sync: Sync) -> World {
+    pub(crate) fn new(sync: Sync) -> World {
         let dir = tempfile::tempdir().unwrap();
         let rt = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
