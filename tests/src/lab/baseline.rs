@@ -10,11 +10,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Lab;
+use super::cpu::{Cpu, CpuMeter};
 use super::group::Group;
 use super::net::MGMT_B;
 use super::process::until;
 use super::qemu::{Incoming, Nic, Vm};
-use super::report::{Cpu, CpuMeter, Mode, Run, VmFigures};
+use super::report::{Mode, Run, VmFigures};
 use super::traffic::Traffic;
 
 /// A gigabit per second, in bytes.
@@ -48,7 +49,10 @@ pub struct Phases {
 
 impl Default for Phases {
     fn default() -> Self {
-        Self { warm: Duration::from_secs(3), settle: Duration::from_secs(3) }
+        Self {
+            warm: Duration::from_secs(3),
+            settle: Duration::from_secs(3),
+        }
     }
 }
 
@@ -66,29 +70,51 @@ pub fn run(
     result
 }
 
-fn run_in(lab: &Lab, group: &Group, recipe: Recipe, phases: Phases, say: &mut dyn FnMut(&str)) -> Result<Run> {
+fn run_in(
+    lab: &Lab,
+    group: &Group,
+    recipe: Recipe,
+    phases: Phases,
+    say: &mut dyn FnMut(&str),
+) -> Result<Run> {
     for host in [&lab.a, &lab.b] {
         host.start_bridge()?;
-        group.vms.iter().try_for_each(|vm| host.bridge_tap(&vm.name))?;
+        group
+            .vms
+            .iter()
+            .try_for_each(|vm| host.bridge_tap(&vm.name))?;
     }
-    let nic = |name: &str| Nic::Tap { device: name.to_owned() };
+    let nic = |name: &str| Nic::Tap {
+        device: name.to_owned(),
+    };
     let start = |host, incoming| {
-        let vms = group.vms.iter().map(|vm| Vm::start(host, group, vm, &lab.image, &nic(&vm.name), incoming));
+        let vms = group
+            .vms
+            .iter()
+            .map(|vm| Vm::start(host, group, vm, &lab.image, &nic(&vm.name), incoming));
         vms.collect::<Result<Vec<Vm>>>()
     };
     let mut sources = start(&lab.a, Incoming::No)?;
     let mut traffic = Traffic::new(lab, group)?;
-    sources.iter().try_for_each(|vm| vm.wait_ready(Duration::from_secs(60)))?;
+    sources
+        .iter()
+        .try_for_each(|vm| vm.wait_ready(Duration::from_secs(60)))?;
     traffic.start()?;
     say("the VMs run on A, traffic flows");
 
     let mut cpu = CpuMeter::start();
     thread::sleep(phases.warm);
-    let steady_percent = cpu.lap();
-    let incoming = if recipe == Recipe::GangStop { Incoming::Paused } else { Incoming::Runs };
+    let steady = cpu.lap();
+    let incoming = if recipe == Recipe::GangStop {
+        Incoming::Paused
+    } else {
+        Incoming::Runs
+    };
     let mut targets = start(&lab.b, incoming)?;
     for (at, target) in targets.iter_mut().enumerate() {
-        target.qmp.execute("migrate-incoming", json!({"uri": uri(at)}))?;
+        target
+            .qmp
+            .execute("migrate-incoming", json!({"uri": uri(at)}))?;
     }
     cpu.lap();
     let began = Instant::now();
@@ -97,7 +123,7 @@ fn run_in(lab: &Lab, group: &Group, recipe: Recipe, phases: Phases, say: &mut dy
         Recipe::OneByOne => one_by_one(&mut sources, &mut targets, say)?,
     }
     let migration_ms = began.elapsed().as_millis() as f64;
-    let cpu = Cpu { steady_percent, migration_percent: cpu.lap() };
+    let moving = cpu.lap();
     thread::sleep(phases.settle);
     let flows = traffic.stop()?;
 
@@ -105,12 +131,17 @@ fn run_in(lab: &Lab, group: &Group, recipe: Recipe, phases: Phases, say: &mut dy
         group: "chain".to_owned(),
         order: group.order(),
         mode: Mode {
-            method: if recipe == Recipe::GangStop { "gang-stop" } else { "one-by-one" }.to_owned(),
+            method: if recipe == Recipe::GangStop {
+                "gang-stop"
+            } else {
+                "one-by-one"
+            }
+            .to_owned(),
             ports: "tap".to_owned(),
             freeze: None,
         },
         migration_ms,
-        cpu,
+        cpu: Cpu::of(steady, moving),
         traffic: flows,
         ..Run::default()
     };
@@ -127,19 +158,33 @@ fn uri(at: usize) -> String {
 
 /// Pause and bytes of a VM that has moved.
 fn figures(source: &mut Vm, target: &mut Vm) -> Result<VmFigures> {
-    let stop = source.qmp.events()?.into_iter().rfind(|event| event.name == "STOP");
-    let resume = target.qmp.events()?.into_iter().rfind(|event| event.name == "RESUME");
+    let stop = source
+        .qmp
+        .events()?
+        .into_iter()
+        .rfind(|event| event.name == "STOP");
+    let resume = target
+        .qmp
+        .events()?
+        .into_iter()
+        .rfind(|event| event.name == "RESUME");
     Ok(VmFigures {
         name: source.name.clone(),
         precopy_bytes: source.qmp.migration()?.transferred,
         pause_ms: 0.0,
-        stopped_at_us: stop.with_context(|| format!("{} did not stop", source.name))?.at_us,
-        resumed_at_us: resume.with_context(|| format!("{} did not resume", target.name))?.at_us,
+        stopped_at_us: stop
+            .with_context(|| format!("{} did not stop", source.name))?
+            .at_us,
+        resumed_at_us: resume
+            .with_context(|| format!("{} did not resume", target.name))?
+            .at_us,
     })
 }
 
 fn wait_status(vm: &mut Vm, status: &str) -> Result<()> {
-    until(&format!("{status} of {}", vm.name), PATIENCE, || Ok((vm.qmp.migration()?.status == status).then_some(())))
+    until(&format!("{status} of {}", vm.name), PATIENCE, || {
+        Ok((vm.qmp.migration()?.status == status).then_some(()))
+    })
 }
 
 /// The target of a completed migration is loaded a little after the source has sent everything.
@@ -176,8 +221,12 @@ enum Stage {
 
 fn gang_stop(sources: &mut [Vm], targets: &mut [Vm], say: &mut dyn FnMut(&str)) -> Result<()> {
     for (at, source) in sources.iter_mut().enumerate() {
-        source.qmp.capabilities(&["events", "pause-before-switchover"])?;
-        source.qmp.parameters(json!({"downtime-limit": 1, "max-bandwidth": FULL}))?;
+        source
+            .qmp
+            .capabilities(&["events", "pause-before-switchover"])?;
+        source
+            .qmp
+            .parameters(json!({"downtime-limit": 1, "max-bandwidth": FULL}))?;
         source.qmp.execute("migrate", json!({"uri": uri(at)}))?;
     }
     let mut stages = vec![Stage::Copying; sources.len()];
@@ -185,7 +234,9 @@ fn gang_stop(sources: &mut [Vm], targets: &mut [Vm], say: &mut dyn FnMut(&str)) 
     say("all VMs are held at the brink");
     for (source, stage) in sources.iter_mut().zip(&mut stages) {
         if *stage == Stage::Held {
-            *stage = Stage::CatchingUp { since: source.qmp.migration()?.dirty_syncs };
+            *stage = Stage::CatchingUp {
+                since: source.qmp.migration()?.dirty_syncs,
+            };
             source.qmp.parameters(json!({"max-bandwidth": FULL}))?;
         }
     }
@@ -195,13 +246,17 @@ fn gang_stop(sources: &mut [Vm], targets: &mut [Vm], say: &mut dyn FnMut(&str)) 
         source.qmp.execute("stop", json!({}))?;
     }
     for source in sources.iter_mut() {
-        source.qmp.parameters(json!({"max-bandwidth": 1u64 << 40, "downtime-limit": 2000}))?;
+        source
+            .qmp
+            .parameters(json!({"max-bandwidth": 1u64 << 40, "downtime-limit": 2000}))?;
     }
     for source in sources.iter_mut() {
         wait_status(source, "pre-switchover")?;
     }
     for source in sources.iter_mut() {
-        source.qmp.execute("migrate-continue", json!({"state": "pre-switchover"}))?;
+        source
+            .qmp
+            .execute("migrate-continue", json!({"state": "pre-switchover"}))?;
     }
     for (source, target) in sources.iter_mut().zip(targets.iter_mut()) {
         wait_status(source, "completed")?;
@@ -217,7 +272,10 @@ fn gang_stop(sources: &mut [Vm], targets: &mut [Vm], say: &mut dyn FnMut(&str)) 
 /// Lets each VM go on until it is held (or has gone over by itself).
 fn until_held(sources: &mut [Vm], stages: &mut [Stage]) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
-    while stages.iter().any(|stage| !matches!(stage, Stage::Held | Stage::Over)) {
+    while stages
+        .iter()
+        .any(|stage| !matches!(stage, Stage::Held | Stage::Over))
+    {
         if Instant::now() > deadline {
             bail!("the VMs do not get to the brink: {stages:?}");
         }
@@ -234,7 +292,9 @@ fn until_held(sources: &mut [Vm], stages: &mut [Stage]) -> Result<()> {
             };
             match migration.status.as_str() {
                 "pre-switchover" => *stage = Stage::Over,
-                "active" if migration.transferred > 0 && collected && migration.remaining < limit => {
+                "active"
+                    if migration.transferred > 0 && collected && migration.remaining < limit =>
+                {
                     source.qmp.parameters(json!({"max-bandwidth": STARVED}))?;
                     *stage = Stage::Held;
                 }

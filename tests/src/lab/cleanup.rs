@@ -2,6 +2,7 @@
 //!
 //! Invariant: a guard that drops takes its entry out; the signal thread takes what is still in.
 
+use rustix::process::{Pid, Signal, kill_process};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
@@ -18,7 +19,11 @@ struct Made {
     dirs: Vec<PathBuf>,
 }
 
-static MADE: Mutex<Made> = Mutex::new(Made { children: Vec::new(), netns: Vec::new(), dirs: Vec::new() });
+static MADE: Mutex<Made> = Mutex::new(Made {
+    children: Vec::new(),
+    netns: Vec::new(),
+    dirs: Vec::new(),
+});
 
 fn made() -> MutexGuard<'static, Made> {
     MADE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -78,8 +83,22 @@ impl Drop for DirGuard {
     }
 }
 
+/// Ends what still runs in a namespace of ours, such as VMs that a switch started, and removes it.
 fn delete_netns(name: &str) {
-    let _ = Command::new("ip").args(["netns", "del", name]).stderr(Stdio::null()).status();
+    let listed = Command::new("ip")
+        .args(["netns", "pids", name])
+        .stderr(Stdio::null())
+        .output();
+    let listed = listed.map(|output| output.stdout).unwrap_or_default();
+    for pid in String::from_utf8_lossy(&listed).split_whitespace() {
+        if let Some(pid) = pid.parse().ok().and_then(Pid::from_raw) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    }
+    let _ = Command::new("ip")
+        .args(["netns", "del", name])
+        .stderr(Stdio::null())
+        .status();
 }
 
 /// From now on SIGINT and SIGTERM clean up before the process ends. Call it before other threads are started.
@@ -114,10 +133,13 @@ fn owner(name: &str) -> Option<u32> {
 
 /// Removes namespaces and folders of runs whose process is gone.
 pub fn remove_stale() {
-    let dead = |name: &str| owner(name).is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
+    let dead =
+        |name: &str| owner(name).is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
     let names = |dir: &str| -> Vec<String> {
         let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+        entries
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect()
     };
     for name in names("/run/netns").iter().filter(|name| dead(name)) {
         delete_netns(name);

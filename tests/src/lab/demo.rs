@@ -51,7 +51,13 @@ pub fn run(options: &Options) -> Result<bool> {
     if options.baseline || options.baseline_only {
         say("baseline: gang stop on Linux bridges");
         let logs = options.out.join("logs/gang-stop");
-        report.baseline = Some(baseline::run(&group, Recipe::GangStop, Phases::default(), &logs, &mut say)?);
+        report.baseline = Some(baseline::run(
+            &group,
+            Recipe::GangStop,
+            Phases::default(),
+            &logs,
+            &mut say,
+        )?);
         say("baseline: one by one on Linux bridges");
         let logs = options.out.join("logs/one-by-one");
         let run = baseline::run(&group, Recipe::OneByOne, Phases::default(), &logs, &mut say)?;
@@ -60,5 +66,8 @@ pub fn run(options: &Options) -> Result<bool> {
     let path = report.write(&options.out)?;
     println!("\n{}", table::render(&report));
     println!("report: {}", path.display());
-    Ok(report.run.as_ref().map_or(options.baseline_only, |run| run.clean))
+    Ok(report
+        .run
+        .as_ref()
+        .map_or(options.baseline_only, |run| run.clean))
 }

@@ -23,7 +23,12 @@ impl Host {
     /// A host without anything on it.
     pub fn new(name: &str, netns: Netns, dir: PathBuf) -> Result<Self> {
         std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
-        Ok(Self { name: name.to_owned(), netns, dir, switch: None })
+        Ok(Self {
+            name: name.to_owned(),
+            netns,
+            dir,
+            switch: None,
+        })
     }
 
     /// A command in the host's namespace.
@@ -39,7 +44,8 @@ impl Host {
 
     /// A persistent TAP device on the bridge.
     pub fn bridge_tap(&self, device: &str) -> Result<()> {
-        self.netns.ip(&format!("tuntap add dev {device} mode tap"))?;
+        self.netns
+            .ip(&format!("tuntap add dev {device} mode tap"))?;
         self.netns.enslave(device, "br0")
     }
 
@@ -50,7 +56,11 @@ impl Host {
         let mut command = self.command(program);
         command.arg("--config").arg(&file);
         let name = format!("the switch of host {}", self.name);
-        self.switch = Some(Process::start(&name, command, &self.dir.join("switch.log"))?);
+        self.switch = Some(Process::start(
+            &name,
+            command,
+            &self.dir.join("switch.log"),
+        )?);
         Ok(())
     }
 }

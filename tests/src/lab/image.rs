@@ -9,7 +9,9 @@ use super::process::run;
 
 /// Where the repository is, as it was when the lab was built.
 pub fn repository() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap_or(Path::new("."))
 }
 
 /// Kernel, initramfs, and the workload for use outside of VMs.
@@ -29,7 +31,8 @@ impl Image {
         static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         let _one = ONE_AT_A_TIME.lock();
         let out = repository().join("target/lab");
-        run(Command::new(repository().join("deploy/lab/image.sh")).arg(&out)).context("the guest image")?;
+        run(Command::new(repository().join("deploy/lab/image.sh")).arg(&out))
+            .context("the guest image")?;
         Ok(Self {
             kernel: out.join("vmlinux"),
             initramfs: out.join("initramfs.cpio"),

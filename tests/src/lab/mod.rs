@@ -7,11 +7,13 @@
 //! Invariant: everything is named after our process, nothing outside of our namespaces is changed.
 //! Invariant: whatever was made goes away with its guard, also on a panic, on SIGINT and SIGTERM; what a killed run
 //! left behind, the next run removes.
-//! Invariant: only processes that we started are ended, through their handle.
+//! Invariant: only processes that we started, or that run in a namespace of ours, are ended.
 
 pub mod baseline;
 pub mod cleanup;
+pub mod cpu;
 pub mod demo;
+pub mod gangway;
 pub mod group;
 pub mod host;
 pub mod image;
@@ -34,7 +36,7 @@ use host::Host;
 use image::Image;
 use net::Net;
 
-/// The world of one run. Fields drop in this order: processes of the hosts first, their namespaces last.
+/// The world of one run. Fields drop in this order: the hosts' switches first, their namespaces and the folder last.
 pub struct Lab {
     /// Where the VMs are at first.
     pub a: Host,
@@ -55,7 +57,11 @@ impl Lab {
         cleanup::on_signals()?;
         cleanup::remove_stale();
         let image = Image::ensure()?;
-        let name = format!("gw{}-{}", std::process::id(), RUNS.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "gw{}-{}",
+            std::process::id(),
+            RUNS.fetch_add(1, Ordering::Relaxed)
+        );
         // Short, because the path of a unix socket has 108 bytes.
         let dir = tempfile::Builder::new()
             .prefix(&format!("{name}."))
@@ -63,8 +69,16 @@ impl Lab {
             .context("the run's folder in /tmp")?;
         let guard = DirGuard::new(dir.path());
         let net = Net::new(&name)?;
-        let host = |name: &str, netns: &net::Netns| Host::new(name, netns.clone(), dir.path().join(name));
-        Ok(Self { a: host("a", &net.a)?, b: host("b", &net.b)?, image, net, _guard: guard, dir })
+        let host =
+            |name: &str, netns: &net::Netns| Host::new(name, netns.clone(), dir.path().join(name));
+        Ok(Self {
+            a: host("a", &net.a)?,
+            b: host("b", &net.b)?,
+            image,
+            net,
+            _guard: guard,
+            dir,
+        })
     }
 
     /// The run's folder: sockets, logs, serial lines.
@@ -79,9 +93,13 @@ impl Lab {
             std::fs::create_dir_all(&to).with_context(|| to.display().to_string())?;
             for entry in std::fs::read_dir(&host.dir)?.flatten() {
                 let path = entry.path();
-                if path.extension().is_some_and(|extension| extension == "log" || extension == "toml") {
+                if path
+                    .extension()
+                    .is_some_and(|extension| extension == "log" || extension == "toml")
+                {
                     let name: PathBuf = entry.file_name().into();
-                    std::fs::copy(&path, to.join(name)).with_context(|| path.display().to_string())?;
+                    std::fs::copy(&path, to.join(name))
+                        .with_context(|| path.display().to_string())?;
                 }
             }
         }

@@ -39,7 +39,10 @@ impl Netns {
         // The guard first: a namespace that is half made goes, too.
         let guard = Arc::new(NetnsGuard::new(name));
         run(Command::new("ip").args(["netns", "add", name]))?;
-        let netns = Self { name: name.to_owned(), _guard: guard };
+        let netns = Self {
+            name: name.to_owned(),
+            _guard: guard,
+        };
         // No IPv6: what it sends by itself would only blur the counts.
         netns.write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")?;
         netns.write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1")?;
@@ -54,7 +57,10 @@ impl Netns {
 
     /// Runs `ip` in it.
     pub fn ip(&self, args: &str) -> Result<()> {
-        run(Command::new("ip").args(["-n", &self.name]).args(args.split_whitespace())).map(drop)
+        run(Command::new("ip")
+            .args(["-n", &self.name])
+            .args(args.split_whitespace()))
+        .map(drop)
     }
 
     /// Runs a program in it.
@@ -71,7 +77,9 @@ impl Netns {
 
     /// A bridge that forwards at once and only what it is given.
     pub fn bridge(&self, name: &str) -> Result<()> {
-        self.ip(&format!("link add dev {name} type bridge stp_state 0 forward_delay 0 mcast_snooping 0"))?;
+        self.ip(&format!(
+            "link add dev {name} type bridge stp_state 0 forward_delay 0 mcast_snooping 0"
+        ))?;
         self.ip(&format!("link set dev {name} up"))
     }
 
@@ -83,14 +91,18 @@ impl Netns {
 
     /// A virtual cable from a device of ours to one of `peer`.
     pub fn cable(&self, device: &str, peer: &Netns, peer_device: &str) -> Result<()> {
-        self.ip(&format!("link add dev {device} type veth peer name {peer_device} netns {}", peer.name))?;
+        self.ip(&format!(
+            "link add dev {device} type veth peer name {peer_device} netns {}",
+            peer.name
+        ))?;
         self.ip(&format!("link set dev {device} up"))?;
         peer.ip(&format!("link set dev {peer_device} up"))
     }
 
     /// Makes a device send whole frames with their checksums, as they look on a wire.
     pub fn no_offloads(&self, device: &str) -> Result<()> {
-        self.run(&format!("ethtool -K {device} tx off tso off gso off")).map(drop)
+        self.run(&format!("ethtool -K {device} tx off tso off gso off"))
+            .map(drop)
     }
 }
 
@@ -113,15 +125,24 @@ impl Net {
     /// Makes namespaces named after the run, and everything between them.
     pub fn new(run: &str) -> Result<Self> {
         let make = |part: &str| Netns::new(&format!("{run}-{part}"));
-        let net = Self { a: make("a")?, b: make("b")?, out: make("out")?, mgmt: make("mgmt")?, fab: make("fab")? };
+        let net = Self {
+            a: make("a")?,
+            b: make("b")?,
+            out: make("out")?,
+            mgmt: make("mgmt")?,
+            fab: make("fab")?,
+        };
         net.mgmt.bridge("br0")?;
-        net.mgmt.ip(&format!("addr add {MGMT_COORDINATOR}/24 dev br0"))?;
+        net.mgmt
+            .ip(&format!("addr add {MGMT_COORDINATOR}/24 dev br0"))?;
         net.fab.bridge("br0")?;
         for (host, name, address) in [(&net.a, "a", MGMT_A), (&net.b, "b", MGMT_B)] {
             host.cable("mgmt0", &net.mgmt, name)?;
             net.mgmt.enslave(name, "br0")?;
             host.ip(&format!("addr add {address}/24 dev mgmt0"))?;
-            host.run(&format!("tc qdisc add dev mgmt0 root tbf rate {MGMT_RATE} burst 256kb latency 50ms"))?;
+            host.run(&format!(
+                "tc qdisc add dev mgmt0 root tbf rate {MGMT_RATE} burst 256kb latency 50ms"
+            ))?;
             host.cable("up0", &net.fab, name)?;
             net.fab.enslave(name, "br0")?;
         }

@@ -22,13 +22,23 @@ pub struct Process {
 impl Process {
     /// Starts a command whose standard output and error go to `log`.
     pub fn start(name: &str, mut command: Command, log: &Path) -> Result<Self> {
-        let file = File::options().create(true).append(true).open(log).with_context(|| log.display().to_string())?;
-        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .open(log)
+            .with_context(|| log.display().to_string())?;
+        command
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file);
         Self::spawn(name, command)
     }
 
     /// Starts a command that is talked to through its standard input and output.
-    pub fn start_piped(name: &str, mut command: Command) -> Result<(Self, ChildStdin, ChildStdout)> {
+    pub fn start_piped(
+        name: &str,
+        mut command: Command,
+    ) -> Result<(Self, ChildStdin, ChildStdout)> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let process = Self::spawn(name, command)?;
         let pipes = {
@@ -41,20 +51,33 @@ impl Process {
 
     fn spawn(name: &str, mut command: Command) -> Result<Self> {
         sys::die_with_us(&mut command);
-        let child = command.spawn().with_context(|| format!("{name}: {command:?} does not start"))?;
+        let child = command
+            .spawn()
+            .with_context(|| format!("{name}: {command:?} does not start"))?;
         let child = Arc::new(Mutex::new(child));
         cleanup::add_child(&child);
-        Ok(Self { name: name.to_owned(), child })
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+        })
     }
 
     /// Its number.
     pub fn pid(&self) -> u32 {
-        self.child.lock().unwrap_or_else(PoisonError::into_inner).id()
+        self.child
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .id()
     }
 
     /// How it ended, if it has.
     pub fn ended(&self) -> Option<ExitStatus> {
-        self.child.lock().unwrap_or_else(PoisonError::into_inner).try_wait().ok().flatten()
+        self.child
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .try_wait()
+            .ok()
+            .flatten()
     }
 
     /// Waits for its end.
@@ -91,18 +114,28 @@ pub fn command_in(netns: &Netns, program: impl AsRef<std::ffi::OsStr>) -> Comman
 
 /// Runs a short command to its end; its error output becomes the error.
 pub fn run(command: &mut Command) -> Result<Output> {
-    let output =
-        command.stdin(Stdio::null()).output().with_context(|| format!("{command:?} does not start"))?;
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("{command:?} does not start"))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
-        let said = if said.trim().is_empty() { String::from_utf8_lossy(&output.stdout) } else { said };
+        let said = if said.trim().is_empty() {
+            String::from_utf8_lossy(&output.stdout)
+        } else {
+            said
+        };
         bail!("{command:?}: {}: {}", output.status, said.trim());
     }
     Ok(output)
 }
 
 /// Looks again and again until `found` gives something.
-pub fn until<T>(what: &str, patience: Duration, mut found: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+pub fn until<T>(
+    what: &str,
+    patience: Duration,
+    mut found: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
     let deadline = Instant::now() + patience;
     loop {
         if let Some(value) = found()? {

@@ -44,39 +44,101 @@ impl Files {
     /// The files of a VM in a host's folder.
     pub fn new(dir: &Path, vm: &str) -> Self {
         let file = |kind: &str| dir.join(format!("{vm}{kind}"));
-        Self { qmp: file(".qmp"), lab_qmp: file(".lab"), serial: file("-serial.log"), log: file("-qemu.log") }
+        Self {
+            qmp: file(".qmp"),
+            lab_qmp: file(".lab"),
+            serial: file("-serial.log"),
+            log: file("-qemu.log"),
+        }
     }
 }
 
 /// The command of a VM, program first. `incoming`: it waits for a migration and stays paused when it has arrived.
-pub fn command(group: &Group, vm: &VmSpec, image: &Image, nic: &Nic, files: &Files, incoming: Incoming) -> Vec<String> {
+pub fn command(
+    group: &Group,
+    vm: &VmSpec,
+    image: &Image,
+    nic: &Nic,
+    files: &Files,
+    incoming: Incoming,
+) -> Vec<String> {
     let memory = memory_kb(group);
-    let mut line = vec!["qemu-system-x86_64".to_owned(), "-name".to_owned(), vm.name.clone()];
+    let mut line = vec![
+        "qemu-system-x86_64".to_owned(),
+        "-name".to_owned(),
+        vm.name.clone(),
+    ];
     let mut add = |words: &[&str]| line.extend(words.iter().map(|word| word.to_string()));
     // KVM guests hang on some of the machines that this runs on; emulation runs everywhere.
-    add(&["-accel", "tcg,thread=multi", "-cpu", "qemu64", "-smp", "1", "-m", &format!("{memory}k")]);
-    add(&["-object", &format!("memory-backend-memfd,id=m0,size={memory}k,share=on")]);
-    add(&["-machine", "pc,memory-backend=m0", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
-    add(&["-kernel", &image.kernel.to_string_lossy(), "-initrd", &image.initramfs.to_string_lossy()]);
+    add(&[
+        "-accel",
+        "tcg,thread=multi",
+        "-cpu",
+        "qemu64",
+        "-smp",
+        "1",
+        "-m",
+        &format!("{memory}k"),
+    ]);
+    add(&[
+        "-object",
+        &format!("memory-backend-memfd,id=m0,size={memory}k,share=on"),
+    ]);
+    add(&[
+        "-machine",
+        "pc,memory-backend=m0",
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+        "-display",
+        "none",
+    ]);
+    add(&[
+        "-kernel",
+        &image.kernel.to_string_lossy(),
+        "-initrd",
+        &image.initramfs.to_string_lossy(),
+    ]);
     add(&["-append", &group.cmdline(vm)]);
     add(&["-serial", &format!("file:{}", files.serial.display())]);
     for monitor in [&files.qmp, &files.lab_qmp] {
-        add(&["-qmp", &format!("unix:{},server=on,wait=off", monitor.display())]);
+        add(&[
+            "-qmp",
+            &format!("unix:{},server=on,wait=off", monitor.display()),
+        ]);
     }
     let device = match nic {
         Nic::Tap { device } => {
-            add(&["-netdev", &format!("tap,id=n0,ifname={device},script=no,downscript=no")]);
+            add(&[
+                "-netdev",
+                &format!("tap,id=n0,ifname={device},script=no,downscript=no"),
+            ]);
             "virtio-net-pci,netdev=n0"
         }
-        Nic::VhostUser { socket, qemu_listens } => {
-            let mode = if *qemu_listens { "server=on,wait=off" } else { "reconnect=1" };
-            add(&["-chardev", &format!("socket,id=c0,path={},{mode}", socket.display())]);
+        Nic::VhostUser {
+            socket,
+            qemu_listens,
+        } => {
+            let mode = if *qemu_listens {
+                "server=on,wait=off"
+            } else {
+                "reconnect=1"
+            };
+            add(&[
+                "-chardev",
+                &format!("socket,id=c0,path={},{mode}", socket.display()),
+            ]);
             add(&["-netdev", "vhost-user,id=n0,chardev=c0,vhostforce=on"]);
             // With MSI-X, QEMU 7.2 crashes at DRIVER_OK when it emulates the processor.
             "virtio-net-pci,netdev=n0,vectors=0"
         }
     };
-    add(&["-device", &format!("{device},mac={},romfile=,id=nic0", vm.mac), "-device", "virtio-rng-pci"]);
+    add(&[
+        "-device",
+        &format!("{device},mac={},romfile=,id=nic0", vm.mac),
+        "-device",
+        "virtio-rng-pci",
+    ]);
     match incoming {
         Incoming::No => {}
         Incoming::Runs => add(&["-incoming", "defer"]),
@@ -132,19 +194,35 @@ impl Vm {
         let words = command(group, vm, image, nic, &files, incoming);
         let mut command = command_in(&host.netns, &words[0]);
         command.args(&words[1..]);
-        let process = Process::start(&format!("QEMU of {} on {}", vm.name, host.name), command, &files.log)?;
-        let qmp = Qmp::connect(&files.lab_qmp, Duration::from_secs(10)).with_context(|| said(&files.log))?;
-        Ok(Self { name: vm.name.clone(), qmp, files, process })
+        let process = Process::start(
+            &format!("QEMU of {} on {}", vm.name, host.name),
+            command,
+            &files.log,
+        )?;
+        let qmp = Qmp::connect(&files.lab_qmp, Duration::from_secs(10))
+            .with_context(|| said(&files.log))?;
+        Ok(Self {
+            name: vm.name.clone(),
+            qmp,
+            files,
+            process,
+        })
     }
 
     /// Waits until the workload in the guest is ready.
     pub fn wait_ready(&self, patience: Duration) -> Result<()> {
         until(&format!("sign of life of {}", self.name), patience, || {
             if let Some(status) = self.process.ended() {
-                bail!("{} ended with {status}: {}", self.process.name, said(&self.files.log));
+                bail!(
+                    "{} ended with {status}: {}",
+                    self.process.name,
+                    said(&self.files.log)
+                );
             }
             let serial = std::fs::read(&self.files.serial).unwrap_or_default();
-            Ok(String::from_utf8_lossy(&serial).contains("is ready").then_some(()))
+            Ok(String::from_utf8_lossy(&serial)
+                .contains("is ready")
+                .then_some(()))
         })
     }
 }

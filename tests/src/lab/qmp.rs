@@ -35,9 +35,15 @@ pub struct Qmp {
 impl Qmp {
     /// Connects, waiting for the socket to appear.
     pub fn connect(path: &Path, patience: Duration) -> Result<Self> {
-        let stream = until(&format!("monitor at {}", path.display()), patience, || Ok(UnixStream::connect(path).ok()))?;
-        let mut qmp =
-            Self { path: path.to_owned(), reader: BufReader::new(stream), line: String::new(), events: VecDeque::new() };
+        let stream = until(&format!("monitor at {}", path.display()), patience, || {
+            Ok(UnixStream::connect(path).ok())
+        })?;
+        let mut qmp = Self {
+            path: path.to_owned(),
+            reader: BufReader::new(stream),
+            line: String::new(),
+            events: VecDeque::new(),
+        };
         let greeting = qmp.read(PATIENCE)?.context("a greeting")?;
         if greeting.get("QMP").is_none() {
             bail!("{}: no monitor: {greeting}", qmp.path.display());
@@ -48,16 +54,24 @@ impl Qmp {
 
     /// The next line, or `None` when none comes in time.
     fn read(&mut self, patience: Duration) -> Result<Option<Value>> {
-        self.reader.get_ref().set_read_timeout(Some(patience.max(Duration::from_millis(1))))?;
+        self.reader
+            .get_ref()
+            .set_read_timeout(Some(patience.max(Duration::from_millis(1))))?;
         // A line that was cut by the time-out stays in `line` and is read on.
         match self.reader.read_line(&mut self.line) {
             Ok(0) => bail!("{}: QEMU has closed its monitor", self.path.display()),
             Ok(_) => {
-                let value = serde_json::from_str(&self.line).with_context(|| format!("not JSON: {}", self.line))?;
+                let value = serde_json::from_str(&self.line)
+                    .with_context(|| format!("not JSON: {}", self.line))?;
                 self.line.clear();
                 Ok(Some(value))
             }
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
+                ) =>
+            {
                 Ok(None)
             }
             Err(error) => Err(error).with_context(|| self.path.display().to_string()),
@@ -68,14 +82,21 @@ impl Qmp {
         if let Some(name) = value["event"].as_str() {
             let part = |key: &str| value["timestamp"][key].as_u64().unwrap_or(0);
             let at_us = part("seconds") * 1_000_000 + part("microseconds");
-            self.events.push_back(Event { name: name.to_owned(), at_us, data: value["data"].clone() });
+            self.events.push_back(Event {
+                name: name.to_owned(),
+                at_us,
+                data: value["data"].clone(),
+            });
         }
     }
 
     /// Runs a command; events that come in between are kept.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let line = json!({"execute": command, "arguments": arguments}).to_string() + "\n";
-        self.reader.get_mut().write_all(line.as_bytes()).with_context(|| self.path.display().to_string())?;
+        self.reader
+            .get_mut()
+            .write_all(line.as_bytes())
+            .with_context(|| self.path.display().to_string())?;
         let deadline = Instant::now() + PATIENCE;
         loop {
             let value = self
@@ -100,7 +121,11 @@ impl Qmp {
     }
 
     /// Waits for an event that `wanted` picks; events before it stay for [`Qmp::events`].
-    pub fn wait(&mut self, patience: Duration, mut wanted: impl FnMut(&Event) -> bool) -> Result<Event> {
+    pub fn wait(
+        &mut self,
+        patience: Duration,
+        mut wanted: impl FnMut(&Event) -> bool,
+    ) -> Result<Event> {
         let (deadline, mut looked) = (Instant::now() + patience, 0);
         loop {
             while looked < self.events.len() {
@@ -111,7 +136,10 @@ impl Qmp {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                bail!("{}: the event did not come in {patience:?}", self.path.display());
+                bail!(
+                    "{}: the event did not come in {patience:?}",
+                    self.path.display()
+                );
             }
             if let Some(value) = self.read(left)? {
                 self.note(&value);
@@ -121,8 +149,12 @@ impl Qmp {
 
     /// Sets migration capabilities.
     pub fn capabilities(&mut self, names: &[&str]) -> Result<()> {
-        let list: Vec<Value> = names.iter().map(|name| json!({"capability": name, "state": true})).collect();
-        self.execute("migrate-set-capabilities", json!({"capabilities": list})).map(drop)
+        let list: Vec<Value> = names
+            .iter()
+            .map(|name| json!({"capability": name, "state": true}))
+            .collect();
+        self.execute("migrate-set-capabilities", json!({"capabilities": list}))
+            .map(drop)
     }
 
     /// Sets migration parameters.
@@ -135,7 +167,12 @@ impl Qmp {
         let answer = self.execute("query-migrate", json!({}))?;
         let status = answer["status"].as_str().unwrap_or("none").to_owned();
         if status == "failed" {
-            return Err(anyhow!("migration failed: {}", answer["error-desc"].as_str().unwrap_or("QEMU does not say why")));
+            return Err(anyhow!(
+                "migration failed: {}",
+                answer["error-desc"]
+                    .as_str()
+                    .unwrap_or("QEMU does not say why")
+            ));
         }
         let ram = |key: &str| answer["ram"][key].as_u64().unwrap_or(0);
         Ok(Migration {

@@ -4,6 +4,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
+use super::cpu::Cpu;
 use super::traffic::Flow;
 
 /// The whole file: Gangway's run at the top level, what it is compared with below.
@@ -29,7 +30,7 @@ pub struct Run {
     pub order: Vec<String>,
     /// How it was done.
     pub mode: Mode,
-    /// Nothing was lost, duplicated, reordered or altered.
+    /// Nothing was lost, duplicated, reordered or altered, and both ends of every link agree.
     pub clean: bool,
     /// Each VM's own figures, in order.
     pub vms: Vec<VmFigures>,
@@ -41,7 +42,7 @@ pub struct Run {
     pub freeze_to_thaw_ms: Option<f64>,
     /// From the order to migrate to the last resume.
     pub migration_ms: f64,
-    /// How busy the machine's processors were, in percent of all of them.
+    /// What the run took of the machine's processors.
     pub cpu: Cpu,
     /// The traffic's verdict.
     pub traffic: Vec<Flow>,
@@ -73,50 +74,58 @@ pub struct VmFigures {
     pub resumed_at_us: u64,
 }
 
-/// A link's buffer.
+/// A queue's buffer on a link, as the coordinator's report has it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct LinkFigures {
     /// The sending VM, or the outside.
     pub from: String,
     /// The receiving VM, or the outside.
     pub to: String,
     /// Frames held on the source.
-    pub frames_held: u64,
+    pub held_frames: u64,
     /// Bytes held on the source.
-    pub bytes_held: u64,
+    pub held_bytes: u64,
     /// Frames shipped to the target.
-    pub frames_shipped: u64,
+    pub shipped_frames: u64,
     /// Bytes shipped to the target.
-    pub bytes_shipped: u64,
+    pub shipped_bytes: u64,
     /// Frames that the target gave to the receiver.
-    pub frames_flushed: u64,
+    pub flushed_frames: u64,
     /// Bytes that the target gave to the receiver.
-    pub bytes_flushed: u64,
+    pub flushed_bytes: u64,
+    /// Frames of a held link that were dropped.
+    pub dropped: u64,
     /// Digest of what was held.
     pub digest_source: String,
     /// Digest of what was flushed.
     pub digest_target: String,
-}
-
-/// Processor load in percent of all processors.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Cpu {
-    /// Before the migration, with all traffic.
-    pub steady_percent: f64,
-    /// During the migration.
-    pub migration_percent: f64,
+    /// Both ends have the same, all of it was delivered, nothing dropped.
+    pub agree: bool,
 }
 
 impl Run {
     /// Fills in what follows from the rest.
     pub fn conclude(&mut self) {
-        let first = self.vms.iter().map(|vm| vm.stopped_at_us).min().unwrap_or(0);
-        let last = self.vms.iter().map(|vm| vm.resumed_at_us).max().unwrap_or(0);
+        let first = self
+            .vms
+            .iter()
+            .map(|vm| vm.stopped_at_us)
+            .min()
+            .unwrap_or(0);
+        let last = self
+            .vms
+            .iter()
+            .map(|vm| vm.resumed_at_us)
+            .max()
+            .unwrap_or(0);
         self.blackout_ms = ms(last.saturating_sub(first));
         for vm in &mut self.vms {
             vm.pause_ms = ms(vm.resumed_at_us.saturating_sub(vm.stopped_at_us));
         }
-        self.clean = !self.traffic.is_empty() && self.traffic.iter().all(Flow::is_clean);
+        self.clean = !self.traffic.is_empty()
+            && self.traffic.iter().all(Flow::is_clean)
+            && self.links.iter().all(|link| link.agree);
     }
 }
 
@@ -131,42 +140,10 @@ impl Report {
         let path = dir.join("report.json");
         // Never half a report under its name.
         let new = dir.join("report.json.new");
-        std::fs::write(&new, serde_json::to_vec_pretty(self)?).with_context(|| new.display().to_string())?;
+        std::fs::write(&new, serde_json::to_vec_pretty(self)?)
+            .with_context(|| new.display().to_string())?;
         std::fs::rename(&new, &path).with_context(|| path.display().to_string())?;
         Ok(path)
-    }
-}
-
-/// Measures the machine's processor load between two looks.
-#[derive(Debug)]
-pub struct CpuMeter {
-    busy: u64,
-    all: u64,
-}
-
-impl CpuMeter {
-    /// Starts to measure.
-    pub fn start() -> Self {
-        let (busy, all) = Self::read();
-        Self { busy, all }
-    }
-
-    /// Percent since the last look.
-    pub fn lap(&mut self) -> f64 {
-        let (busy, all) = Self::read();
-        let percent = 100.0 * (busy - self.busy) as f64 / (all - self.all).max(1) as f64;
-        *self = Self { busy, all };
-        (percent * 10.0).round() / 10.0
-    }
-
-    /// proc(5): user nice system idle iowait irq softirq steal
-    fn read() -> (u64, u64) {
-        let text = std::fs::read_to_string("/proc/stat").unwrap_or_default();
-        let line = text.lines().next().unwrap_or_default();
-        let ticks: Vec<u64> = line.split_whitespace().skip(1).take(8).filter_map(|tick| tick.parse().ok()).collect();
-        let idle = ticks.get(3).unwrap_or(&0) + ticks.get(4).unwrap_or(&0);
-        let all = ticks.iter().sum::<u64>();
-        (all - idle, all)
     }
 }
 
@@ -176,13 +153,29 @@ mod tests {
 
     #[test]
     fn the_keys_that_users_rely_on_are_there() {
-        let mut run = Run { traffic: vec![Flow::default()], ..Run::default() };
+        let mut run = Run {
+            traffic: vec![Flow::default()],
+            ..Run::default()
+        };
         run.vms = vec![VmFigures::default()];
         run.links = vec![LinkFigures::default()];
-        let report = Report { run: Some(run.clone()), baseline: Some(run), ..Report::default() };
+        let report = Report {
+            run: Some(run.clone()),
+            baseline: Some(run),
+            ..Report::default()
+        };
         let value = serde_json::to_value(&report).unwrap();
         for top in [&value, &value["baseline"]] {
-            for key in ["group", "order", "mode", "vms", "links", "blackout_ms", "freeze_to_thaw_ms", "traffic"] {
+            for key in [
+                "group",
+                "order",
+                "mode",
+                "vms",
+                "links",
+                "blackout_ms",
+                "freeze_to_thaw_ms",
+                "traffic",
+            ] {
                 assert!(top.get(key).is_some(), "{key}");
             }
             let keys = "name sent received lost duplicated reordered stall_ms_max retransmits";
@@ -194,8 +187,15 @@ mod tests {
 
     #[test]
     fn the_blackout_is_from_the_first_pause_to_the_last_resume() {
-        let vm = |stopped_at_us, resumed_at_us| VmFigures { stopped_at_us, resumed_at_us, ..VmFigures::default() };
-        let mut run = Run { vms: vec![vm(1_000, 5_000), vm(2_000, 9_000)], ..Run::default() };
+        let vm = |stopped_at_us, resumed_at_us| VmFigures {
+            stopped_at_us,
+            resumed_at_us,
+            ..VmFigures::default()
+        };
+        let mut run = Run {
+            vms: vec![vm(1_000, 5_000), vm(2_000, 9_000)],
+            ..Run::default()
+        };
         run.conclude();
         assert_eq!(run.blackout_ms, 8.0);
         assert_eq!(run.vms[1].pause_ms, 7.0);

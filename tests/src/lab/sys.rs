@@ -37,7 +37,11 @@ pub fn block_end_signals() -> std::io::Result<()> {
     let set = end_signals();
     // SAFETY: `set` is initialised; the old mask is not asked for.
     let result = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
-    if result == 0 { Ok(()) } else { Err(std::io::Error::from_raw_os_error(result)) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::from_raw_os_error(result))
+    }
 }
 
 /// Waits for SIGINT or SIGTERM, which must be blocked.

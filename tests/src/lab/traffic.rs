@@ -55,7 +55,10 @@ pub struct Flow {
 
 impl Flow {
     fn join(name: &str, ends: &[&End]) -> Self {
-        let mut flow = Self { name: name.to_owned(), ..Self::default() };
+        let mut flow = Self {
+            name: name.to_owned(),
+            ..Self::default()
+        };
         for end in ends {
             flow.sent += end.sent.unwrap_or(0);
             flow.retransmits += end.retransmits;
@@ -137,7 +140,10 @@ impl Traffic {
 
     /// Makes sure that each VM is reached from outside.
     pub fn ping(&self) -> Result<()> {
-        self.group.vms.iter().try_for_each(|vm| self.guest(vm, "ping").map(drop))
+        self.group
+            .vms
+            .iter()
+            .try_for_each(|vm| self.guest(vm, "ping").map(drop))
     }
 
     /// Starts all flows.
@@ -157,7 +163,8 @@ impl Traffic {
         }
         let mut ends = Vec::new();
         for answer in answers {
-            let all: Ends = serde_json::from_str(&answer).with_context(|| format!("a report: {answer}"))?;
+            let all: Ends =
+                serde_json::from_str(&answer).with_context(|| format!("a report: {answer}"))?;
             ends.extend(all.ends);
         }
         Ok(ends)
@@ -206,16 +213,29 @@ pub fn join(group: &Group, ends: &[End]) -> Vec<Flow> {
     for end in ends {
         by_name.entry(&end.flow).or_default().push(end);
     }
-    let mut flows: Vec<Flow> = by_name.iter().map(|(name, ends)| Flow::join(name, ends)).collect();
+    let mut flows: Vec<Flow> = by_name
+        .iter()
+        .map(|(name, ends)| Flow::join(name, ends))
+        .collect();
     if let (Some(first), Some(last)) = (group.vms.first(), group.vms.last())
         && group.vms.len() > 2
     {
-        let (out, into) = (format!("tcp {}->{}", first.name, first.next.0), last.prev.as_deref().unwrap_or(""));
+        let (out, into) = (
+            format!("tcp {}->{}", first.name, first.next.0),
+            last.prev.as_deref().unwrap_or(""),
+        );
         let into = format!("tcp {into}->{}", last.name);
-        let source = ends.iter().find(|end| end.flow == out && end.sent.is_some());
-        let target = ends.iter().find(|end| end.flow == into && end.received.is_some());
+        let source = ends
+            .iter()
+            .find(|end| end.flow == out && end.sent.is_some());
+        let target = ends
+            .iter()
+            .find(|end| end.flow == into && end.received.is_some());
         if let (Some(source), Some(target)) = (source, target) {
-            flows.push(Flow::join(&format!("tcp {}->{}", first.name, last.name), &[source, target]));
+            flows.push(Flow::join(
+                &format!("tcp {}->{}", first.name, last.name),
+                &[source, target],
+            ));
         }
     }
     flows
@@ -226,7 +246,13 @@ mod tests {
     use super::*;
 
     fn end(flow: &str, sent: Option<u64>, received: Option<u64>) -> End {
-        End { flow: flow.to_owned(), sent, received, digest: Some("d".to_owned()), ..End::default() }
+        End {
+            flow: flow.to_owned(),
+            sent,
+            received,
+            digest: Some("d".to_owned()),
+            ..End::default()
+        }
     }
 
     #[test]
@@ -247,7 +273,10 @@ mod tests {
 
     #[test]
     fn a_flow_that_never_sent_is_not_clean() {
-        let ends = [end("udp a->b", Some(0), None), end("udp a->b", None, Some(0))];
+        let ends = [
+            end("udp a->b", Some(0), None),
+            end("udp a->b", None, Some(0)),
+        ];
         assert!(!join(&Group::default(), &ends)[0].is_clean());
     }
 }
