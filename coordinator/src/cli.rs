@@ -1,0 +1,231 @@
+//! The command line.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use gangway_shared::id::HoldId;
+
+use crate::migration::steps::FreezeMode;
+
+/// Moves a group of communicating VMs between hosts without losing a frame.
+#[derive(Debug, Parser)]
+#[command(name = "gangway", version, after_help = crate::exit::HELP)]
+pub struct Cli {
+    /// The file that says where the hosts are.
+    #[arg(long, global = true, env = "GANGWAY_HOSTS", default_value = "/etc/gangway/hosts.toml", value_name = "FILE")]
+    pub hosts: PathBuf,
+    /// Where journals and reports of migrations are kept.
+    #[arg(long, global = true, env = "GANGWAY_STATE", default_value = "/var/lib/gangway-coordinator", value_name = "DIR")]
+    pub state: PathBuf,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// The fleet's own authority and certificates.
+    #[command(subcommand)]
+    Pki(Pki),
+    /// Hosts and their switches.
+    #[command(subcommand)]
+    Host(HostCmd),
+    /// VMs.
+    #[command(subcommand)]
+    Vm(VmCmd),
+    /// What the ports of a host sent each other.
+    Flows(OfHost),
+    /// The active VMs of a host that have a data-flow connection with another VM there.
+    Discover(OfHost),
+    /// The order in which a group would move, and why.
+    Plan(PlanArgs),
+    /// Moves a group to another host: all of it, or nothing.
+    Migrate(MigrateArgs),
+    /// Migrations, or one of them.
+    Status(OfMigration),
+    /// Ends a migration: undoes it or, past the point of no return, finishes it.
+    Abort(OfMigration),
+    /// The account of a migration.
+    Report(OfMigration),
+}
+
+/// See [`Command::Pki`].
+#[derive(Debug, Subcommand)]
+pub enum Pki {
+    /// Makes an authority: DIR/ca.pem and DIR/ca.key.
+    Init {
+        /// The folder.
+        dir: PathBuf,
+    },
+    /// Issues a certificate: DIR/NAME.pem and DIR/NAME.key, valid for a year.
+    Issue {
+        /// The authority's folder.
+        dir: PathBuf,
+        /// The host's or coordinator's name.
+        name: String,
+        /// For a host's switch.
+        #[arg(long, required_unless_present = "coordinator", conflicts_with = "coordinator")]
+        host: bool,
+        /// For a coordinator.
+        #[arg(long)]
+        coordinator: bool,
+        /// An IP address that also goes into the certificate; may be repeated.
+        #[arg(long, value_name = "IP")]
+        address: Vec<IpAddr>,
+    },
+}
+
+/// See [`Command::Host`].
+#[derive(Debug, Subcommand)]
+pub enum HostCmd {
+    /// All hosts.
+    List(Output),
+    /// One host: its switch, ports, holds.
+    Show(OfHost),
+}
+
+/// See [`Command::Vm`].
+#[derive(Debug, Subcommand)]
+pub enum VmCmd {
+    /// VMs of all hosts, or of one.
+    List {
+        /// The host.
+        host: Option<String>,
+        /// How to print.
+        #[command(flatten)]
+        output: Output,
+    },
+}
+
+/// How to print a listing.
+#[derive(Debug, Args)]
+pub struct Output {
+    /// The format.
+    #[arg(short, long, value_enum, default_value_t = Format::Text)]
+    pub output: Format,
+}
+
+/// A listing's format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs, reason = "the names say it")]
+pub enum Format {
+    Text,
+    Json,
+}
+
+/// One host.
+#[derive(Debug, Args)]
+pub struct OfHost {
+    /// The host's name.
+    pub host: String,
+    /// How to print.
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// One migration.
+#[derive(Debug, Args)]
+pub struct OfMigration {
+    /// Its number; without it the youngest (`status`: all).
+    pub id: Option<HoldId>,
+    /// How to print.
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// See [`Command::Plan`].
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// A group of the hosts file, VM names with commas between, or @discover.
+    #[arg(default_value = "@discover")]
+    pub group: String,
+    /// The host on which the VMs run.
+    #[arg(long, value_name = "HOST")]
+    pub from: Option<String>,
+    /// The order in place of the computed one: all VMs of the group, with commas between.
+    #[arg(long, value_delimiter = ',', value_name = "VM,VM")]
+    pub order: Option<Vec<String>>,
+    /// The format.
+    #[arg(short, long, value_enum, default_value_t = PlanFormat::Text)]
+    pub output: PlanFormat,
+}
+
+/// A plan's format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs, reason = "the names say it")]
+pub enum PlanFormat {
+    Text,
+    Json,
+    Dot,
+    Mermaid,
+    Svg,
+}
+
+/// See [`Command::Migrate`].
+#[derive(Debug, Args)]
+pub struct MigrateArgs {
+    /// A group of the hosts file, VM names with commas between, or @discover (with --from).
+    pub group: String,
+    /// The host on which the VMs run; without it all hosts are asked.
+    #[arg(long, value_name = "HOST")]
+    pub from: Option<String>,
+    /// The host to which they move.
+    #[arg(long, value_name = "HOST")]
+    pub to: String,
+    /// Checks everything and shows what would be done.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// When the group's traffic is cut: around the switchover, or inside the group before the memory is copied.
+    #[arg(long, value_enum, default_value_t = FreezeMode::Switchover)]
+    pub freeze: FreezeMode,
+    /// The order in place of the computed one: all VMs of the group, with commas between.
+    #[arg(long, value_delimiter = ',', value_name = "VM,VM")]
+    pub order: Option<Vec<String>>,
+    /// What the pre-copy of the whole group may use of the link, in megabits per second. Without it: what TCP gets.
+    #[arg(long, value_name = "MBIT", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub bandwidth_mbit: Option<u64>,
+    /// How long the tail of held frames may take to the target before everything is put back, in milliseconds.
+    #[arg(long, value_name = "MS", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..=600_000))]
+    pub max_hold_ms: u64,
+    /// How long the source waits for the network to learn the new place, in milliseconds.
+    #[arg(long, value_name = "MS", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(0..=600_000))]
+    pub grace_ms: u64,
+    /// Also writes the report here.
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// No progress.
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// How to print the report.
+    #[command(flatten)]
+    pub output: Output,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn arguments_are_understood() {
+        let parse = |line: &str| Cli::try_parse_from(line.split(' '));
+        let c = parse("gangway migrate a,b --to h2 --freeze early --bandwidth-mbit 1000 -o json --state /s").expect("good");
+        assert_eq!(c.state, PathBuf::from("/s"));
+        let Command::Migrate(m) = c.command else { panic!("not migrate") };
+        assert_eq!((m.group.as_str(), m.to.as_str(), m.freeze), ("a,b", "h2", FreezeMode::Early));
+        assert!(parse("gangway migrate a,b").is_err(), "no target");
+        assert!(parse("gangway migrate a,b --to b --bandwidth-mbit 0").is_err());
+        assert!(parse("gangway pki issue d n").is_err(), "no role");
+        assert!(parse("gangway pki issue d n --host --coordinator").is_err(), "two roles");
+        assert!(parse("gangway status xyz").is_err());
+        assert!(parse("gangway report 00000000000000ff -o json").is_ok());
+    }
+}

@@ -1,0 +1,19 @@
+//! `gangway pki`.
+
+use crate::cli::Pki;
+use crate::exit::Failure;
+use crate::pki::{RoleName, init, issue};
+
+pub fn exec(command: Pki) -> Result<(), Failure> {
+    let files = match command {
+        Pki::Init { dir } => init(&dir)?,
+        Pki::Issue { dir, name, host, coordinator: _, address } => {
+            let role = if host { RoleName::Host } else { RoleName::Coordinator };
+            issue(&dir, &name, role, &address)?
+        }
+    };
+    for f in files {
+        anstream::println!("{}", f.display());
+    }
+    Ok(())
+}

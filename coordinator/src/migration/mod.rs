@@ -1,0 +1,13 @@
+//! Moving a group: the table of steps, the machine that walks it, and the shells that act.
+//!
+//! Invariant: [`steps`], [`machine`], [`brink`] and [`report`] are pure: no clock, no socket, no file.
+
+pub mod brink;
+pub mod journal;
+pub mod machine;
+pub mod plan;
+pub mod report;
+pub mod run;
+pub mod act;
+pub mod steps;
+pub mod undo;

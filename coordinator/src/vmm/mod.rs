@@ -1,0 +1,4 @@
+//! Drivers of virtual machine monitors.
+
+pub mod qemu;
+pub mod qmp;
