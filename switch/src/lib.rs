@@ -7,6 +7,7 @@ pub mod datapath;
 pub mod hold;
 pub mod mem;
 pub mod port;
+pub mod run;
 pub mod ship;
 pub mod spool;
 pub mod sys;

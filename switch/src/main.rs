@@ -3,14 +3,12 @@
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use gangway_shared::api::{Refusal, RefusalCode, Reply, Request};
 use gangway_shared::config::HostConfig;
-use gangway_shared::pki::Identity;
-use gangway_switch::control::{Handler, Server, ShipAcceptor, Vmm, notify, preflight, quic};
+use gangway_switch::control::{Server, Vmm, notify, preflight, quic};
+use gangway_switch::run::Switch;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -131,10 +129,12 @@ async fn run(cfg: HostConfig) -> Result<()> {
     let stop = stop_signal().context("cannot wait for signals")?;
     let vmm = Vmm::new(&cfg);
     let quic = quic::endpoint(&cfg)?;
-    let server = Server::bind(&cfg, vmm, Arc::new(NotYet), quic, Arc::new(NotYet))?;
+    let switch = Switch::start(&cfg, &vmm, quic.as_ref())?;
+    let server = Server::bind(&cfg, vmm, switch.handler(), quic, switch.shipments())?;
     tracing::info!(host = cfg.name, socket = %cfg.control_socket.display(), "serving");
     notify::ready();
     server.run(stop).await;
+    tokio::task::block_in_place(|| switch.stop());
     Ok(())
 }
 
@@ -149,25 +149,4 @@ fn stop_signal() -> std::io::Result<impl Future<Output = ()>> {
         tracing::info!("{name}: stopping");
         notify::stopping();
     })
-}
-
-/// Stands in for the data path.
-struct NotYet;
-
-impl Handler for NotYet {
-    fn call(&self, _: Request) -> Reply {
-        Reply::Refused(Refusal {
-            code: RefusalCode::State,
-            message: "this switch has no data path yet".to_owned(),
-        })
-    }
-}
-
-impl ShipAcceptor for NotYet {
-    fn accept(&self, conn: quinn::Connection, _: Identity) {
-        conn.close(
-            quinn::VarInt::from_u32(1),
-            b"this switch takes no shipments yet",
-        );
-    }
 }

@@ -6,53 +6,137 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use gangway_shared::config::HostConfig;
 use gangway_shared::config::valid::{PortKind, TapRole};
+use gangway_shared::pki::Identity;
 
+use crate::control::quic::Quic;
+use crate::control::{Handler, ShipAcceptor, Vmm};
 use crate::datapath::Engine;
+use crate::hold::Manager;
+use crate::hold::manager::Host;
 use crate::port::tap::{VmTap, open_endpoint};
 use crate::port::vhost::{self, VhostConfig, VhostPort};
-use crate::port::{Attach, packet};
+use crate::port::{Attach, RxQueue, TxQueue, packet};
+use crate::ship::Acceptor;
+use crate::spool::Spool;
 
-
-/// What a running switch's ports need to be kept.
-#[derive(Default)]
-pub struct Ports {
-    /// TAPs of VMs, by port index.
-    pub taps: HashMap<usize, Arc<VmTap>>,
+/// A running switch, without its control server.
+pub struct Switch {
+    engine: Arc<Engine>,
+    manager: Arc<Manager>,
+    acceptor: Arc<Acceptor>,
     vhost: Vec<VhostPort>,
 }
 
-impl Ports {
-    /// Opens every port. A vhost-user port waits for its VM for as long as it takes; an uplink or a TAP that cannot be
-    /// opened is an error of the configuration or of the host, and nothing starts.
-    pub fn open(cfg: &HostConfig, engine: &Arc<Engine>) -> Result<Ports> {
-        let mut ports = Ports::default();
+/// Shipments go to the acceptor, each on a task of its own.
+struct Shipments(Arc<Acceptor>);
+
+impl ShipAcceptor for Shipments {
+    fn accept(&self, conn: quinn::Connection, peer: Identity) {
+        tokio::spawn(self.0.clone().accept(conn, peer.name));
+    }
+}
+
+type Queues = (Box<dyn RxQueue>, Box<dyn TxQueue>);
+
+impl Switch {
+    /// Opens the spool, starts the workers, opens every port. A vhost-user port waits for its VM for as long as it takes;
+    /// a device that cannot be opened is an error, and nothing runs. To be called inside the runtime.
+    pub fn start(cfg: &HostConfig, vmm: &Arc<Vmm>, quic: Option<&Quic>) -> Result<Switch> {
+        let (spool, recovered) = Spool::open(&cfg.spool).context("the spool")?;
+        for r in &recovered {
+            tracing::warn!("left in the spool by an earlier run: {r:?}");
+        }
+        let engine = Engine::start(cfg).context("cannot start the workers")?;
+        let mut taps = HashMap::new();
+        let mut vhost = Vec::new();
         for (slot, p) in cfg.ports.iter().enumerate() {
             let opened = match &p.kind {
                 PortKind::VhostUser { socket, server } => {
-                    let c = VhostConfig { name: p.name.clone(), slot, socket: socket.clone(), server: *server };
-                    ports.vhost.push(vhost::spawn(c, engine.clone()));
+                    let c = VhostConfig {
+                        name: p.name.clone(),
+                        slot,
+                        socket: socket.clone(),
+                        server: *server,
+                    };
+                    let port = vhost::spawn(c, engine.clone());
+                    vhost.push(port.with_context(|| format!("port {}", p.name))?);
                     continue;
                 }
-                PortKind::Uplink { device } => packet::open(device).map(|o| (o.rx, o.tx)),
-                PortKind::Tap { device, role: TapRole::Endpoint } => open_endpoint(device).map(|o| (o.rx, o.tx)),
-                PortKind::Tap { device, role: TapRole::Vm } => {
-                    let tap = VmTap::create(device).with_context(|| format!("port {}", p.name))?;
-                    let queues = tap.queues();
-                    ports.taps.insert(slot, tap);
-                    queues.map(|o| (o.rx, o.tx))
-                }
+                other => open_device(other, slot, &mut taps),
             };
             let (rx, tx) = opened.with_context(|| format!("port {}", p.name))?;
             engine.set_tx(slot, Some(tx));
             engine.attach_rx(slot, 0, rx);
         }
-        Ok(ports)
+        let acceptor = Arc::new(Acceptor::new());
+        let dialer = match quic {
+            Some(q) => Some((q.endpoint.clone(), q.ship_client()?)),
+            None => None,
+        };
+        let pids = vmm.clone();
+        let manager = Arc::new(Manager::new(Host {
+            engine: engine.clone(),
+            spool,
+            acceptor: acceptor.clone(),
+            dialer,
+            runtime: tokio::runtime::Handle::current(),
+            taps,
+            vm_pid: Box::new(move |vm| pids.qmp_peer_pid(vm)),
+            config: cfg.clone(),
+        }));
+        Ok(Switch {
+            engine,
+            manager,
+            acceptor,
+            vhost,
+        })
     }
 
-    /// Ends the ports' threads. TAPs stay: a VM may still have them.
-    pub fn close(self) {
+    /// Answers what concerns ports, links and holds.
+    pub fn handler(&self) -> Arc<dyn Handler> {
+        self.manager.clone()
+    }
+
+    /// Takes what other switches ship.
+    pub fn shipments(&self) -> Arc<dyn ShipAcceptor> {
+        Arc::new(Shipments(self.acceptor.clone()))
+    }
+
+    /// Detaches from VMs and devices. TAPs stay: a VM may still have them.
+    pub fn stop(self) {
         for v in self.vhost {
             v.stop();
         }
+        self.engine.stop();
     }
+}
+
+fn open_device(
+    kind: &PortKind,
+    slot: usize,
+    taps: &mut HashMap<usize, Arc<VmTap>>,
+) -> Result<Queues> {
+    Ok(match kind {
+        PortKind::Tap {
+            device,
+            role: TapRole::Endpoint,
+        } => {
+            let o = open_endpoint(device)?;
+            (o.rx, o.tx)
+        }
+        PortKind::Tap {
+            device,
+            role: TapRole::Vm,
+        } => {
+            let tap = VmTap::create(device)?;
+            let o = tap.queues()?;
+            taps.insert(slot, tap);
+            (o.rx, o.tx)
+        }
+        PortKind::Uplink { device } => {
+            let o = packet::open(device)?;
+            (o.rx, o.tx)
+        }
+        PortKind::VhostUser { socket, .. } => anyhow::bail!("{} is no device", socket.display()),
+    })
 }

@@ -37,7 +37,13 @@ pub enum Mode {
 }
 
 impl Mode {
-    const ALL: [Mode; 5] = [Mode::Live, Mode::Held, Mode::Standby, Mode::Departing, Mode::Departed];
+    const ALL: [Mode; 5] = [
+        Mode::Live,
+        Mode::Held,
+        Mode::Standby,
+        Mode::Departing,
+        Mode::Departed,
+    ];
 
     /// For listings.
     pub fn name(self) -> &'static str {
@@ -212,7 +218,13 @@ impl Engine {
             let (batches, rx) = mpsc::sync_channel(BATCHES);
             let waker = Arc::new(sys::eventfd()?);
             let asleep = Arc::new(AtomicBool::new(false));
-            let worker = Worker::new(shared.clone(), rx, waker.clone(), asleep.clone(), cfg.workers.poll)?;
+            let worker = Worker::new(
+                shared.clone(),
+                rx,
+                waker.clone(),
+                asleep.clone(),
+                cfg.workers.poll,
+            )?;
             let cpu = cfg.workers.cpus.get(n).copied();
             let body = move || {
                 if let Some(cpu) = cpu
@@ -222,10 +234,20 @@ impl Engine {
                 }
                 worker.run();
             };
-            let thread = std::thread::Builder::new().name(format!("worker-{n}")).spawn(body)?;
-            workers.push(Handle { batches, waker, asleep, thread: Some(thread) });
+            let thread = std::thread::Builder::new()
+                .name(format!("worker-{n}"))
+                .spawn(body)?;
+            workers.push(Handle {
+                batches,
+                waker,
+                asleep,
+                thread: Some(thread),
+            });
         }
-        Ok(Arc::new(Engine { shared, workers: Mutex::new(workers) }))
+        Ok(Arc::new(Engine {
+            shared,
+            workers: Mutex::new(workers),
+        }))
     }
 
     /// Ports, FDB and counters.
@@ -235,7 +257,11 @@ impl Engine {
 
     /// The port of this name.
     pub fn port(&self, name: &str) -> Option<(usize, &Arc<Port>)> {
-        self.shared.ports.iter().enumerate().find(|(_, p)| p.name == name)
+        self.shared
+            .ports
+            .iter()
+            .enumerate()
+            .find(|(_, p)| p.name == name)
     }
 
     /// Applies commands between two bursts of the workers that own the queues. Every worker takes part, also one

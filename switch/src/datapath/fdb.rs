@@ -67,14 +67,18 @@ impl Fdb {
     fn find(&self, mac: MacAddr) -> Option<(usize, u64)> {
         let b = self.bucket(mac);
         let key = mac.to_u64();
-        self.entries[b..b + WAYS].iter().enumerate().find_map(|(i, e)| {
-            let v = e.load(Relaxed);
-            (v != 0 && mac_of(v) == key).then_some((b + i, v))
-        })
+        self.entries[b..b + WAYS]
+            .iter()
+            .enumerate()
+            .find_map(|(i, e)| {
+                let v = e.load(Relaxed);
+                (v != 0 && mac_of(v) == key).then_some((b + i, v))
+            })
     }
 
     fn expired(&self, at: usize, v: u64, now_s: u32) -> bool {
-        v & FIXED == 0 && now_s.wrapping_sub(self.seen[at].load(Relaxed)) as i32 > self.ageing_s as i32
+        v & FIXED == 0
+            && now_s.wrapping_sub(self.seen[at].load(Relaxed)) as i32 > self.ageing_s as i32
     }
 
     /// Where `mac` is; `None` if unknown or aged.
@@ -184,7 +188,11 @@ mod tests {
         assert_eq!(f.lookup(mac(1), 302), Some(4));
         f.set(mac(1), 0, true, 302);
         assert_eq!(f.learn(mac(1), 4, 303), Some(0));
-        assert_eq!(f.lookup(mac(1), 10_000), Some(0), "a fixed entry does not age");
+        assert_eq!(
+            f.lookup(mac(1), 10_000),
+            Some(0),
+            "a fixed entry does not age"
+        );
         f.forget_port(0);
         assert_eq!(f.lookup(mac(1), 303), None);
         f.learn(MacAddr::BROADCAST, 1, 0);

@@ -41,7 +41,11 @@ impl Progress {
     /// What was delivered so far.
     pub fn tally(&self) -> Tally {
         let get = |a: &AtomicU64| a.load(Ordering::Acquire);
-        Tally { frames: get(&self.frames), bytes: get(&self.bytes), digest: get(&self.digest) }
+        Tally {
+            frames: get(&self.frames),
+            bytes: get(&self.bytes),
+            digest: get(&self.digest),
+        }
     }
 
     /// The queue was sealed and is delivered to the end.
@@ -114,7 +118,10 @@ pub struct Lane {
 
 impl Default for Lane {
     fn default() -> Lane {
-        Lane { gate: Gate::Forward, backlog: Backlog::default() }
+        Lane {
+            gate: Gate::Forward,
+            backlog: Backlog::default(),
+        }
     }
 }
 
@@ -130,7 +137,12 @@ impl Lane {
     }
 
     /// Takes a frame that [`Lane::accepts`] has agreed to. `Err` counts as dropped.
-    pub fn take(&mut self, frame: &Frame<'_>, now_ns: u64, send: &mut Send<'_>) -> Result<(), Drop> {
+    pub fn take(
+        &mut self,
+        frame: &Frame<'_>,
+        now_ns: u64,
+        send: &mut Send<'_>,
+    ) -> Result<(), Drop> {
         let writer = match &mut self.gate {
             Gate::Forward => {
                 if self.backlog.is_empty() {
@@ -141,14 +153,21 @@ impl Lane {
                         Sent::Full => {}
                     }
                 }
-                return if self.backlog.push(frame) { Ok(()) } else { Err(Drop::Full) };
+                return if self.backlog.push(frame) {
+                    Ok(())
+                } else {
+                    Err(Drop::Full)
+                };
             }
             Gate::Closed(why) => return Err(*why),
             Gate::Blocked => return Err(Drop::Full),
             Gate::Hold(w) => w,
             Gate::Drain(d) => &mut d.writer,
         };
-        writer.append(now_ns, frame.vnet, frame).map(drop).map_err(|_| Drop::Full)
+        writer
+            .append(now_ns, frame.vnet, frame)
+            .map(drop)
+            .map_err(|_| Drop::Full)
     }
 
     /// Publishes what was taken into a spool. Once per burst, before the frames are released to their sender.
@@ -166,7 +185,12 @@ impl Lane {
     }
 
     /// Delivers up to `budget` frames of what waits, oldest first. `count` is told what was dropped.
-    pub fn step(&mut self, budget: usize, send: &mut Send<'_>, count: &mut dyn FnMut(Drop)) -> Step {
+    pub fn step(
+        &mut self,
+        budget: usize,
+        send: &mut Send<'_>,
+        count: &mut dyn FnMut(Drop),
+    ) -> Step {
         let mut left = budget;
         if let Gate::Drain(d) = &mut self.gate {
             match d.step(&mut left, send, count) {
@@ -201,7 +225,8 @@ impl Lane {
         let mut lost = 0;
         loop {
             let Some(f) = self.backlog.front() else { break };
-            lost += u64::from(!writer.has_room(f.len) || writer.append(now_ns, f.vnet, &f).is_err());
+            lost +=
+                u64::from(!writer.has_room(f.len) || writer.append(now_ns, f.vnet, &f).is_err());
             drop(f);
             self.backlog.pop();
         }
@@ -246,7 +271,8 @@ impl Lane {
 
 impl Drain {
     fn step(&mut self, left: &mut usize, send: &mut Send<'_>, count: &mut dyn FnMut(Drop)) -> Step {
-        let closed = |f: &Option<Arc<AtomicBool>>| f.as_ref().is_some_and(|f| !f.load(Ordering::Acquire));
+        let closed =
+            |f: &Option<Arc<AtomicBool>>| f.as_ref().is_some_and(|f| !f.load(Ordering::Acquire));
         if closed(&self.before) {
             return Step::More;
         }

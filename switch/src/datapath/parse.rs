@@ -49,14 +49,21 @@ pub fn payload_bytes(head: &[u8], len: u32) -> u32 {
     let behind = |at: usize| len.saturating_sub(at as u32);
     let (transport, proto, end) = match kind {
         ETHERTYPE_IPV4 => {
-            let (Some(vihl), Some(total), Some(proto), Some(frag)) =
-                (head.get(at), be16(head, at + 2), head.get(at + 9), be16(head, at + 6))
-            else {
+            let (Some(vihl), Some(total), Some(proto), Some(frag)) = (
+                head.get(at),
+                be16(head, at + 2),
+                head.get(at + 9),
+                be16(head, at + 6),
+            ) else {
                 return behind(at);
             };
             let header = usize::from(vihl & 15) * 4;
             // A TSO frame may say 0; later fragments have no transport header.
-            let end = if total == 0 { len } else { (at as u32 + u32::from(total)).min(len) };
+            let end = if total == 0 {
+                len
+            } else {
+                (at as u32 + u32::from(total)).min(len)
+            };
             let proto = if frag & 0x1fff == 0 { *proto } else { 255 };
             (at + header, proto, end)
         }
@@ -64,13 +71,19 @@ pub fn payload_bytes(head: &[u8], len: u32) -> u32 {
             let (Some(length), Some(next)) = (be16(head, at + 4), head.get(at + 6)) else {
                 return behind(at);
             };
-            let end = if length == 0 { len } else { (at as u32 + 40 + u32::from(length)).min(len) };
+            let end = if length == 0 {
+                len
+            } else {
+                (at as u32 + 40 + u32::from(length)).min(len)
+            };
             (at + 40, *next, end)
         }
         _ => return behind(at),
     };
     let header = match proto {
-        6 => head.get(transport + 12).map_or(20, |b| usize::from(b >> 4) * 4),
+        6 => head
+            .get(transport + 12)
+            .map_or(20, |b| usize::from(b >> 4) * 4),
         17 => 8,
         _ => 0,
     };

@@ -97,7 +97,10 @@ pub struct Links {
 impl Links {
     /// For `n` ports.
     pub fn new(n: usize) -> Links {
-        Links { n, cells: (0..n * n).map(|_| LinkCounters::default()).collect() }
+        Links {
+            n,
+            cells: (0..n * n).map(|_| LinkCounters::default()).collect(),
+        }
     }
 
     /// The counters of a pair.

@@ -23,9 +23,14 @@ pub(crate) fn config(names: &[&str], workers: usize, spool: PathBuf) -> HostConf
         vm: None,
         mac: None,
         kind: if n.starts_with("up") {
-            PortKind::Uplink { device: (*n).into() }
+            PortKind::Uplink {
+                device: (*n).into(),
+            }
         } else {
-            PortKind::VhostUser { socket: (*n).into(), server: false }
+            PortKind::VhostUser {
+                socket: (*n).into(),
+                server: false,
+            }
         },
     };
     HostConfig {
@@ -34,10 +39,19 @@ pub(crate) fn config(names: &[&str], workers: usize, spool: PathBuf) -> HostConf
         control_socket: spool.join("control"),
         listen: None,
         tls: None,
-        workers: Workers { count: workers, cpus: vec![], poll: Poll::Adaptive },
+        workers: Workers {
+            count: workers,
+            cpus: vec![],
+            poll: Poll::Adaptive,
+        },
         fdb_ageing_s: 300,
         fdb_capacity: 1024,
-        spool: SpoolConfig { dir: spool, segment_bytes: 1 << 20, quota_bytes: 64 << 20, sync: Sync::None },
+        spool: SpoolConfig {
+            dir: spool,
+            segment_bytes: 1 << 20,
+            quota_bytes: 64 << 20,
+            sync: Sync::None,
+        },
         migration_address: None,
         ports: names.iter().map(port).collect(),
         vms: vec![],
@@ -59,7 +73,11 @@ pub(crate) fn frame(src: u8, dst: MacAddr, n: u32) -> Vec<u8> {
 
 fn numbers(p: &MemoryPort, src: u8) -> Vec<u32> {
     let from = |f: &&Vec<u8>| f[6..12] == mac(src).0;
-    p.delivered().iter().filter(from).map(|f| u32::from_be_bytes(f[20..24].try_into().unwrap())).collect()
+    p.delivered()
+        .iter()
+        .filter(from)
+        .map(|f| u32::from_be_bytes(f[20..24].try_into().unwrap()))
+        .collect()
 }
 
 pub(crate) fn eventually(what: &str, mut ok: impl FnMut() -> bool) {
@@ -90,22 +108,39 @@ fn world(names: &[&'static str], workers: usize) -> World {
         engine.attach_rx(n, 0, rx);
         ports.insert(*name, p);
     }
-    World { engine, ports, spool, _dir: dir }
+    World {
+        engine,
+        ports,
+        spool,
+        _dir: dir,
+    }
 }
 
 #[test]
 fn learns_floods_and_never_echoes() {
     let w = world(&["a", "b", "c"], 2);
     w.ports["a"].push(frame(1, MacAddr::BROADCAST, 1));
-    eventually("the broadcast", || numbers(&w.ports["b"], 1) == [1] && numbers(&w.ports["c"], 1) == [1]);
+    eventually("the broadcast", || {
+        numbers(&w.ports["b"], 1) == [1] && numbers(&w.ports["c"], 1) == [1]
+    });
     assert!(numbers(&w.ports["a"], 1).is_empty(), "no echo");
     w.ports["b"].push(frame(2, mac(1), 2));
-    eventually("unicast to the learned port", || numbers(&w.ports["a"], 2) == [2]);
+    eventually("unicast to the learned port", || {
+        numbers(&w.ports["a"], 2) == [2]
+    });
     assert!(numbers(&w.ports["c"], 2).is_empty());
     w.ports["c"].push(frame(3, mac(9), 3));
-    eventually("unknown is flooded", || numbers(&w.ports["a"], 3) == [3] && numbers(&w.ports["b"], 3) == [3]);
+    eventually("unknown is flooded", || {
+        numbers(&w.ports["a"], 3) == [3] && numbers(&w.ports["b"], 3) == [3]
+    });
     let l = w.engine.shared().links.get(1, 0);
-    assert_eq!((l.frames.load(std::sync::atomic::Ordering::Relaxed), l.bytes.load(std::sync::atomic::Ordering::Relaxed)), (1, 64));
+    assert_eq!(
+        (
+            l.frames.load(std::sync::atomic::Ordering::Relaxed),
+            l.bytes.load(std::sync::atomic::Ordering::Relaxed)
+        ),
+        (1, 64)
+    );
     w.engine.stop();
 }
 
@@ -126,7 +161,10 @@ fn garbage_is_counted_and_the_rest_goes_on() {
     w.ports["a"].push(frame(1, MacAddr::BROADCAST, 7));
     eventually("the good one", || numbers(&w.ports["b"], 1) == [7]);
     let drops = &w.engine.shared().ports[0].counters.drops;
-    assert_eq!(drops[super::stats::Drop::Malformed as usize].load(std::sync::atomic::Ordering::Relaxed), 2);
+    assert_eq!(
+        drops[super::stats::Drop::Malformed as usize].load(std::sync::atomic::Ordering::Relaxed),
+        2
+    );
     w.engine.stop();
 }
 
@@ -143,10 +181,18 @@ fn a_standby_port_gets_nothing_and_an_address_is_not_stolen() {
     w.ports["up0"].push(frame(1, MacAddr::BROADCAST, 2));
     w.ports["up0"].push(frame(5, mac(1), 3));
     eventually("the frame", || numbers(&w.ports["a"], 5) == [3]);
-    assert!(!shared.ports[0].marker.load(std::sync::atomic::Ordering::Acquire));
+    assert!(
+        !shared.ports[0]
+            .marker
+            .load(std::sync::atomic::Ordering::Acquire)
+    );
     shared.ports[0].set_mode(Mode::Held);
     w.ports["up0"].push(frame(1, MacAddr::BROADCAST, 4));
-    eventually("the mark", || shared.ports[0].marker.load(std::sync::atomic::Ordering::Acquire));
+    eventually("the mark", || {
+        shared.ports[0]
+            .marker
+            .load(std::sync::atomic::Ordering::Acquire)
+    });
     w.engine.stop();
 }
 
@@ -179,7 +225,11 @@ fn a_freeze_is_one_cut_over_all_workers_and_a_drain_keeps_order() {
         let mut queues = Vec::new();
         let mut commands = Vec::new();
         for (port, name) in [(0usize, "a"), (1, "b")] {
-            let key = LaneKey { from: name.into(), queue: 0, to: "c".into() };
+            let key = LaneKey {
+                from: name.into(),
+                queue: 0,
+                to: "c".into(),
+            };
             let (writer, q) = w.spool.create(HoldId(round), Kind::Source, &key).unwrap();
             let id = QueueId { port, queue: 0 };
             commands.push((id, Command::Hold(id, 2, writer)));
@@ -189,28 +239,50 @@ fn a_freeze_is_one_cut_over_all_workers_and_a_drain_keeps_order() {
         assert!(out.refused.is_empty(), "forwarding before round {round}");
         let cut = w.ports["c"].delivered().len();
         std::thread::sleep(Duration::from_millis(20));
-        assert_eq!(w.ports["c"].delivered().len(), cut, "nothing arrives after the cut");
+        assert_eq!(
+            w.ports["c"].delivered().len(),
+            cut,
+            "nothing arrives after the cut"
+        );
         let mut commands = Vec::new();
         let mut ends = Vec::new();
         for (id, key, q) in queues {
             eventually("frames are held", || q.tally().frames > 0);
             let (writer, local) = w.spool.create(HoldId(round), Kind::Local, &key).unwrap();
-            let source = |q: &Arc<crate::spool::Queue>| Source { reader: q.reader(), progress: Arc::default() };
+            let source = |q: &Arc<crate::spool::Queue>| Source {
+                reader: q.reader(),
+                progress: Arc::default(),
+            };
             let own = source(&local);
             ends.push(own.progress.clone());
             let older = [source(&q)].into();
-            let drain = Drain { before: None, older, done: None, wait: None, writer, local: own };
+            let drain = Drain {
+                before: None,
+                older,
+                done: None,
+                wait: None,
+                writer,
+                local: own,
+            };
             commands.push((id, Command::Drain(id, 2, drain)));
         }
         w.engine.batch(commands).unwrap();
-        eventually("the drain ends under load", || ends.iter().all(|e| e.finished()));
+        eventually("the drain ends under load", || {
+            ends.iter().all(|e| e.finished())
+        });
         w.spool.remove_hold(HoldId(round)).unwrap();
     }
     stop.store(true, std::sync::atomic::Ordering::Relaxed);
     for (src, s) in (1u8..).zip(senders) {
         let n = s.join().unwrap();
-        eventually("the last frame", || numbers(&w.ports["c"], src).len() >= n as usize);
-        assert_eq!(numbers(&w.ports["c"], src), (1..=n).collect::<Vec<u32>>(), "sender {src}: once each, in order");
+        eventually("the last frame", || {
+            numbers(&w.ports["c"], src).len() >= n as usize
+        });
+        assert_eq!(
+            numbers(&w.ports["c"], src),
+            (1..=n).collect::<Vec<u32>>(),
+            "sender {src}: once each, in order"
+        );
     }
     w.engine.stop();
 }

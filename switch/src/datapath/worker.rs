@@ -106,8 +106,12 @@ impl<'a> Egress<'a> {
             self.flush();
             self.held = Some((to, self.ports[to].tx()));
         }
-        let Some((_, guard)) = &mut self.held else { return Sent::Down };
-        let Some(tx) = guard.as_mut() else { return Sent::Down };
+        let Some((_, guard)) = &mut self.held else {
+            return Sent::Down;
+        };
+        let Some(tx) = guard.as_mut() else {
+            return Sent::Down;
+        };
         let sent = tx.send(frame);
         if sent == Sent::Yes {
             let c = &self.ports[to].counters;
@@ -137,7 +141,15 @@ impl Worker {
     ) -> std::io::Result<Worker> {
         let poller = sys::Poller::new()?;
         poller.add(waker.as_fd())?;
-        Ok(Worker { shared, batches, waker, asleep, poller, poll, rx: Vec::new() })
+        Ok(Worker {
+            shared,
+            batches,
+            waker,
+            asleep,
+            poller,
+            poll,
+            rx: Vec::new(),
+        })
     }
 
     /// The loop: control, bursts, drains, sleep.
@@ -174,14 +186,19 @@ impl Worker {
                 ready |= q.arm();
             }
         }
-        let timeout = if retry { Some(RETRY) } else { Some(Duration::from_millis(500)) };
+        let timeout = if retry {
+            Some(RETRY)
+        } else {
+            Some(Duration::from_millis(500))
+        };
         if !ready {
             match self.batches.try_recv() {
                 Ok(b) => self.apply(b),
                 Err(_) => self.poller.wait(timeout),
             }
         }
-        self.asleep.store(false, std::sync::atomic::Ordering::SeqCst);
+        self.asleep
+            .store(false, std::sync::atomic::Ordering::SeqCst);
         sys::drain_event(self.waker.as_fd());
         for q in self.rx.iter_mut().filter_map(|rx| rx.queue.as_mut()) {
             q.disarm();
@@ -232,7 +249,7 @@ impl Worker {
                 }
                 Command::Close(id, to, gate) => self.entry(id).lanes[to].close(gate),
                 Command::Open(id, to) => self.entry(id).lanes[to].open(),
-                            }
+            }
         }
         // Control may have given up waiting; then it does not matter.
         let _ = batch.done.send(out);
@@ -242,7 +259,15 @@ impl Worker {
         let at = self.rx.iter().position(|r| r.id == id).unwrap_or_else(|| {
             let lanes = self.shared.ports.iter().map(|_| Lane::default()).collect();
             let errors = RxErrors::default();
-            self.rx.push(Rx { id, queue: None, fd: None, lanes, pending: Vec::new(), blocked: false, errors });
+            self.rx.push(Rx {
+                id,
+                queue: None,
+                fd: None,
+                lanes,
+                pending: Vec::new(),
+                blocked: false,
+                errors,
+            });
             self.rx.len() - 1
         });
         &mut self.rx[at]
@@ -267,7 +292,9 @@ impl Worker {
 impl Rx {
     /// One burst. True if there was one.
     fn poll(&mut self, shared: &Shared, now_s: u32, now_ns: u64) -> bool {
-        let Some(queue) = &mut self.queue else { return false };
+        let Some(queue) = &mut self.queue else {
+            return false;
+        };
         let from = &shared.ports[self.id.port];
         let mut burst = Burst::new();
         queue.burst(&mut burst);
@@ -281,7 +308,10 @@ impl Rx {
                 done += 1;
                 continue;
             };
-            if !targets.iter(shared, self.id.port).all(|to| self.lanes[to].accepts(frame.len)) {
+            if !targets
+                .iter(shared, self.id.port)
+                .all(|to| self.lanes[to].accepts(frame.len))
+            {
                 break;
             }
             for to in targets.iter(shared, self.id.port) {
@@ -299,7 +329,9 @@ impl Rx {
             }
             if let Targets::One(to) = targets {
                 let payload = parse::payload_bytes(frame.head(), frame.len);
-                shared.links.count(self.id.port, to, frame.len, payload, now_s);
+                shared
+                    .links
+                    .count(self.id.port, to, frame.len, payload, now_s);
             } else if let Targets::Nowhere(why) = targets {
                 from.counters.drop(why);
             }
@@ -321,7 +353,12 @@ impl Rx {
         let e = queue.errors();
         if e != self.errors {
             self.errors = e;
-            for (c, v) in from.counters.rx_errors.iter().zip([e.malformed, e.ring_broken, e.overrun]) {
+            for (c, v) in
+                from.counters
+                    .rx_errors
+                    .iter()
+                    .zip([e.malformed, e.ring_broken, e.overrun])
+            {
                 c.store(v, Relaxed);
             }
         }
@@ -354,7 +391,10 @@ impl Rx {
 enum Targets {
     One(usize),
     /// Everywhere but to where it came from; the port whose own address is the source gets no echo.
-    Flood { own: Option<usize>, moved: bool },
+    Flood {
+        own: Option<usize>,
+        moved: bool,
+    },
     Nowhere(Drop),
 }
 
@@ -371,7 +411,9 @@ impl Targets {
             match shared.ports[home].mode() {
                 Mode::Held | Mode::Departing if from_uplink => {
                     moved = true;
-                    shared.ports[home].marker.store(true, std::sync::atomic::Ordering::Release);
+                    shared.ports[home]
+                        .marker
+                        .store(true, std::sync::atomic::Ordering::Release);
                 }
                 Mode::Live if !shared.ports[home].is_up() => {
                     shared.ports[home].unfix();
@@ -386,7 +428,9 @@ impl Targets {
             return Some(Targets::Flood { own, moved });
         }
         Some(match shared.fdb.lookup(e.dst, now_s) {
-            Some(to) if to == from || (from_uplink && shared.ports[to].uplink) => Targets::Nowhere(Drop::Hairpin),
+            Some(to) if to == from || (from_uplink && shared.ports[to].uplink) => {
+                Targets::Nowhere(Drop::Hairpin)
+            }
             Some(to) if shared.ports[to].mode() == Mode::Standby => Targets::Nowhere(Drop::Down),
             Some(to) => Targets::One(to),
             None => Targets::Flood { own, moved },
@@ -400,7 +444,11 @@ impl Targets {
             Targets::Nowhere(_) => (None, None),
         };
         let from_uplink = shared.ports[from].uplink;
-        let all = if flood.is_some() { shared.ports.len() } else { 0 };
+        let all = if flood.is_some() {
+            shared.ports.len()
+        } else {
+            0
+        };
         let (own, moved) = flood.unwrap_or_default();
         let floods = (0..all).filter(move |&to| {
             let p = &shared.ports[to];
@@ -420,7 +468,9 @@ impl Targets {
 
 /// The host's wall clock in nanoseconds since the Unix epoch.
 pub fn now_ns() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_nanos() as u64)
 }
 
 /// Seconds since `start`.

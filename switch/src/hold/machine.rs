@@ -64,7 +64,9 @@ pub fn step(role: Role, state: HoldState, event: Event) -> Verdict {
         (Role::Source, S::Departing | S::Departed, E::Depart) => Again,
         (Role::Source, S::Departing, E::Acknowledged) => Go(S::Departed),
         (Role::Source, S::Departed, E::Release) => Go(S::Released),
-        (Role::Source, S::Open | S::FrozenInside | S::Frozen | S::Sealed, E::Abort) => Go(S::Aborting),
+        (Role::Source, S::Open | S::FrozenInside | S::Frozen | S::Sealed, E::Abort) => {
+            Go(S::Aborting)
+        }
         (Role::Source, S::Aborting, E::Drained) => Go(S::Aborted),
 
         (Role::Target, S::Prepared, E::Restore) => Go(S::Restored),
@@ -132,7 +134,11 @@ mod tests {
         if std::env::var_os("UPDATE").is_some() {
             std::fs::write(file, &text).expect("write the matrix");
         }
-        assert_eq!(text, std::fs::read_to_string(file).expect("the matrix"), "run with UPDATE=1 and review the diff");
+        assert_eq!(
+            text,
+            std::fs::read_to_string(file).expect("the matrix"),
+            "run with UPDATE=1 and review the diff"
+        );
     }
 
     #[test]

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use gangway_shared::api::{
-    FdbInfo, HoldInfo, HoldOpen, HoldState, HostInfo, IncomingPrepare, LinkInfo, PortInfo, Refusal, RefusalCode, Reply,
-    Request, Role,
+    FdbInfo, HoldInfo, HoldOpen, HoldState, HostInfo, IncomingPrepare, LinkInfo, PortInfo, Refusal,
+    RefusalCode, Reply, Request, Role,
 };
 use gangway_shared::config::HostConfig;
 use gangway_shared::id::{HoldId, MacAddr};
@@ -59,12 +59,17 @@ pub struct Host {
 
 impl Host {
     pub(super) fn batch(&self, commands: Vec<(QueueId, Command)>) -> Result<Outcome, Refusal> {
-        self.engine.batch(commands).map_err(|e| refuse(RefusalCode::Internal, e.to_string()))
+        self.engine
+            .batch(commands)
+            .map_err(|e| refuse(RefusalCode::Internal, e.to_string()))
     }
 
     pub(super) fn dial(&self, args: &HoldOpen) -> Result<Arc<Outgoing>, Refusal> {
         let Some((endpoint, client)) = self.dialer.clone() else {
-            return Err(refuse(RefusalCode::State, "this switch has no control.listen and [tls]; it cannot ship"));
+            return Err(refuse(
+                RefusalCode::State,
+                "this switch has no control.listen and [tls]; it cannot ship",
+            ));
         };
         let out = Outgoing::start(
             self.runtime.clone(),
@@ -79,7 +84,13 @@ impl Host {
         );
         out.wait_connected(CONNECT).map_err(|e| {
             out.abort();
-            refuse(RefusalCode::Peer, format!("switch of {} at {}: {e}", args.target_host, args.target_address))
+            refuse(
+                RefusalCode::Peer,
+                format!(
+                    "switch of {} at {}: {e}",
+                    args.target_host, args.target_address
+                ),
+            )
         })?;
         Ok(out)
     }
@@ -110,15 +121,23 @@ impl Host {
         let shared = self.engine.shared();
         shared.ports[port].mac.or_else(|| {
             let all = shared.fdb.list(shared.now_s());
-            all.into_iter().filter(|e| e.port == port && !shared.ports[port].uplink).min_by_key(|e| e.age_s).map(|e| e.mac)
+            all.into_iter()
+                .filter(|e| e.port == port && !shared.ports[port].uplink)
+                .min_by_key(|e| e.age_s)
+                .map(|e| e.mac)
         })
     }
 
     pub(super) fn adopt_tap(&self, port: usize) {
-        let Some(tap) = self.taps.get(&port) else { return };
+        let Some(tap) = self.taps.get(&port) else {
+            return;
+        };
         let p = &self.engine.shared().ports[port];
         let Some(pid) = p.vm.as_deref().and_then(|vm| (self.vm_pid)(vm)) else {
-            tracing::warn!("port {}: the VM's process is unknown, its TAP queue cannot be watched", p.name);
+            tracing::warn!(
+                "port {}: the VM's process is unknown, its TAP queue cannot be watched",
+                p.name
+            );
             return;
         };
         if let Err(e) = tap.adopt(pid) {
@@ -131,9 +150,14 @@ impl Host {
     }
 
     pub(super) fn tap_read_back(&self, port: usize) -> Vec<(VnetHdr, Vec<u8>)> {
-        let Some(tap) = self.taps.get(&port) else { return Vec::new() };
+        let Some(tap) = self.taps.get(&port) else {
+            return Vec::new();
+        };
         tap.read_back().unwrap_or_else(|e| {
-            tracing::error!("port {}: reading back its TAP queue: {e}", self.engine.shared().ports[port].name);
+            tracing::error!(
+                "port {}: reading back its TAP queue: {e}",
+                self.engine.shared().ports[port].name
+            );
             Vec::new()
         })
     }
@@ -145,7 +169,9 @@ impl Host {
             return Ok(());
         }
         loop {
-            let Some(mut rx) = self.engine.detach_rx(port, 0) else { return Ok(()) };
+            let Some(mut rx) = self.engine.detach_rx(port, 0) else {
+                return Ok(());
+            };
             let mut burst = Burst::new();
             rx.burst(&mut burst);
             let left = burst.len();
@@ -156,7 +182,9 @@ impl Host {
             }
             if Instant::now() > until {
                 let name = &self.engine.shared().ports[port].name;
-                let what = format!("port {name} still gives frames: is its VM stopped, has the spool room?");
+                let what = format!(
+                    "port {name} still gives frames: is its VM stopped, has the spool room?"
+                );
                 return Err(refuse(RefusalCode::Timeout, what));
             }
             std::thread::sleep(Duration::from_micros(300));
@@ -212,7 +240,12 @@ type Answer = Result<Reply, Refusal>;
 impl Manager {
     /// No holds yet.
     pub fn new(host: Host) -> Manager {
-        Manager { host: Arc::new(host), holds: Mutex::default(), opening: Mutex::default(), start: Instant::now() }
+        Manager {
+            host: Arc::new(host),
+            holds: Mutex::default(),
+            opening: Mutex::default(),
+            start: Instant::now(),
+        }
     }
 
     fn find(&self, id: HoldId) -> Result<Arc<Mutex<Hold>>, Refusal> {
@@ -225,10 +258,15 @@ impl Manager {
         let ports = &self.host.engine.shared().ports;
         let mut group = Vec::new();
         for vm in vms {
-            let mine: Vec<usize> = (0..ports.len()).filter(|&p| ports[p].vm.as_ref() == Some(vm)).collect();
+            let mine: Vec<usize> = (0..ports.len())
+                .filter(|&p| ports[p].vm.as_ref() == Some(vm))
+                .collect();
             if mine.is_empty() {
                 let host = &self.host.config.name;
-                return Err(refuse(RefusalCode::Unknown, format!("host {host} has no port for a VM '{vm}'")));
+                return Err(refuse(
+                    RefusalCode::Unknown,
+                    format!("host {host} has no port for a VM '{vm}'"),
+                ));
             }
             group.extend(mine);
         }
@@ -236,7 +274,10 @@ impl Manager {
             let h = lock(h);
             let over = matches!(h.info.state, HoldState::Released | HoldState::Aborted);
             if let Some(p) = group.iter().find(|p| !over && h.group().contains(p)) {
-                let what = format!("port {} is taken by hold {} ({:?})", ports[*p].name, h.info.hold, h.info.state);
+                let what = format!(
+                    "port {} is taken by hold {} ({:?})",
+                    ports[*p].name, h.info.hold, h.info.state
+                );
                 return Err(refuse(RefusalCode::Busy, what));
             }
         }
@@ -246,7 +287,9 @@ impl Manager {
     fn keep(&self, info: HoldInfo, end: End) -> Reply {
         let mut holds = lock(&self.holds);
         if holds.len() >= KEEP {
-            let over = |h: &Arc<Mutex<Hold>>| matches!(lock(h).info.state, HoldState::Released | HoldState::Aborted);
+            let over = |h: &Arc<Mutex<Hold>>| {
+                matches!(lock(h).info.state, HoldState::Released | HoldState::Aborted)
+            };
             if let Some(old) = holds.iter().find(|(_, h)| over(h)).map(|(id, _)| *id) {
                 holds.remove(&old);
             }
@@ -259,11 +302,18 @@ impl Manager {
     fn again(&self, id: HoldId, role: Role) -> Option<Answer> {
         let h = lock(&self.holds).get(&id).cloned()?;
         let h = lock(&h);
-        Some(if h.info.role == role && !matches!(h.info.state, HoldState::Released | HoldState::Aborted) {
-            Ok(Reply::Hold(h.snapshot()))
-        } else {
-            Err(refuse(RefusalCode::Busy, format!("hold {id} exists already, {:?}", h.info.state)))
-        })
+        Some(
+            if h.info.role == role
+                && !matches!(h.info.state, HoldState::Released | HoldState::Aborted)
+            {
+                Ok(Reply::Hold(h.snapshot()))
+            } else {
+                Err(refuse(
+                    RefusalCode::Busy,
+                    format!("hold {id} exists already, {:?}", h.info.state),
+                ))
+            },
+        )
     }
 
     fn open(&self, args: HoldOpen) -> Answer {
@@ -274,7 +324,16 @@ impl Manager {
         let group = self.claim(&args.vms)?;
         let end = SourceHold::open(&self.host, &args, group)?;
         tracing::info!(hold = %args.hold, "opened towards {}: {}", args.target_host, args.vms.join(", "));
-        Ok(self.keep(info(args.hold, Role::Source, HoldState::Open, args.vms, args.target_host), End::Source(end)))
+        Ok(self.keep(
+            info(
+                args.hold,
+                Role::Source,
+                HoldState::Open,
+                args.vms,
+                args.target_host,
+            ),
+            End::Source(end),
+        ))
     }
 
     fn prepare(&self, args: IncomingPrepare) -> Answer {
@@ -285,7 +344,10 @@ impl Manager {
         let group = self.claim(&args.vms)?;
         let ports = &self.host.engine.shared().ports;
         for p in &args.ports {
-            if !group.iter().any(|&g| ports[g].name == p.name && ports[g].vm.as_ref() == Some(&p.vm)) {
+            if !group
+                .iter()
+                .any(|&g| ports[g].name == p.name && ports[g].vm.as_ref() == Some(&p.vm))
+            {
                 let what = format!(
                     "host {} has no port '{}' for VM '{}'; give it one in its configuration",
                     self.host.config.name, p.name, p.vm
@@ -293,13 +355,29 @@ impl Manager {
                 return Err(refuse(RefusalCode::Unknown, what));
             }
         }
-        if let Some(&g) = group.iter().find(|&&g| ports[g].kind == "vhost-user" && ports[g].is_up()) {
-            let what = format!("port {} is up: VM '{}' runs here already", ports[g].name, ports[g].vm.clone().unwrap_or_default());
+        if let Some(&g) = group
+            .iter()
+            .find(|&&g| ports[g].kind == "vhost-user" && ports[g].is_up())
+        {
+            let what = format!(
+                "port {} is up: VM '{}' runs here already",
+                ports[g].name,
+                ports[g].vm.clone().unwrap_or_default()
+            );
             return Err(refuse(RefusalCode::Busy, what));
         }
         let end = TargetHold::prepare(&self.host, &args, group)?;
         tracing::info!(hold = %args.hold, "expecting {} from {}", args.vms.join(", "), args.source_host);
-        Ok(self.keep(info(args.hold, Role::Target, HoldState::Prepared, args.vms, args.source_host), End::Target(end)))
+        Ok(self.keep(
+            info(
+                args.hold,
+                Role::Target,
+                HoldState::Prepared,
+                args.vms,
+                args.source_host,
+            ),
+            End::Target(end),
+        ))
     }
 
     /// Checks the transition, carries it out, notes the state.
@@ -313,7 +391,10 @@ impl Manager {
         let mut h = lock(&h);
         match step(h.info.role, h.info.state, event) {
             Verdict::No => {
-                let what = format!("{event:?} is not possible: hold {id} is {:?} on the {:?}", h.info.state, h.info.role);
+                let what = format!(
+                    "{event:?} is not possible: hold {id} is {:?} on the {:?}",
+                    h.info.state, h.info.role
+                );
                 Err(refuse(RefusalCode::State, what))
             }
             Verdict::Again => Ok(Reply::Hold(h.snapshot())),
@@ -340,7 +421,10 @@ impl Manager {
                 std::thread::sleep(TICK);
             }
         };
-        if let Err(e) = std::thread::Builder::new().name(format!("hold-{id}")).spawn(body) {
+        if let Err(e) = std::thread::Builder::new()
+            .name(format!("hold-{id}"))
+            .spawn(body)
+        {
             tracing::error!("no thread to follow hold {id}: {e}");
         }
     }
@@ -354,7 +438,10 @@ impl Manager {
             Ok(Some(Reply::Frozen { at_ns, drained }))
         })?;
         Ok(match reply {
-            Reply::Hold(i) => Reply::Frozen { at_ns: i.frozen_ns, drained: true },
+            Reply::Hold(i) => Reply::Frozen {
+                at_ns: i.frozen_ns,
+                drained: true,
+            },
             r => r,
         })
     }
@@ -373,7 +460,9 @@ impl Manager {
         if first {
             let until = Instant::now() + grace;
             self.follow(hold, move |host, h| {
-                let End::Source(s) = &mut h.end else { return true };
+                let End::Source(s) = &mut h.end else {
+                    return true;
+                };
                 match s.departed(host, Instant::now() > until) {
                     Ok(false) => false,
                     Ok(true) => {
@@ -430,7 +519,9 @@ impl Manager {
         let mut next = ANNOUNCE_AGAIN_MS.iter();
         let mut due = next.next();
         self.follow(hold, move |host, h| {
-            let (Some(ms), End::Target(t)) = (due, &h.end) else { return true };
+            let (Some(ms), End::Target(t)) = (due, &h.end) else {
+                return true;
+            };
             if !matches!(h.info.state, HoldState::Draining | HoldState::Live) {
                 return true;
             }
@@ -462,7 +553,9 @@ impl Manager {
         })?;
         if follow {
             self.follow(hold, |host, h| {
-                let End::Source(s) = &mut h.end else { return true };
+                let End::Source(s) = &mut h.end else {
+                    return true;
+                };
                 let done = s.put_back_done(host);
                 if done {
                     h.info.lanes = s.lanes();
@@ -505,21 +598,29 @@ impl Manager {
             Request::Seal { hold, timeout_ms } => {
                 let host = &self.host;
                 self.advance(hold, Event::Seal, |end, _| match end {
-                    End::Source(s) => s.seal(host, Duration::from_millis(timeout_ms)).map(|()| None),
+                    End::Source(s) => s
+                        .seal(host, Duration::from_millis(timeout_ms))
+                        .map(|()| None),
                     End::Target(_) => Ok(None),
                 })
             }
-            Request::Depart { hold, grace_ms } => self.depart(hold, Duration::from_millis(grace_ms)),
-            Request::IncomingRestore { hold } => self.advance(hold, Event::Restore, |end, _| match end {
-                End::Target(t) => t.restore(RESTORE).map(|()| None),
-                End::Source(_) => Ok(None),
-            }),
+            Request::Depart { hold, grace_ms } => {
+                self.depart(hold, Duration::from_millis(grace_ms))
+            }
+            Request::IncomingRestore { hold } => {
+                self.advance(hold, Event::Restore, |end, _| match end {
+                    End::Target(t) => t.restore(RESTORE).map(|()| None),
+                    End::Source(_) => Ok(None),
+                })
+            }
             Request::Commit { hold } => self.commit(hold),
             Request::Announce { hold } => self.announce(hold),
             Request::HoldStatus { hold } => Ok(Reply::Hold(lock(&*self.find(hold)?).snapshot())),
             Request::HoldList => {
                 let holds: Vec<_> = lock(&self.holds).values().cloned().collect();
-                Ok(Reply::Holds(holds.iter().map(|h| lock(h).snapshot()).collect()))
+                Ok(Reply::Holds(
+                    holds.iter().map(|h| lock(h).snapshot()).collect(),
+                ))
             }
             Request::HoldAbort { hold } => self.abort(hold),
             Request::HoldRelease { hold } => self.release(hold),
@@ -527,7 +628,9 @@ impl Manager {
             | Request::VmList
             | Request::VmmOpen { .. }
             | Request::VmmStart { .. }
-            | Request::VmmStop { .. } => Err(refuse(RefusalCode::Internal, "not for the hold manager")),
+            | Request::VmmStop { .. } => {
+                Err(refuse(RefusalCode::Internal, "not for the hold manager"))
+            }
         }
     }
 
@@ -539,7 +642,10 @@ impl Manager {
             version: env!("CARGO_PKG_VERSION").into(),
             uptime_s: self.start.elapsed().as_secs(),
             workers: c.workers.count as u32,
-            migration_address: c.migration_address.map(|a: IpAddr| a.to_string()).unwrap_or_default(),
+            migration_address: c
+                .migration_address
+                .map(|a: IpAddr| a.to_string())
+                .unwrap_or_default(),
             ports: shared.ports.len() as u32,
             vms: c.vms.len() as u32,
             fdb_entries: shared.fdb.list(shared.now_s()).len() as u32,
@@ -553,7 +659,11 @@ impl Manager {
         let ports = &self.host.engine.shared().ports;
         let info = |(n, p): (usize, &Arc<crate::datapath::engine::Port>)| {
             let c = &p.counters;
-            let names = DROP_NAMES.iter().copied().chain(["rx_malformed", "rx_ring_broken", "rx_overrun"]);
+            let names =
+                DROP_NAMES
+                    .iter()
+                    .copied()
+                    .chain(["rx_malformed", "rx_ring_broken", "rx_overrun"]);
             let counts = c.drops.iter().chain(&c.rx_errors).map(|v| v.load(Relaxed));
             let state = match p.mode() {
                 Mode::Live if !p.is_up() => "down",
@@ -570,7 +680,11 @@ impl Manager {
                 rx_bytes: c.rx_bytes.load(Relaxed),
                 tx_frames: c.tx_frames.load(Relaxed),
                 tx_bytes: c.tx_bytes.load(Relaxed),
-                drops: names.map(String::from).zip(counts).filter(|(_, v)| *v > 0).collect(),
+                drops: names
+                    .map(String::from)
+                    .zip(counts)
+                    .filter(|(_, v)| *v > 0)
+                    .collect(),
             }
         };
         ports.iter().enumerate().map(info).collect()
@@ -606,7 +720,12 @@ impl Manager {
         let shared = self.host.engine.shared();
         let entries = shared.fdb.list(shared.now_s()).into_iter();
         let mut all: Vec<FdbInfo> = entries
-            .map(|e| FdbInfo { mac: e.mac, port: shared.ports[e.port].name.clone(), fixed: e.fixed, age_s: e.age_s })
+            .map(|e| FdbInfo {
+                mac: e.mac,
+                port: shared.ports[e.port].name.clone(),
+                fixed: e.fixed,
+                age_s: e.age_s,
+            })
             .collect();
         all.sort_by_key(|e| e.mac);
         all

@@ -21,5 +21,8 @@ use gangway_shared::api::{Refusal, RefusalCode};
 pub const READ_BACK: &str = "(tap-queue)";
 
 pub(crate) fn refuse(code: RefusalCode, message: impl Into<String>) -> Refusal {
-    Refusal { code, message: message.into() }
+    Refusal {
+        code,
+        message: message.into(),
+    }
 }

@@ -64,14 +64,21 @@ impl SourceHold {
         };
         for &to in &hold.group {
             for from in (0..ports.len()).filter(|&f| f != to) {
-                let key = LaneKey { from: ports[from].name.clone(), queue: 0, to: ports[to].name.clone() };
+                let key = LaneKey {
+                    from: ports[from].name.clone(),
+                    queue: 0,
+                    to: ports[to].name.clone(),
+                };
                 let inside = hold.group.contains(&from);
                 match host.spool.create(hold.id, Kind::Source, &key) {
                     Ok((writer, queue)) => {
                         queue.set_inside(inside);
                         hold.lanes.push(Lane {
                             key,
-                            id: QueueId { port: from, queue: 0 },
+                            id: QueueId {
+                                port: from,
+                                queue: 0,
+                            },
                             to,
                             inside,
                             queue,
@@ -86,13 +93,18 @@ impl SourceHold {
                     Err(e) => {
                         hold.outgoing.abort();
                         host.free_spool(hold.id);
-                        return Err(refuse(RefusalCode::Resources, format!("no spool for {key}: {e}")));
+                        return Err(refuse(
+                            RefusalCode::Resources,
+                            format!("no spool for {key}: {e}"),
+                        ));
                     }
                 }
             }
         }
         for l in &mut hold.lanes {
-            l.ship = hold.outgoing.add_lane(l.key.clone(), l.inside, l.queue.clone());
+            l.ship = hold
+                .outgoing
+                .add_lane(l.key.clone(), l.inside, l.queue.clone());
         }
         // A learned address stays believed to be here until the network says otherwise.
         for (&g, mac) in hold.group.iter().zip(&hold.macs) {
@@ -108,20 +120,30 @@ impl SourceHold {
     pub fn freeze(&mut self, host: &Host, scope: Scope) -> Result<(u64, bool), Refusal> {
         let ports = &host.engine.shared().ports;
         let mut commands = Vec::new();
-        for l in self.lanes.iter_mut().filter(|l| !l.held && (l.inside || scope == Scope::All)) {
+        for l in self
+            .lanes
+            .iter_mut()
+            .filter(|l| !l.held && (l.inside || scope == Scope::All))
+        {
             if let Some(writer) = l.writer.take() {
                 commands.push((l.id, Command::Hold(l.id, l.to, writer)));
                 l.held = true;
             }
         }
         if scope == Scope::All {
-            self.group.iter().for_each(|&g| ports[g].set_mode(Mode::Held));
+            self.group
+                .iter()
+                .for_each(|&g| ports[g].set_mode(Mode::Held));
         }
         let out = host.batch(commands)?;
         let at = now_ns();
         self.lost += out.lost;
         for (id, to) in &out.refused {
-            tracing::error!("lane {} -> {} was not forwarding when it was to be held", ports[id.port].name, ports[*to].name);
+            tracing::error!(
+                "lane {} -> {} was not forwarding when it was to be held",
+                ports[id.port].name,
+                ports[*to].name
+            );
         }
         let mut drained = true;
         if scope == Scope::All {
@@ -136,7 +158,12 @@ impl SourceHold {
 
     fn sync(&self) -> Result<(), Refusal> {
         for l in self.lanes.iter().filter(|l| l.held) {
-            l.queue.sync().map_err(|e| refuse(RefusalCode::Resources, format!("the spool of {}: {e}", l.key)))?;
+            l.queue.sync().map_err(|e| {
+                refuse(
+                    RefusalCode::Resources,
+                    format!("the spool of {}: {e}", l.key),
+                )
+            })?;
         }
         Ok(())
     }
@@ -156,13 +183,27 @@ impl SourceHold {
         }
         self.close(host, |l| l.inside, || Gate::Blocked)?;
         for l in self.lanes.iter().filter(|l| l.inside) {
-            l.queue.sync().map_err(|e| refuse(RefusalCode::Resources, format!("the spool of {}: {e}", l.key)))?;
+            l.queue.sync().map_err(|e| {
+                refuse(
+                    RefusalCode::Resources,
+                    format!("the spool of {}: {e}", l.key),
+                )
+            })?;
         }
-        if self.outgoing.wait_complete(Lanes::Inside, until.saturating_duration_since(Instant::now())) {
+        if self.outgoing.wait_complete(
+            Lanes::Inside,
+            until.saturating_duration_since(Instant::now()),
+        ) {
             return Ok(());
         }
-        let why = self.outgoing.error().unwrap_or_else(|| "it has not acknowledged everything in time".into());
-        Err(refuse(RefusalCode::Peer, format!("the target's switch: {why}; the lanes stay held, repeat or abort")))
+        let why = self
+            .outgoing
+            .error()
+            .unwrap_or_else(|| "it has not acknowledged everything in time".into());
+        Err(refuse(
+            RefusalCode::Peer,
+            format!("the target's switch: {why}; the lanes stay held, repeat or abort"),
+        ))
     }
 
     fn take_tap_queue(&mut self, host: &Host, port: usize) -> Result<(), Refusal> {
@@ -171,10 +212,22 @@ impl SourceHold {
             return Ok(());
         }
         let name = &host.engine.shared().ports[port].name;
-        tracing::info!("port {name}: {} frames read back from the TAP's queue", frames.len());
-        let key = LaneKey { from: READ_BACK.into(), queue: 0, to: name.clone() };
-        let broken = |e: &dyn std::fmt::Display| refuse(RefusalCode::Resources, format!("no spool for {key}: {e}"));
-        let (mut writer, queue) = host.spool.create(self.id, Kind::Source, &key).map_err(|e| broken(&e))?;
+        tracing::info!(
+            "port {name}: {} frames read back from the TAP's queue",
+            frames.len()
+        );
+        let key = LaneKey {
+            from: READ_BACK.into(),
+            queue: 0,
+            to: name.clone(),
+        };
+        let broken = |e: &dyn std::fmt::Display| {
+            refuse(RefusalCode::Resources, format!("no spool for {key}: {e}"))
+        };
+        let (mut writer, queue) = host
+            .spool
+            .create(self.id, Kind::Source, &key)
+            .map_err(|e| broken(&e))?;
         queue.set_inside(true);
         for (vnet, bytes) in frames {
             let frame = Frame::from_slice(vnet, &bytes);
@@ -205,7 +258,12 @@ impl SourceHold {
         Ok(())
     }
 
-    fn close(&mut self, host: &Host, which: impl Fn(&Lane) -> bool, gate: impl Fn() -> Gate) -> Result<(), Refusal> {
+    fn close(
+        &mut self,
+        host: &Host,
+        which: impl Fn(&Lane) -> bool,
+        gate: impl Fn() -> Gate,
+    ) -> Result<(), Refusal> {
         let mut commands = Vec::new();
         for l in self.lanes.iter_mut().filter(|l| !l.closed && which(l)) {
             l.closed = true;
@@ -231,18 +289,30 @@ impl SourceHold {
         for (n, &g) in self.group.iter().enumerate() {
             let p = &shared.ports[g];
             if p.mode() == Mode::Departing && (give_up || p.marker.load(Ordering::Acquire)) {
-                if let (Some(mac), Some(up)) = (self.macs[n], shared.ports.iter().position(|p| p.uplink)) {
+                if let (Some(mac), Some(up)) =
+                    (self.macs[n], shared.ports.iter().position(|p| p.uplink))
+                {
                     shared.fdb.set(mac, up, false, shared.now_s());
                 }
                 p.set_mode(Mode::Departed);
             }
         }
-        let gone: Vec<usize> = self.group.iter().copied().filter(|&g| shared.ports[g].mode() == Mode::Departed).collect();
+        let gone: Vec<usize> = self
+            .group
+            .iter()
+            .copied()
+            .filter(|&g| shared.ports[g].mode() == Mode::Departed)
+            .collect();
         if self.lanes.iter().any(|l| !l.closed && gone.contains(&l.to)) {
-            self.close(host, |l| gone.contains(&l.to), || Gate::Closed(Dropped::Late))?;
+            self.close(
+                host,
+                |l| gone.contains(&l.to),
+                || Gate::Closed(Dropped::Late),
+            )?;
             self.sync()?;
         }
-        Ok(gone.len() == self.group.len() && self.outgoing.wait_complete(Lanes::All, Duration::ZERO))
+        Ok(gone.len() == self.group.len()
+            && self.outgoing.wait_complete(Lanes::All, Duration::ZERO))
     }
 
     /// Everything goes back to where it was: lanes drain to the VMs here.
@@ -274,16 +344,31 @@ impl SourceHold {
         before: Option<Arc<AtomicBool>>,
         done: Option<Arc<AtomicBool>>,
     ) -> Result<(QueueId, Command), Refusal> {
-        let (writer, behind) = host
-            .spool
-            .create(id, Kind::Local, &l.key)
-            .map_err(|e| refuse(RefusalCode::Resources, format!("no spool to drain {}: {e}", l.key)))?;
+        let (writer, behind) = host.spool.create(id, Kind::Local, &l.key).map_err(|e| {
+            refuse(
+                RefusalCode::Resources,
+                format!("no spool to drain {}: {e}", l.key),
+            )
+        })?;
         let progress = Arc::new(Progress::default());
-        let local = Older { reader: behind.reader(), progress: Arc::new(Progress::default()) };
-        let older = Older { reader: l.queue.reader(), progress: progress.clone() };
+        let local = Older {
+            reader: behind.reader(),
+            progress: Arc::new(Progress::default()),
+        };
+        let older = Older {
+            reader: l.queue.reader(),
+            progress: progress.clone(),
+        };
         l.flushed = Some(progress);
         l.behind = Some(behind);
-        let drain = Drain { before, older: [older].into(), done, wait: None, writer, local };
+        let drain = Drain {
+            before,
+            older: [older].into(),
+            done,
+            wait: None,
+            writer,
+            local,
+        };
         Ok((l.id, Command::Drain(l.id, l.to, drain)))
     }
 
@@ -291,7 +376,9 @@ impl SourceHold {
     pub fn put_back_done(&self, host: &Host) -> bool {
         let all = self.lanes.iter().chain(&self.read_back).filter(|l| l.held);
         // The queue behind is sealed by its worker when the lane forwards again.
-        let done = all.clone().all(|l| l.behind.as_ref().is_none_or(|q| q.is_sealed()));
+        let done = all
+            .clone()
+            .all(|l| l.behind.as_ref().is_none_or(|q| q.is_sealed()));
         if done {
             self.live(host);
         }
@@ -307,7 +394,12 @@ impl SourceHold {
     /// Frees everything; the ports are open for a new VM.
     pub fn release(&mut self, host: &Host) -> Result<(), Refusal> {
         self.outgoing.close();
-        let ids: Vec<_> = self.lanes.iter().filter(|l| l.closed).map(|l| (l.id, Command::Open(l.id, l.to))).collect();
+        let ids: Vec<_> = self
+            .lanes
+            .iter()
+            .filter(|l| l.closed)
+            .map(|l| (l.id, Command::Open(l.id, l.to)))
+            .collect();
         host.batch(ids)?;
         self.live(host);
         host.free_spool(self.id);
@@ -332,7 +424,10 @@ impl SourceHold {
             lane: l.key.clone(),
             sealed: l.queue.is_sealed(),
             held: l.queue.tally(),
-            shipped: ships.iter().find(|s| s.lane == l.ship).map_or(Tally::default(), |s| s.acked),
+            shipped: ships
+                .iter()
+                .find(|s| s.lane == l.ship)
+                .map_or(Tally::default(), |s| s.acked),
             flushed: l.flushed.as_ref().map_or(Tally::default(), |p| p.tally()),
             queued_behind: l.behind.as_ref().map_or(0, |q| q.tally().frames),
             dropped: 0,

@@ -46,33 +46,66 @@ pub struct TargetHold {
 
 impl TargetHold {
     /// Claims the ports and makes room for what arrives while they drain.
-    pub fn prepare(host: &Host, args: &IncomingPrepare, group: Vec<usize>) -> Result<TargetHold, Refusal> {
+    pub fn prepare(
+        host: &Host,
+        args: &IncomingPrepare,
+        group: Vec<usize>,
+    ) -> Result<TargetHold, Refusal> {
         let shared = host.engine.shared();
         let ports = &shared.ports;
         let mut local = Vec::new();
         for &to in &group {
             for from in 0..ports.len() {
-                let key = LaneKey { from: ports[from].name.clone(), queue: 0, to: ports[to].name.clone() };
+                let key = LaneKey {
+                    from: ports[from].name.clone(),
+                    queue: 0,
+                    to: ports[to].name.clone(),
+                };
                 match host.spool.create(args.hold, Kind::Local, &key) {
                     Ok((writer, queue)) => {
                         let progress = Arc::new(Progress::default());
-                        local.push(Local { from, to, key, writer: Some(writer), queue, progress });
+                        local.push(Local {
+                            from,
+                            to,
+                            key,
+                            writer: Some(writer),
+                            queue,
+                            progress,
+                        });
                     }
                     Err(e) => {
                         host.free_spool(args.hold);
-                        return Err(refuse(RefusalCode::Resources, format!("no spool for {key}: {e}")));
+                        return Err(refuse(
+                            RefusalCode::Resources,
+                            format!("no spool for {key}: {e}"),
+                        ));
                     }
                 }
             }
         }
-        let macs = group.iter().map(|&g| args.ports.iter().find(|p| p.name == ports[g].name).and_then(|p| p.mac)).collect();
+        let macs = group
+            .iter()
+            .map(|&g| {
+                args.ports
+                    .iter()
+                    .find(|p| p.name == ports[g].name)
+                    .and_then(|p| p.mac)
+            })
+            .collect();
         let incoming = host.expect(args)?;
         for &g in &group {
             ports[g].set_mode(Mode::Standby);
             ports[g].set_hears_uplink(false);
             shared.fdb.forget_port(g);
         }
-        Ok(TargetHold { id: args.hold, group, macs, incoming, local, flushed: Vec::new() })
+        Ok(TargetHold {
+            id: args.hold,
+            group,
+            macs,
+            incoming,
+            local,
+            flushed: Vec::new(),
+        })
     }
 
     /// All lanes that must be complete before a VM may run are here, and agree with the source.
@@ -82,15 +115,29 @@ impl TargetHold {
             let lanes = self.incoming.lanes();
             if let Some(l) = lanes.iter().find(|l| l.mismatch.is_some()) {
                 let why = l.mismatch.clone().unwrap_or_default();
-                return Err(refuse(RefusalCode::Peer, format!("lane {} differs from the source's: {why}", l.key)));
+                return Err(refuse(
+                    RefusalCode::Peer,
+                    format!("lane {} differs from the source's: {why}", l.key),
+                ));
             }
-            let open: Vec<String> = lanes.iter().filter(|l| l.inside && !l.complete).map(|l| l.key.to_string()).collect();
+            let open: Vec<String> = lanes
+                .iter()
+                .filter(|l| l.inside && !l.complete)
+                .map(|l| l.key.to_string())
+                .collect();
             if open.is_empty() && !lanes.is_empty() {
                 return Ok(());
             }
             if Instant::now() >= until {
-                let what = if lanes.is_empty() { "no shipment".into() } else { format!("incomplete: {}", open.join(", ")) };
-                return Err(refuse(RefusalCode::State, format!("{what}; seal the hold at the source first")));
+                let what = if lanes.is_empty() {
+                    "no shipment".into()
+                } else {
+                    format!("incomplete: {}", open.join(", "))
+                };
+                return Err(refuse(
+                    RefusalCode::State,
+                    format!("{what}; seal the hold at the source first"),
+                ));
             }
             std::thread::sleep(Duration::from_micros(500));
         }
@@ -130,7 +177,9 @@ impl TargetHold {
             let from = ports.iter().position(|p| p.name == l.key.from)?;
             (l.inside && self.group.contains(&from)).then_some(from)
         };
-        let read_back = mine().any(|l| l.key.from == READ_BACK).then(|| Arc::new(AtomicBool::new(false)));
+        let read_back = mine()
+            .any(|l| l.key.from == READ_BACK)
+            .then(|| Arc::new(AtomicBool::new(false)));
         let outside = Arc::new(AtomicBool::new(false));
         // The carrier is the uplink's lane; on a host without one, the VM's lane to itself, which nothing else uses.
         let carrier = uplink.unwrap_or(to);
@@ -138,11 +187,19 @@ impl TargetHold {
         let mut older = |l: &IncomingLane| {
             let progress = Arc::new(Progress::default());
             flushed.push((l.key.clone(), progress.clone()));
-            Older { reader: l.queue.reader(), progress }
+            Older {
+                reader: l.queue.reader(),
+                progress,
+            }
         };
         for local in self.local.iter_mut().filter(|l| l.to == to) {
-            let Some(writer) = local.writer.take() else { continue };
-            let id = QueueId { port: local.from, queue: 0 };
+            let Some(writer) = local.writer.take() else {
+                continue;
+            };
+            let id = QueueId {
+                port: local.from,
+                queue: 0,
+            };
             let mut before = read_back.clone();
             let mut done = None;
             let mut wait = None;
@@ -158,12 +215,26 @@ impl TargetHold {
                     done = Some(outside.clone());
                 }
             } else if self.group.contains(&local.from) {
-                first.extend(mine().filter(|l| inside_from(l) == Some(local.from)).map(&mut older));
+                first.extend(
+                    mine()
+                        .filter(|l| inside_from(l) == Some(local.from))
+                        .map(&mut older),
+                );
             } else if local.from != to {
                 wait = Some(outside.clone());
             }
-            let own = Older { reader: local.queue.reader(), progress: local.progress.clone() };
-            let drain = Drain { before, older: first, done, wait, writer, local: own };
+            let own = Older {
+                reader: local.queue.reader(),
+                progress: local.progress.clone(),
+            };
+            let drain = Drain {
+                before,
+                older: first,
+                done,
+                wait,
+                writer,
+                local: own,
+            };
             commands.push((id, Command::Drain(id, to, drain)));
         }
         self.flushed.extend(flushed);
@@ -225,13 +296,20 @@ impl TargetHold {
     /// For status and report.
     pub fn lanes(&self) -> Vec<LaneInfo> {
         let behind = |key: &LaneKey| {
-            self.local.iter().find(|l| l.key == *key).map_or(0, |l| l.queue.tally().frames)
+            self.local
+                .iter()
+                .find(|l| l.key == *key)
+                .map_or(0, |l| l.queue.tally().frames)
         };
         let info = |l: IncomingLane| LaneInfo {
             sealed: l.complete,
             held: l.queue.tally(),
             shipped: l.acked,
-            flushed: self.flushed.iter().find(|(k, _)| *k == l.key).map_or(Tally::default(), |(_, p)| p.tally()),
+            flushed: self
+                .flushed
+                .iter()
+                .find(|(k, _)| *k == l.key)
+                .map_or(Tally::default(), |(_, p)| p.tally()),
             queued_behind: behind(&l.key),
             dropped: 0,
             lane: l.key,

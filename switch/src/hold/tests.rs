@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use gangway_shared::api::{
-    HoldInfo, HoldOpen, HoldState, IncomingPort, IncomingPrepare, RefusalCode, Reply, Request, Scope,
+    HoldInfo, HoldOpen, HoldState, IncomingPort, IncomingPrepare, RefusalCode, Reply, Request,
+    Scope,
 };
 use gangway_shared::config::valid::{Sync, VmConfig};
 use gangway_shared::id::{HoldId, MacAddr};
@@ -41,13 +42,21 @@ impl Site {
         for (i, (vm, n)) in [("p", MAC_P), ("m", MAC_M)].into_iter().enumerate() {
             cfg.ports[i].vm = Some(vm.into());
             cfg.ports[i].mac = Some(mac(n));
-            cfg.vms.push(VmConfig { name: vm.into(), qmp: "/nowhere".into(), incoming: None });
+            cfg.vms.push(VmConfig {
+                name: vm.into(),
+                qmp: "/nowhere".into(),
+                incoming: None,
+            });
         }
         let engine = Engine::start(&cfg).unwrap();
         let ports = [MemoryPort::new(), MemoryPort::new(), MemoryPort::new()];
         let manager = Arc::new(Manager::new(Host {
             engine: engine.clone(),
-            spool: if source { w.source.clone() } else { w.target.clone() },
+            spool: if source {
+                w.source.clone()
+            } else {
+                w.target.clone()
+            },
             acceptor: w.acceptor.clone(),
             dialer: Some((w.endpoint.clone(), w.client.clone())),
             runtime: w.rt.handle().clone(),
@@ -55,7 +64,11 @@ impl Site {
             vm_pid: Box::new(|_| None),
             config: cfg,
         }));
-        let site = Site { manager, engine, ports };
+        let site = Site {
+            manager,
+            engine,
+            ports,
+        };
         site.plug(UP);
         site
     }
@@ -111,7 +124,10 @@ struct Scene {
 impl Scene {
     fn new() -> Scene {
         let w = World::new(Sync::Batch);
-        let (a, b) = (Arc::new(Site::new(&w, "alpha", true)), Arc::new(Site::new(&w, "beta", false)));
+        let (a, b) = (
+            Arc::new(Site::new(&w, "alpha", true)),
+            Arc::new(Site::new(&w, "beta", false)),
+        );
         a.plug(P);
         a.plug(M);
         // m says where it is.
@@ -132,7 +148,12 @@ impl Scene {
     }
 
     fn start(mut self) -> Scene {
-        let (a, b, got, sent) = (self.a.clone(), self.b.clone(), self.got.clone(), self.sent.clone());
+        let (a, b, got, sent) = (
+            self.a.clone(),
+            self.b.clone(),
+            self.got.clone(),
+            self.sent.clone(),
+        );
         let (stop, place, done) = (self.stop.clone(), self.place.clone(), self.done.clone());
         self.threads.push(std::thread::spawn(move || {
             // The network: where m is, as a learning switch sees it.
@@ -166,7 +187,13 @@ impl Scene {
                 }
                 for site in [&a, &b] {
                     let mut got = got.lock().unwrap();
-                    got.extend(site.ports[M].take_delivered().iter().filter(|f| number(f) > 0).map(|f| (f[11], number(f))));
+                    got.extend(
+                        site.ports[M]
+                            .take_delivered()
+                            .iter()
+                            .filter(|f| number(f) > 0)
+                            .map(|f| (f[11], number(f))),
+                    );
                 }
                 std::thread::sleep(Duration::from_micros(200));
             }
@@ -175,17 +202,28 @@ impl Scene {
     }
 
     fn received(&self, from: u8) -> usize {
-        self.got.lock().unwrap().iter().filter(|(s, _)| *s == from).count()
+        self.got
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|(s, _)| *s == from)
+            .count()
     }
 
     fn more(&self) {
         let (p, o) = (self.received(MAC_P), self.received(MAC_O));
-        eventually("frames flow", || self.received(MAC_P) > p + 20 && self.received(MAC_O) > o + 20);
+        eventually("frames flow", || {
+            self.received(MAC_P) > p + 20 && self.received(MAC_O) > o + 20
+        });
     }
 
     fn prepare(&self) {
         let ports = [("p", MAC_P), ("m", MAC_M)]
-            .map(|(n, m)| IncomingPort { name: n.into(), vm: n.into(), mac: Some(mac(m)) })
+            .map(|(n, m)| IncomingPort {
+                name: n.into(),
+                vm: n.into(),
+                mac: Some(mac(m)),
+            })
             .to_vec();
         let vms = vec!["p".to_string(), "m".into()];
         self.b.ask(Request::IncomingPrepare(IncomingPrepare {
@@ -229,10 +267,19 @@ impl Scene {
         let got = self.got.lock().unwrap();
         for (i, who) in [MAC_P, MAC_O].into_iter().enumerate() {
             let n = self.sent[i].load(Ordering::Acquire);
-            let seen: Vec<u32> = got.iter().filter(|(s, _)| *s == who).map(|(_, n)| *n).collect();
+            let seen: Vec<u32> = got
+                .iter()
+                .filter(|(s, _)| *s == who)
+                .map(|(_, n)| *n)
+                .collect();
             assert!(n > 40);
             let wrong = seen.iter().zip(1..).position(|(a, b)| *a != b);
-            assert_eq!((wrong, seen.len()), (None, n as usize), "from station {who}: {:?}", wrong.map(|w| &seen[w..]));
+            assert_eq!(
+                (wrong, seen.len()),
+                (None, n as usize),
+                "from station {who}: {:?}",
+                wrong.map(|w| &seen[w..])
+            );
         }
         for site in [&self.a, &self.b] {
             site.engine.stop();
@@ -250,12 +297,21 @@ fn move_all(scope_first: Option<Scope>) {
         let before = s.received(MAC_P);
         let o = s.received(MAC_O);
         eventually("outside still talks to m", || s.received(MAC_O) > o + 20);
-        assert!(s.received(MAC_P) <= before + 32, "the link inside is frozen");
+        assert!(
+            s.received(MAC_P) <= before + 32,
+            "the link inside is frozen"
+        );
     }
-    s.a.ask(Request::Freeze { hold: ID, scope: Scope::All });
+    s.a.ask(Request::Freeze {
+        hold: ID,
+        scope: Scope::All,
+    });
     std::thread::sleep(Duration::from_millis(20));
     let ring = s.stop_vms();
-    s.a.ask(Request::Seal { hold: ID, timeout_ms: 5000 });
+    s.a.ask(Request::Seal {
+        hold: ID,
+        timeout_ms: 5000,
+    });
     s.b.ask(Request::IncomingRestore { hold: ID });
     s.b.ask(Request::Commit { hold: ID });
     // The VMs run on B: their rings come with what they had queued.
@@ -264,18 +320,42 @@ fn move_all(scope_first: Option<Scope>) {
     s.place.store(2, Ordering::Release);
     std::thread::sleep(Duration::from_millis(10));
     s.b.plug(M);
-    s.a.ask(Request::Depart { hold: ID, grace_ms: 10_000 });
+    s.a.ask(Request::Depart {
+        hold: ID,
+        grace_ms: 10_000,
+    });
     s.b.ask(Request::Announce { hold: ID });
-    eventually("the source is done", || s.a.status().state == HoldState::Departed);
-    eventually("the target is live", || s.b.status().state == HoldState::Live);
+    eventually("the source is done", || {
+        s.a.status().state == HoldState::Departed
+    });
+    eventually("the target is live", || {
+        s.b.status().state == HoldState::Live
+    });
     s.more();
     let (a, b) = (s.a.status(), s.b.status());
     for l in &a.lanes {
-        let t = b.lanes.iter().find(|t| t.lane == l.lane).expect("the same lanes");
-        assert_eq!((l.held, l.held, l.held), (l.shipped, t.held, t.flushed), "{}", l.lane);
+        let t = b
+            .lanes
+            .iter()
+            .find(|t| t.lane == l.lane)
+            .expect("the same lanes");
+        assert_eq!(
+            (l.held, l.held, l.held),
+            (l.shipped, t.held, t.flushed),
+            "{}",
+            l.lane
+        );
     }
-    assert!(a.lanes.iter().any(|l| l.lane.from == "p" && l.held.frames > 0));
-    assert!(a.lanes.iter().any(|l| l.lane.from == "up0" && l.held.frames > 0));
+    assert!(
+        a.lanes
+            .iter()
+            .any(|l| l.lane.from == "p" && l.held.frames > 0)
+    );
+    assert!(
+        a.lanes
+            .iter()
+            .any(|l| l.lane.from == "up0" && l.held.frames > 0)
+    );
     s.a.ask(Request::HoldRelease { hold: ID });
     s.b.ask(Request::HoldRelease { hold: ID });
     s.verdict();
@@ -298,13 +378,23 @@ fn an_abort_in_any_state_puts_everything_back_in_order() {
         s.more();
         s.prepare();
         if stage >= 1 {
-            s.a.ask(Request::Freeze { hold: ID, scope: if stage == 1 { Scope::Inside } else { Scope::All } });
+            s.a.ask(Request::Freeze {
+                hold: ID,
+                scope: if stage == 1 {
+                    Scope::Inside
+                } else {
+                    Scope::All
+                },
+            });
             std::thread::sleep(Duration::from_millis(20));
         }
         let mut ring = Vec::new();
         if stage >= 3 {
             ring = s.stop_vms();
-            s.a.ask(Request::Seal { hold: ID, timeout_ms: 5000 });
+            s.a.ask(Request::Seal {
+                hold: ID,
+                timeout_ms: 5000,
+            });
         }
         if stage >= 4 {
             s.b.ask(Request::IncomingRestore { hold: ID });
@@ -317,7 +407,9 @@ fn an_abort_in_any_state_puts_everything_back_in_order() {
             s.a.plug(M);
             s.place.store(0, Ordering::Release);
         }
-        eventually("it is put back", || s.a.status().state == HoldState::Aborted);
+        eventually("it is put back", || {
+            s.a.status().state == HoldState::Aborted
+        });
         assert_eq!(s.b.status().state, HoldState::Aborted);
         s.more();
         s.verdict();
@@ -331,7 +423,16 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
         Reply::Refused(e) => e.code,
         other => panic!("{other:?}"),
     };
-    assert_eq!(refused(&s.a, Request::Seal { hold: ID, timeout_ms: 1 }), RefusalCode::Unknown);
+    assert_eq!(
+        refused(
+            &s.a,
+            Request::Seal {
+                hold: ID,
+                timeout_ms: 1
+            }
+        ),
+        RefusalCode::Unknown
+    );
     let open = HoldOpen {
         hold: ID,
         vms: vec!["nobody".into()],
@@ -339,15 +440,48 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
         target_host: "beta".into(),
         ticket: [5; 32],
     };
-    assert_eq!(refused(&s.a, Request::HoldOpen(open.clone())), RefusalCode::Unknown);
+    assert_eq!(
+        refused(&s.a, Request::HoldOpen(open.clone())),
+        RefusalCode::Unknown
+    );
     // Nobody expects this shipment.
-    let open = HoldOpen { vms: vec!["p".into()], ..open };
-    assert_eq!(refused(&s.a, Request::HoldOpen(open.clone())), RefusalCode::Peer);
+    let open = HoldOpen {
+        vms: vec!["p".into()],
+        ..open
+    };
+    assert_eq!(
+        refused(&s.a, Request::HoldOpen(open.clone())),
+        RefusalCode::Peer
+    );
     s.prepare();
-    assert_eq!(refused(&s.a, Request::HoldOpen(HoldOpen { hold: HoldId(9), ..open })), RefusalCode::Busy);
-    assert_eq!(refused(&s.a, Request::Seal { hold: ID, timeout_ms: 1 }), RefusalCode::State);
-    assert_eq!(refused(&s.a, Request::HoldRelease { hold: ID }), RefusalCode::State);
-    assert_eq!(refused(&s.b, Request::Commit { hold: ID }), RefusalCode::State);
+    assert_eq!(
+        refused(
+            &s.a,
+            Request::HoldOpen(HoldOpen {
+                hold: HoldId(9),
+                ..open
+            })
+        ),
+        RefusalCode::Busy
+    );
+    assert_eq!(
+        refused(
+            &s.a,
+            Request::Seal {
+                hold: ID,
+                timeout_ms: 1
+            }
+        ),
+        RefusalCode::State
+    );
+    assert_eq!(
+        refused(&s.a, Request::HoldRelease { hold: ID }),
+        RefusalCode::State
+    );
+    assert_eq!(
+        refused(&s.b, Request::Commit { hold: ID }),
+        RefusalCode::State
+    );
     s.more();
     s.a.ask(Request::HoldAbort { hold: ID });
     s.a.ask(Request::HoldAbort { hold: ID });

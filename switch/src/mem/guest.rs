@@ -122,7 +122,13 @@ unsafe impl Sync for Region {}
 
 impl Region {
     /// Maps a region.
-    pub fn map(gpa: u64, len: u64, uva: u64, file: &File, offset: u64) -> Result<Region, GuestMemError> {
+    pub fn map(
+        gpa: u64,
+        len: u64,
+        uva: u64,
+        file: &File,
+        offset: u64,
+    ) -> Result<Region, GuestMemError> {
         if gpa.checked_add(len).is_none() || uva.checked_add(len).is_none() || len == 0 {
             return Err(GuestMemError::Range { gpa, len });
         }
@@ -264,7 +270,11 @@ mod tests {
 
     #[test]
     fn translation_ends_with_the_region() {
-        let m = GuestMem::new(vec![region(0, 0x1000, 0x10000), region(0x2000, 0x1000, 0x20000)]).unwrap();
+        let m = GuestMem::new(vec![
+            region(0, 0x1000, 0x10000),
+            region(0x2000, 0x1000, 0x20000),
+        ])
+        .unwrap();
         let mut hint = 0;
         assert_eq!(m.at(&mut hint, 0xfff, 10).unwrap().len, 1);
         assert!(m.at(&mut hint, 0x1000, 1).is_none());

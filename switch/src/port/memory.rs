@@ -47,7 +47,13 @@ impl MemoryPort {
     }
     /// The queues to attach.
     pub fn queues(&self) -> (Box<dyn RxQueue>, Box<dyn TxQueue>) {
-        (Box::new(Rx { port: self.clone(), burst: Vec::new() }), Box::new(self.clone()))
+        (
+            Box::new(Rx {
+                port: self.clone(),
+                burst: Vec::new(),
+            }),
+            Box::new(self.clone()),
+        )
     }
 }
 
@@ -58,8 +64,20 @@ struct Rx {
 
 impl RxQueue for Rx {
     fn burst<'q>(&'q mut self, out: &mut Burst<'q>) {
-        self.burst = self.port.input.lock().unwrap().iter().take(BURST).cloned().collect();
-        out.extend(self.burst.iter().map(|b| Frame::from_slice(VnetHdr::default(), b)));
+        self.burst = self
+            .port
+            .input
+            .lock()
+            .unwrap()
+            .iter()
+            .take(BURST)
+            .cloned()
+            .collect();
+        out.extend(
+            self.burst
+                .iter()
+                .map(|b| Frame::from_slice(VnetHdr::default(), b)),
+        );
     }
     fn release(&mut self, n: usize) {
         self.port.input.lock().unwrap().drain(..n);

@@ -17,7 +17,7 @@ use super::incoming::{Incoming, Lane};
 use super::wire::{self, lost};
 use super::{LANES_MAX, ShipError};
 use crate::spool::format::stream_len;
-use crate::spool::{Kind, Queue, RejectedRecord, Writer};
+use crate::spool::{Kind, Queue, RejectedRecord, Writer, sync_all};
 
 /// Acknowledgements that nobody waits for go out together, this far apart.
 const CALM: Duration = Duration::from_millis(1);
@@ -25,8 +25,6 @@ const CALM: Duration = Duration::from_millis(1);
 const NAMED: Duration = Duration::from_secs(3);
 /// While the spool has no room.
 const RETRY: Duration = Duration::from_millis(1);
-/// Syncs at the same time.
-const SYNCS: usize = 8;
 
 /// Numbers of this connection's lanes; place in [`super::incoming::State::lanes`].
 #[derive(Debug, Default)]
@@ -406,21 +404,16 @@ fn at_end(l: &mut Lane) -> Result<bool, ShipError> {
     })
 }
 
-/// Syncs several queues, a few at a time.
+/// Syncs several queues.
 async fn sync(queues: Vec<Arc<Queue>>) -> Result<(), ShipError> {
-    let mut work = JoinSet::new();
-    let each = queues.len().div_ceil(SYNCS).max(1);
-    for part in queues.chunks(each).map(<[_]>::to_vec) {
-        work.spawn_blocking(move || part.iter().try_for_each(|q| q.sync()));
-    }
-    while let Some(r) = work.join_next().await {
-        let r = r.map_err(|e| e.to_string());
-        r.and_then(|r| r.map_err(|e| e.to_string())).map_err(|e| {
-            ShipError::Refused(Refusal {
-                code: RefusalCode::Internal,
-                message: format!("the target can't sync: {e}"),
-            })
-        })?;
-    }
-    Ok(())
+    let done = tokio::task::spawn_blocking(move || sync_all(&queues)).await;
+    let failed = match done {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(e)) => e.to_string(),
+        Err(e) => e.to_string(),
+    };
+    Err(ShipError::Refused(Refusal {
+        code: RefusalCode::Internal,
+        message: format!("the target can't sync: {failed}"),
+    }))
 }

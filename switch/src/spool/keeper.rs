@@ -194,15 +194,13 @@ impl Host {
             };
             let mut short = false;
             for q in wanted {
-                let path = q.dir().join(segment_name(q.segment_count()));
-                match self.take(path) {
-                    Ok(seg) => {
-                        q.push_segment(Arc::new(seg));
-                        self.trouble(None);
-                    }
-                    Err(e) => {
-                        short = true;
-                        self.trouble(Some(e.to_string()));
+                while q.wanted() && !short {
+                    match self.provide(&q) {
+                        Ok(()) => self.trouble(None),
+                        Err(e) => {
+                            short = true;
+                            self.trouble(Some(e.to_string()));
+                        }
                     }
                 }
             }
@@ -216,6 +214,23 @@ impl Host {
                 thread::park();
             }
         }
+    }
+
+    /// One more segment for a queue.
+    fn provide(&self, q: &Queue) -> Result<(), SpoolError> {
+        let path = q.dir().join(segment_name(q.segment_count()));
+        let seg = match self.take(path.clone()) {
+            // Its directory is gone, or going.
+            Err(_) if q.is_removed() => return Ok(()),
+            r => r?,
+        };
+        if q.push_segment(seg).is_err() {
+            let _ = std::fs::remove_file(&path);
+            let mut state = lock(&self.state);
+            state.held -= 1;
+            state.total -= 1;
+        }
+        Ok(())
     }
 
     /// Makes one more segment ready; false if there is nothing to do or no way to do it.

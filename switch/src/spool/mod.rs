@@ -28,7 +28,7 @@ mod writer;
 pub(crate) mod tests;
 
 pub use format::Record;
-pub use queue::Queue;
+pub use queue::{Queue, sync_all};
 pub use reader::{Damaged, Reader};
 pub use store::Spool;
 pub use writer::{NoRoom, RejectedRecord, Writer};

@@ -23,6 +23,9 @@ const FLUSHED: usize = 1;
 const FLAGS: usize = 2;
 const FLAG_INSIDE: u64 = 1;
 
+/// Segments ahead of a fast writer, at most.
+const AHEAD_MAX: u32 = 8;
+
 /// One lane of one hold, shared between its writer, its readers and control.
 #[derive(Debug)]
 pub struct Queue {
@@ -44,8 +47,11 @@ pub struct Queue {
     tally: TallyCell,
     sealed: AtomicBool,
     removed: AtomicBool,
-    /// The writer wants the next segment.
+    /// The writer wants more segments.
     wanted: AtomicBool,
+    /// How many there are, and the number of the one that is being written.
+    allotted: AtomicU32,
+    writing: AtomicU32,
     failed: OnceLock<String>,
     waiting: AtomicU32,
     notify: Notify,
@@ -86,6 +92,8 @@ impl Queue {
             policy: p.policy,
             host: p.host,
             page: p.page,
+            allotted: AtomicU32::new(p.segments.len() as u32),
+            writing: AtomicU32::new(p.segments.len() as u32 - 1),
             segments: Mutex::new(p.segments),
             sync: Mutex::default(),
             dir_dirty: AtomicBool::new(true),
@@ -310,7 +318,23 @@ impl Queue {
         self.wake(true);
     }
 
-    /// For the writer: asks the keeper for the next segment, once.
+    /// For the writer: it has gone on to the next segment.
+    pub(super) fn set_writing(&self, number: u32) {
+        self.writing.store(number, Ordering::Relaxed);
+    }
+
+    /// Fewer segments lie ready ahead of the writer than its pace asks for: one for a lane that is in its
+    /// first segment, more for one that has filled several, so that a keeper that is late does not stop it.
+    pub(super) fn lacks_segments(&self) -> bool {
+        let number = self.writing.load(Ordering::Relaxed);
+        let ahead = self
+            .allotted
+            .load(Ordering::Relaxed)
+            .saturating_sub(number + 1);
+        ahead < (1 + number / 2).min(AHEAD_MAX)
+    }
+
+    /// For the writer: asks the keeper for segments, once.
     pub(super) fn want_segment(&self) {
         if !self.wanted.load(Ordering::Relaxed)
             && !self.wanted.swap(true, Ordering::AcqRel)
@@ -324,16 +348,23 @@ impl Queue {
         self.wanted.load(Ordering::Acquire) && !self.is_removed()
     }
 
-    /// For the keeper: links a fresh segment behind the last one.
-    pub(super) fn push_segment(&self, seg: Arc<Segment>) {
+    /// For the keeper: links a fresh segment behind the last one. False, and the segment back, if the queue was removed
+    /// meanwhile.
+    pub(super) fn push_segment(&self, seg: Segment) -> Result<(), Segment> {
         let mut all = lock(&self.segments);
-        // Before the link, which the writer sees: so a request for the one after it is not lost.
-        self.wanted.store(false, Ordering::Release);
+        let Some(last) = all.last() else {
+            return Err(seg);
+        };
+        let seg = Arc::new(seg);
         self.dir_dirty.store(true, Ordering::Release);
-        if let Some(last) = all.last() {
-            last.set_next(seg.clone());
+        self.allotted.fetch_add(1, Ordering::Relaxed);
+        // Before the link, which the writer sees: so its next request is not lost.
+        if !self.lacks_segments() {
+            self.wanted.store(false, Ordering::Release);
         }
+        last.set_next(seg.clone());
         all.push(seg);
+        Ok(())
     }
 
     /// Number of segments.
@@ -357,6 +388,22 @@ impl Queue {
     pub(super) fn dir(&self) -> &Path {
         &self.dir
     }
+}
+
+/// Syncs several queues at once: file systems merge what comes together. Blocks.
+pub fn sync_all(queues: &[Arc<Queue>]) -> Result<(), SpoolError> {
+    const THREADS: usize = 8;
+    let each = queues.len().div_ceil(THREADS).max(1);
+    std::thread::scope(|scope| {
+        let parts = queues.chunks(each);
+        let work: Vec<_> = parts
+            .map(|p| scope.spawn(|| p.iter().try_for_each(|q| q.sync())))
+            .collect();
+        work.into_iter().try_for_each(|w| {
+            let panicked = |_| Err(SpoolError::Stopped("a thread panicked".into()));
+            w.join().unwrap_or_else(panicked)
+        })
+    })
 }
 
 /// Locks; a panic elsewhere while it was held leaves the plain data in it usable.

@@ -114,7 +114,8 @@ impl Writer {
             return false;
         }
         let next = self.tail.segment().next().is_some();
-        if !next && self.tail.room() < self.tail.segment().len() / 4 * 3 {
+        let begun = self.number > 0 || self.tail.room() < self.tail.segment().len() / 4 * 3;
+        if begun && self.queue.lacks_segments() {
             self.queue.want_segment();
         }
         // A marker must always fit behind the record.
@@ -189,6 +190,7 @@ impl Writer {
         self.number += 1;
         put_header(&mut tail, &self.file_header(next.len() as u64));
         self.put_marker(Marker::Next);
+        self.queue.set_writing(self.number);
         let left = std::mem::replace(&mut self.tail, tail).leave();
         self.left.get_or_insert(left);
         Ok(())

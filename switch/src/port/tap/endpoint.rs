@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
-use crate::port::packet::{Health, PortError, Waiting, refused};
+use crate::port::packet::{Health, Opened, PortError, Waiting, refused};
 use crate::port::{Burst, Frame, RxErrors, RxQueue, Sent, TxQueue};
 use crate::sys::netdev::DeviceControl;
 use crate::sys::{frame_io, tun};
@@ -23,8 +23,10 @@ pub struct Endpoint {
 ///
 /// # Errors
 /// See [`PortError`]; `Busy` if another process has its queue.
-pub fn open_endpoint(device: &str) -> Result<Endpoint, PortError> {
-    open(device, 1, false)
+pub fn open_endpoint(device: &str) -> Result<Opened, PortError> {
+    let Endpoint { mut rx, tx, health } = open(device, 1, false)?;
+    let rx = rx.swap_remove(0);
+    Ok(Opened { rx, tx, health })
 }
 
 /// The same with several queues (at least 1). The device must not exist yet, or have been made with `multi_queue`.

@@ -119,7 +119,7 @@ fn is_tcp(f: &[u8]) -> bool {
 }
 
 /// An endpoint and an uplink on the two sides of one TAP.
-fn pair() -> (Endpoint, Opened) {
+fn pair() -> (Opened, Opened) {
     let endpoint = open_endpoint("t0").expect("endpoint");
     let uplink = packet::open("t0").expect("uplink");
     (endpoint, uplink)
@@ -151,7 +151,7 @@ fn frames_cross_a_tap_in_both_directions_byte_for_byte() {
             let got = receive(&mut *u.rx, 1, is_numbered);
             assert_eq!(got[0].1, frame);
             assert_eq!(send(&mut *u.tx, VnetHdr::default(), &frame), Sent::Yes);
-            let got = receive(&mut *e.rx[0], 1, is_numbered);
+            let got = receive(&mut *e.rx, 1, is_numbered);
             assert_eq!(got[0].1, frame);
             assert_eq!(got[0].0, VnetHdr::default());
         }
@@ -173,7 +173,7 @@ fn a_segmentation_request_passes_whole_in_both_directions() {
         }
         let (vnet, frame) = tso(10_000, 1448);
         assert_eq!(send(&mut *u.tx, vnet, &frame), Sent::Yes);
-        let got = receive(&mut *e.rx[0], 1, is_tcp);
+        let got = receive(&mut *e.rx, 1, is_tcp);
         assert_eq!(got[0].0, vnet);
         assert_eq!(got[0].1, frame);
     });
@@ -190,7 +190,7 @@ fn a_frame_gathered_from_pieces_arrives_whole() {
             frame.rest.push(crate::mem::Seg::from_slice(piece));
         }
         assert_eq!(u.tx.send(&frame), Sent::Yes);
-        assert_eq!(receive(&mut *e.rx[0], 1, is_numbered)[0].1, bytes);
+        assert_eq!(receive(&mut *e.rx, 1, is_numbered)[0].1, bytes);
         assert_eq!(e.tx.send(&frame), Sent::Yes);
         assert_eq!(receive(&mut *u.rx, 1, is_numbered)[0].1, bytes);
     });
@@ -200,9 +200,9 @@ fn a_frame_gathered_from_pieces_arrives_whole() {
 fn what_is_not_released_comes_again_with_what_is_new() {
     in_namespace(|| {
         let (mut e, mut u) = pair();
-        let Endpoint { rx, tx, .. } = &mut e;
+        let Opened { rx, tx, .. } = &mut e;
         let sides: [(&mut dyn TxQueue, &mut dyn RxQueue); 2] =
-            [(&mut **tx, &mut *u.rx), (&mut *u.tx, &mut *rx[0])];
+            [(&mut **tx, &mut *u.rx), (&mut *u.tx, &mut **rx)];
         for (tx, rx) in sides {
             for n in 0..50 {
                 assert_eq!(send(tx, VnetHdr::default(), &numbered(n, 60)), Sent::Yes);
@@ -235,7 +235,7 @@ fn a_vlan_tag_that_the_kernel_takes_off_is_put_back() {
         let got = receive(&mut *u.rx, 1, |f| f.get(12..14) == Some(&[0x81, 0]));
         assert_eq!(got[0].1, frame);
         assert_eq!(send(&mut *u.tx, VnetHdr::default(), &frame), Sent::Yes);
-        let got = receive(&mut *e.rx[0], 1, |f| f.get(12..14) == Some(&[0x81, 0]));
+        let got = receive(&mut *e.rx, 1, |f| f.get(12..14) == Some(&[0x81, 0]));
         assert_eq!(got[0].1, frame);
     });
 }
@@ -268,7 +268,7 @@ fn a_device_that_goes_down_and_up_works_again() {
         );
         ip("link set t0 up");
         assert_eq!(send(&mut *u.tx, VnetHdr::default(), &frame), Sent::Yes);
-        assert_eq!(receive(&mut *e.rx[0], 1, is_numbered).len(), 1);
+        assert_eq!(receive(&mut *e.rx, 1, is_numbered).len(), 1);
         assert_eq!(send(&mut *e.tx, VnetHdr::default(), &frame), Sent::Yes);
         assert_eq!(receive(&mut *u.rx, 1, is_numbered).len(), 1);
         assert_eq!((u.health.fault(), e.health.fault()), (None, None));
@@ -288,8 +288,8 @@ fn a_device_deleted_under_load_is_down_and_nothing_panics() {
                 answers.1 = send(&mut *e.tx, VnetHdr::default(), &numbered(2, 60));
                 let n = peek(&mut *u.rx).len();
                 u.rx.release(n);
-                let n = peek(&mut *e.rx[0]).len();
-                e.rx[0].release(n);
+                let n = peek(&mut *e.rx).len();
+                e.rx.release(n);
             }
             (u.health.fault(), e.health.fault())
         });

@@ -52,7 +52,14 @@ impl DirtyLog {
         while page <= last {
             // SAFETY: `page / 8 <= last / 8 < bytes`, all of which are mapped; a byte is always aligned; both sides
             // of the log use atomic operations.
-            let byte = unsafe { &*self.map.base().as_ptr().add((page / 8) as usize).cast::<AtomicU8>() };
+            let byte = unsafe {
+                &*self
+                    .map
+                    .base()
+                    .as_ptr()
+                    .add((page / 8) as usize)
+                    .cast::<AtomicU8>()
+            };
             let byte_last = page | 7;
             let mut bits = 0;
             while page <= byte_last.min(last) {

@@ -16,7 +16,9 @@ use super::features::{Offloads, RingFeatures, gso};
 use super::live::{Gate, clear, signal};
 use super::ring::{Broken, Chain, Direction, Pieces, Pos, Ring};
 use crate::mem::Seg;
-use crate::port::{BURST, Burst, FRAME_MAX, FRAME_MIN, Frame, HEAD, RxErrors, RxQueue, SEGS, VnetHdr};
+use crate::port::{
+    BURST, Burst, FRAME_MAX, FRAME_MIN, Frame, HEAD, RxErrors, RxQueue, SEGS, VnetHdr,
+};
 
 /// Descriptors' pieces per burst: what a guest may make us walk at most before others get their turn.
 const PIECES_PER_BURST: usize = 2048;
@@ -54,7 +56,13 @@ enum Parsed<'q> {
 
 impl<R: Ring> Rx<R> {
     /// A queue on a ring that starts at `next`.
-    pub fn new(ring: R, gate: Gate, next: u16, kick: Option<Arc<File>>, features: RingFeatures) -> Rx<R> {
+    pub fn new(
+        ring: R,
+        gate: Gate,
+        next: u16,
+        kick: Option<Arc<File>>,
+        features: RingFeatures,
+    ) -> Rx<R> {
         Rx {
             ring,
             gate,
@@ -134,7 +142,12 @@ impl<R: Ring> Rx<R> {
     fn parse<'q>(&mut self, bounce_free: bool) -> (Parsed<'q>, bool) {
         let mut hdr = Fill::<12>::new(usize::from(self.features.hdr_len));
         let mut head = Fill::<HEAD>::new(HEAD);
-        let total: u64 = self.pieces.all().iter().map(|p| u64::from(p.host.len)).sum();
+        let total: u64 = self
+            .pieces
+            .all()
+            .iter()
+            .map(|p| u64::from(p.host.len))
+            .sum();
         let len = total.saturating_sub(u64::from(self.features.hdr_len)) as usize;
         if !(FRAME_MIN..=FRAME_MAX).contains(&len) {
             return (Parsed::Malformed, false);
@@ -180,7 +193,9 @@ impl<R: Ring> Rx<R> {
         if let Some(filled) = bounced {
             // SAFETY: the bounce buffer lives as long as the queue and is written by a call with `&mut self` only; one
             // frame per burst gets it.
-            rest.push(unsafe { Seg::from_raw(NonNull::from(&mut *self.bounce).cast(), filled as u32) });
+            rest.push(unsafe {
+                Seg::from_raw(NonNull::from(&mut *self.bounce).cast(), filled as u32)
+            });
         }
         let mut vnet = [0; 10];
         vnet.copy_from_slice(&hdr.bytes[..10]);
@@ -301,7 +316,10 @@ impl<R: Ring> RxQueue for Rx<R> {
                     if behind < 0x8000 {
                         self.counted = after;
                         self.errors.malformed += 1;
-                        self.gate.counters().malformed.fetch_add(1, Ordering::Relaxed);
+                        self.gate
+                            .counters()
+                            .malformed
+                            .fetch_add(1, Ordering::Relaxed);
                     }
                     false
                 }
@@ -331,7 +349,10 @@ impl<R: Ring> RxQueue for Rx<R> {
             return;
         }
         let had = self.seen.iter().filter(|s| s.is_frame).count();
-        self.gate.counters().frames.fetch_add(n.min(had) as u64, Ordering::Relaxed);
+        self.gate
+            .counters()
+            .frames
+            .fetch_add(n.min(had) as u64, Ordering::Relaxed);
         self.give_back(n);
         self.gate.leave();
     }
@@ -394,6 +415,9 @@ mod tests {
         let mut udp = tso;
         udp.0[1] = 3;
         assert_eq!(checked(udp, 4000, &all), None);
-        assert_eq!(checked(VnetHdr([2, 0, 9, 9, 9, 9, 9, 9, 9, 9]), 60, &all), Some(VnetHdr::default()));
+        assert_eq!(
+            checked(VnetHdr([2, 0, 9, 9, 9, 9, 9, 9, 9, 9]), 60, &all),
+            Some(VnetHdr::default())
+        );
     }
 }

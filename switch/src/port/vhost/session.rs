@@ -22,9 +22,9 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use vhost::vhost_user::message::{
-    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
-    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
-    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{Error, Result, VhostUserBackendReqHandlerMut};
 
@@ -98,7 +98,9 @@ impl Session {
     }
 
     fn vring(&mut self, index: u32) -> Result<&mut Vring> {
-        self.vrings.get_mut(index as usize).ok_or(Error::InvalidParam)
+        self.vrings
+            .get_mut(index as usize)
+            .ok_or(Error::InvalidParam)
     }
 
     fn logging(&self) -> bool {
@@ -161,7 +163,11 @@ impl Session {
             attach.set_tx(slot, Some(Box::new(tx)));
         }
         self.shared.set_control(i, Some(control));
-        if self.vrings.iter().all(|v| v.running.is_some() && !v.reported) {
+        if self
+            .vrings
+            .iter()
+            .all(|v| v.running.is_some() && !v.reported)
+        {
             attach.port_error(slot, None);
         }
     }
@@ -310,7 +316,15 @@ impl VhostUserBackendReqHandlerMut for Session {
         let regions = ctx
             .iter()
             .zip(&files)
-            .map(|(r, f)| Region::map(r.guest_phys_addr, r.memory_size, r.user_addr, f, r.mmap_offset))
+            .map(|(r, f)| {
+                Region::map(
+                    r.guest_phys_addr,
+                    r.memory_size,
+                    r.user_addr,
+                    f,
+                    r.mmap_offset,
+                )
+            })
             .collect::<std::result::Result<Vec<_>, _>>()
             .map_err(refuse_mem)?;
         self.set_mem(GuestMem::new(regions).map_err(refuse_mem)?);
@@ -435,7 +449,13 @@ impl VhostUserBackendReqHandlerMut for Session {
         fd: File,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<u64>> {
-        let region = Region::map(r.guest_phys_addr, r.memory_size, r.user_addr, &fd, r.mmap_offset);
+        let region = Region::map(
+            r.guest_phys_addr,
+            r.memory_size,
+            r.user_addr,
+            &fd,
+            r.mmap_offset,
+        );
         let old = self.mem.clone().unwrap_or_default();
         self.set_mem(old.with(region.map_err(refuse_mem)?).map_err(refuse_mem)?);
         Ok(None)

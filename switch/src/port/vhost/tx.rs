@@ -281,7 +281,10 @@ impl<R: Ring> TxQueue for Tx<R> {
             Err(why) => self.set_broken(why),
         }
         self.gate.set_next(self.next.0);
-        self.gate.counters().frames.fetch_add(self.unflushed, Ordering::Relaxed);
+        self.gate
+            .counters()
+            .frames
+            .fetch_add(self.unflushed, Ordering::Relaxed);
         self.unflushed = 0;
         self.gate.leave();
     }
