@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use gangway_shared::api::{ALPN, HoldInfo, HostInfo, LinkInfo, PortInfo, Refusal, RefusalCode, Reply, Request, VERSION, VmInfo};
-use gangway_shared::codec;
+use gangway_shared::{codec, pki};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
@@ -15,7 +15,6 @@ use tokio::time::timeout;
 
 use crate::exit::Failure;
 use crate::hosts::{Host, Hosts, Way};
-use crate::pki::{RoleName, client_config};
 
 /// Time for a call that has no time-out of its own.
 pub const CALL: Duration = Duration::from_secs(10);
@@ -113,7 +112,9 @@ impl Switch {
         let quic = match (&host.way, &hosts.tls) {
             (Way::Unix(_), _) => None,
             (Way::Quic(_), Some(tls)) => {
-                Some(QuicWay { config: quic_config(client_config(tls, ALPN)?)?, connection: Mutex::new(None) })
+                let tls = pki::client_config(tls, ALPN, rustls::pki_types::UnixTime::now())
+                    .map_err(|e| Failure::usage(format!("[tls] in {}: {e}", hosts.path.display())))?;
+                Some(QuicWay { config: quic_config(tls)?, connection: Mutex::new(None) })
             }
             (Way::Quic(_), None) => {
                 return Err(Failure::usage(format!("host '{}' needs [tls] in {}", host.name, hosts.path.display())));
@@ -278,7 +279,7 @@ impl Switch {
         let connection = match slot.as_ref().filter(|c| c.close_reason().is_none()) {
             Some(c) => c.clone(),
             None => {
-                let name = RoleName::Host.dns(self.host());
+                let name = pki::host_server_name(self.host()).map_err(|e| ClientError::Settings(e.to_string()))?;
                 let connecting = endpoint(*address)
                     .map_err(|e| self.unreachable(e))?
                     .connect_with(quic.config.clone(), *address, &name)

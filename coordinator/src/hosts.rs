@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use gangway_shared::config::valid::TlsFiles;
+use gangway_shared::pki::is_name;
 use serde::Deserialize;
 
 use crate::exit::Failure;
@@ -15,8 +17,8 @@ pub struct Hosts {
     pub path: PathBuf,
     /// `[[host]]`, in the file's order.
     pub hosts: Vec<Host>,
-    /// `[tls]`: needed for hosts with an `address`.
-    pub tls: Option<Tls>,
+    /// `[tls]`, the coordinator's own certificate: needed for hosts that are reached over QUIC.
+    pub tls: Option<TlsFiles>,
     /// `[[group]]`.
     pub groups: Vec<Group>,
 }
@@ -48,17 +50,6 @@ impl std::fmt::Display for Way {
             Way::Unix(p) => write!(f, "{}", p.display()),
         }
     }
-}
-
-/// The coordinator's own certificate.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tls {
-    /// Certificate chain, PEM.
-    pub cert: PathBuf,
-    /// Private key, PEM.
-    pub key: PathBuf,
-    /// The authority, PEM.
-    pub ca: PathBuf,
 }
 
 /// A named group.
@@ -106,7 +97,7 @@ impl Hosts {
             let span = Some(h.name.span());
             let name = h.name.into_inner();
             let bad = |what: String| at(span.clone(), format!("host '{name}': {what}"));
-            if !valid_name(&name) {
+            if !is_name(&name) {
                 return Err(at(span, format!("host number {}: '{name}' is not a name: {NAME_RULE}", i + 1)));
             }
             if out.hosts.iter().any(|o| o.name == name) {
@@ -128,7 +119,7 @@ impl Hosts {
             }
             out.hosts.push(Host { name, way, address });
         }
-        out.tls = raw.tls.map(|t| Tls {
+        out.tls = raw.tls.map(|t| TlsFiles {
             cert: folder.join(t.cert),
             key: folder.join(t.key),
             ca: folder.join(t.ca),
@@ -152,15 +143,7 @@ impl Hosts {
 }
 
 /// What a host or VM may be called.
-pub const NAME_RULE: &str = "1 to 63 of A-Z a-z 0-9 . _ -, beginning with a letter or digit";
-
-/// See [`NAME_RULE`].
-pub fn valid_name(name: &str) -> bool {
-    let b = name.as_bytes();
-    matches!(b.len(), 1..=63)
-        && b[0].is_ascii_alphanumeric()
-        && b.iter().all(|c| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-'))
-}
+pub const NAME_RULE: &str = "1 to 63 of A-Z a-z 0-9 . _ -, beginning and ending with a letter or digit";
 
 /// Adds the nearest key to serde's "unknown field `x`, expected one of ...".
 fn with_nearest(message: &str) -> String {

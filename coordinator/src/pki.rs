@@ -1,42 +1,20 @@
-//! The fleet's own authority, and the coordinator's end of mutual TLS.
+//! The fleet's own authority. What certificates mean, and how they are checked, is in `gangway_shared::pki`.
 //!
-//! A certificate's role is in its name: `NAME.host.gangway` or `NAME.coordinator.gangway`. Keys are P-256, their files
-//! have mode 0600, and nothing is ever overwritten.
+//! Keys are P-256, their files have mode 0600, and nothing is ever overwritten.
 
 use std::io::Write as _;
 use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
+use gangway_shared::pki::{Identity, Role, is_name};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, SanType,
 };
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use crate::exit::Failure;
-use crate::hosts::{NAME_RULE, Tls, valid_name};
-
-/// What a certificate is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RoleName {
-    /// A switch.
-    Host,
-    /// A coordinator.
-    Coordinator,
-}
-
-impl RoleName {
-    /// The DNS name that a certificate of this role carries.
-    pub fn dns(self, name: &str) -> String {
-        match self {
-            RoleName::Host => format!("{name}.host.gangway"),
-            RoleName::Coordinator => format!("{name}.coordinator.gangway"),
-        }
-    }
-}
+use crate::hosts::NAME_RULE;
 
 /// Makes `ca.pem` and `ca.key` in `dir`.
 pub fn init(dir: &Path) -> Result<Vec<PathBuf>, Failure> {
@@ -50,8 +28,8 @@ pub fn init(dir: &Path) -> Result<Vec<PathBuf>, Failure> {
 }
 
 /// Makes `NAME.pem` and `NAME.key` in `dir`, issued by its `ca.pem`.
-pub fn issue(dir: &Path, name: &str, role: RoleName, addresses: &[IpAddr]) -> Result<Vec<PathBuf>, Failure> {
-    if !valid_name(name) || name == "ca" {
+pub fn issue(dir: &Path, name: &str, role: Role, addresses: &[IpAddr]) -> Result<Vec<PathBuf>, Failure> {
+    if !is_name(name) || name == "ca" {
         return Err(Failure::usage(format!("'{name}' cannot be a name here: {NAME_RULE}, and not 'ca'")));
     }
     let read = |file: &str| {
@@ -68,7 +46,7 @@ pub fn issue(dir: &Path, name: &str, role: RoleName, addresses: &[IpAddr]) -> Re
     let ca_key = KeyPair::from_pem(&ca_key).map_err(garbage)?;
     let issuer = Issuer::from_ca_cert_pem(&ca_cert, ca_key).map_err(garbage)?;
 
-    let dns = role.dns(name);
+    let dns = Identity { name: name.to_owned(), role }.dns_name();
     let mut params = base(&dns, 365)?;
     let dns_san = dns.as_str().try_into().map_err(broken)?;
     params.subject_alt_names = vec![SanType::DnsName(dns_san)];
@@ -76,8 +54,8 @@ pub fn issue(dir: &Path, name: &str, role: RoleName, addresses: &[IpAddr]) -> Re
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     // A switch is both: it serves coordinators and dials the switch it ships to.
     params.extended_key_usages = match role {
-        RoleName::Host => vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth],
-        RoleName::Coordinator => vec![ExtendedKeyUsagePurpose::ClientAuth],
+        Role::Host => vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth],
+        Role::Coordinator => vec![ExtendedKeyUsagePurpose::ClientAuth],
     };
     params.use_authority_key_identifier_extension = true;
     let key = KeyPair::generate().map_err(broken)?;
@@ -126,38 +104,13 @@ fn write_pair(stem: &Path, cert: &str, key: &str) -> Result<Vec<PathBuf>, Failur
     Ok(vec![cert_path, key_path])
 }
 
-/// The client's end of TLS: our certificate, and no authority but ours.
-pub fn client_config(tls: &Tls, alpn: &[u8]) -> Result<rustls::ClientConfig, Failure> {
-    let bad = |what: &str, path: &Path, why: String| {
-        Failure::usage(format!("cannot use the {what} {}: {why}; see [tls] in the hosts file", path.display()))
-    };
-    let mut roots = rustls::RootCertStore::empty();
-    let authorities = CertificateDer::pem_file_iter(&tls.ca)
-        .and_then(|i| i.collect::<Result<Vec<_>, _>>())
-        .map_err(|e| bad("authority", &tls.ca, e.to_string()))?;
-    if authorities.is_empty() {
-        return Err(bad("authority", &tls.ca, "no certificate in it".into()));
-    }
-    for ca in authorities {
-        roots.add(ca).map_err(|e| bad("authority", &tls.ca, e.to_string()))?;
-    }
-    let chain = CertificateDer::pem_file_iter(&tls.cert)
-        .and_then(|i| i.collect::<Result<Vec<_>, _>>())
-        .map_err(|e| bad("certificate", &tls.cert, e.to_string()))?;
-    let key = PrivateKeyDer::from_pem_file(&tls.key).map_err(|e| bad("key", &tls.key, e.to_string()))?;
-    let mut config = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(|e| Failure::failed(e.to_string()))?
-        .with_root_certificates(roots)
-        .with_client_auth_cert(chain, key)
-        .map_err(|e| bad("certificate", &tls.cert, e.to_string()))?;
-    config.alpn_protocols = vec![alpn.to_vec()];
-    Ok(config)
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
+
+    use gangway_shared::config::valid::TlsFiles;
+    use gangway_shared::pki::Credentials;
+    use rustls::pki_types::UnixTime;
 
     use super::*;
 
@@ -165,22 +118,21 @@ mod tests {
     fn issues_what_the_client_can_use_and_never_overwrites() {
         let dir = tempfile::tempdir().expect("tempdir");
         let d = dir.path();
-        assert!(issue(d, "a", RoleName::Host, &[]).expect_err("no ca").message.contains("pki init"));
+        assert!(issue(d, "a", Role::Host, &[]).expect_err("no ca").message.contains("pki init"));
         init(d).expect("init");
         assert!(init(d).expect_err("again").message.contains("not overwritten"));
-        issue(d, "a", RoleName::Host, &["10.0.0.1".parse().expect("ip")]).expect("host");
-        issue(d, "me", RoleName::Coordinator, &[]).expect("coordinator");
-        assert!(issue(d, "../x", RoleName::Host, &[]).is_err());
-        assert!(issue(d, "ca", RoleName::Host, &[]).is_err());
+        issue(d, "a", Role::Host, &["10.0.0.1".parse().expect("ip")]).expect("host");
+        issue(d, "me", Role::Coordinator, &[]).expect("coordinator");
+        assert!(issue(d, "../x", Role::Host, &[]).is_err());
+        assert!(issue(d, "ca", Role::Host, &[]).is_err());
         let mode = std::fs::metadata(d.join("me.key")).expect("key").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
-        let tls = Tls { cert: d.join("me.pem"), key: d.join("me.key"), ca: d.join("ca.pem") };
-        client_config(&tls, b"x").expect("config");
-        let wrong = Tls { key: d.join("a.key"), ..tls.clone() };
-        assert!(client_config(&wrong, b"x").is_err(), "a key of another certificate");
-        let garbage = d.join("garbage");
-        std::fs::write(&garbage, [0xff, 0, 1]).expect("write");
-        let wrong = Tls { ca: garbage, ..tls };
-        assert!(client_config(&wrong, b"x").expect_err("garbage").message.contains("garbage"));
+        let files = |cert: &str, key: &str| TlsFiles { cert: d.join(cert), key: d.join(key), ca: d.join("ca.pem") };
+        let now = UnixTime::now();
+        let me = Credentials::load(&files("me.pem", "me.key"), now).expect("the coordinator's");
+        assert_eq!(me.identity().to_string(), "coordinator 'me'");
+        let a = Credentials::load(&files("a.pem", "a.key"), now).expect("the host's");
+        assert_eq!(a.identity().dns_name(), "a.host.gangway");
+        assert!(Credentials::load(&files("me.pem", "a.key"), now).is_err(), "a key of another certificate");
     }
 }

@@ -1,14 +1,16 @@
 //! `gangway pki`.
 
+use gangway_shared::pki::Role;
+
 use crate::cli::Pki;
 use crate::exit::Failure;
-use crate::pki::{RoleName, init, issue};
+use crate::pki::{init, issue};
 
 pub fn exec(command: Pki) -> Result<(), Failure> {
     let files = match command {
         Pki::Init { dir } => init(&dir)?,
         Pki::Issue { dir, name, host, coordinator: _, address } => {
-            let role = if host { RoleName::Host } else { RoleName::Coordinator };
+            let role = if host { Role::Host } else { Role::Coordinator };
             issue(&dir, &name, role, &address)?
         }
     };
