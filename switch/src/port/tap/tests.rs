@@ -283,7 +283,9 @@ fn a_device_deleted_under_load_is_down_and_nothing_panics() {
         let done = Arc::clone(&stop);
         let load = std::thread::spawn(move || {
             let mut answers = (Sent::Full, Sent::Full);
+            let end = Instant::now() + Duration::from_secs(20);
             while !done.load(Ordering::Relaxed) || answers != (Sent::Down, Sent::Down) {
+                assert!(Instant::now() < end, "not down: {answers:?}");
                 answers.0 = send(&mut *u.tx, VnetHdr::default(), &numbered(1, 60));
                 answers.1 = send(&mut *e.tx, VnetHdr::default(), &numbered(2, 60));
                 let n = peek(&mut *u.rx).len();
