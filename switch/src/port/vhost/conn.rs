@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
+use super::early;
 use super::live::clear;
 use super::session::Session;
 use super::{Shared, VhostConfig, lock};
@@ -119,10 +120,15 @@ fn session(stream: UnixStream, shared: &Arc<Shared>) {
         if shared.is_stopping() {
             break None;
         }
-        if wait(Some(watch.as_fd()), shared, None)
-            && let Err(e) = handler.handle_request()
-        {
-            break Some(e);
+        if wait(Some(watch.as_fd()), shared, None) {
+            let early = early::serve(&watch, &mut lock(&session)).map_err(Error::SocketError);
+            let done = match early {
+                Ok(false) => handler.handle_request(),
+                done => done.map(|_| ()),
+            };
+            if let Err(e) = done {
+                break Some(e);
+            }
         }
         lock(&session).report_broken();
     };

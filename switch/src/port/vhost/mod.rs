@@ -2,6 +2,7 @@
 //! (<https://qemu-project.gitlab.io/qemu/interop/vhost-user.html>).
 //!
 //! - `conn`: the socket, for ever (dial or listen, again after each disconnect); a thread per port
+//! - `early`: a request that the `vhost` crate refuses though it must not
 //! - [`session`]: one connection's requests; decides which rings run and attaches them
 //! - [`live`]: what changes under a running ring (memory, log, call) without stopping it
 //! - [`rx`], [`tx`]: the loops, which a worker runs; [`ring`]: the layout they run on
@@ -24,6 +25,7 @@ use super::Attach;
 mod conn;
 pub mod csum;
 pub mod dirty;
+mod early;
 pub mod features;
 pub mod live;
 pub mod ring;

@@ -103,6 +103,11 @@ impl Session {
             .ok_or(Error::InvalidParam)
     }
 
+    /// SET_FEATURES has been here.
+    pub fn has_features(&self) -> bool {
+        self.features.is_some()
+    }
+
     fn logging(&self) -> bool {
         self.features.is_some_and(|f| f & LOG_ALL != 0)
     }
