@@ -29,7 +29,7 @@ fn traffic_over_bridges_is_clean_while_nothing_moves() {
     let lab = Lab::new().unwrap();
     let group = Group::default();
     lab.a.start_bridge().unwrap();
-    let start = |vm| {
+    let start = |vm: usize| {
         lab.a.bridge_tap(&group.vms[vm].name).unwrap();
         let nic = Nic::Tap {
             device: group.vms[vm].name.clone(),

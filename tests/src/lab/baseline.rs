@@ -158,19 +158,20 @@ fn uri(at: usize) -> String {
 
 /// Pause and bytes of a VM that has moved.
 fn figures(source: &mut Vm, target: &mut Vm) -> Result<VmFigures> {
+    let precopy_bytes = source.qmp.migration()?.transferred;
     let stop = source
         .qmp
-        .events()?
+        .events()
         .into_iter()
         .rfind(|event| event.name == "STOP");
     let resume = target
         .qmp
-        .events()?
+        .events()
         .into_iter()
         .rfind(|event| event.name == "RESUME");
     Ok(VmFigures {
         name: source.name.clone(),
-        precopy_bytes: source.qmp.migration()?.transferred,
+        precopy_bytes,
         pause_ms: 0.0,
         stopped_at_us: stop
             .with_context(|| format!("{} did not stop", source.name))?

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::baseline::{self, Phases, Recipe};
 use super::group::Group;
+use super::moved;
 use super::report::Report;
 use super::table;
 
@@ -25,6 +26,26 @@ pub enum Freeze {
     Switchover,
     /// Before the whole migration.
     Early,
+}
+
+impl Ports {
+    /// As the command line has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::VhostUser => "vhost-user",
+            Self::Tap => "tap",
+        }
+    }
+}
+
+impl Freeze {
+    /// As the command line has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Switchover => "switchover",
+            Self::Early => "early",
+        }
+    }
 }
 
 /// What the demo shall do.
@@ -48,6 +69,23 @@ pub fn run(options: &Options) -> Result<bool> {
     let mut say = |text: &str| println!("[{:6.2} s] {text}", began.elapsed().as_secs_f64());
     let group = Group::default();
     let mut report = Report::default();
+    if !options.baseline_only {
+        say(&format!(
+            "Gangway: {} ports, freeze {}",
+            options.ports.name(),
+            options.freeze.name()
+        ));
+        let logs = options.out.join("logs/gangway");
+        let (ports, freeze) = (options.ports, options.freeze);
+        report.run = Some(moved::run(
+            &group,
+            ports,
+            freeze,
+            Phases::default(),
+            &logs,
+            &mut say,
+        )?);
+    }
     if options.baseline || options.baseline_only {
         say("baseline: gang stop on Linux bridges");
         let logs = options.out.join("logs/gang-stop");

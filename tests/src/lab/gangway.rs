@@ -5,17 +5,17 @@
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use super::Lab;
 use super::demo::{Freeze, Ports};
 use super::group::{Group, VmSpec};
 use super::host::Host;
-use super::net::{MGMT_A, MGMT_B};
-use super::process::{Process, command_in, run};
+use super::net::{MGMT_A, MGMT_B, Netns};
+use super::process::{command_in, run};
 use super::qemu::{self, Files, Incoming, Nic};
-use super::report::{LinkFigures, VmFigures};
+use super::report::LinkFigures;
 
 /// Where a switch listens for coordinators and other switches.
 pub const CONTROL_PORT: u16 = 7600;
@@ -110,15 +110,15 @@ pub fn host_config(lab: &Lab, host: &Host, group: &Group, ports: Ports) -> Strin
 }
 
 /// The coordinator's place: the management namespace, its certificate, its list of hosts.
-pub struct Coordinator<'lab> {
-    lab: &'lab Lab,
-    programs: Programs,
-    hosts_file: PathBuf,
+pub struct Coordinator {
+    netns: Netns,
+    dir: PathBuf,
+    program: PathBuf,
 }
 
-impl<'lab> Coordinator<'lab> {
+impl Coordinator {
     /// Makes an authority, certificates for both hosts and the coordinator, and the list of hosts.
-    pub fn new(lab: &'lab Lab, programs: &Programs) -> Result<Self> {
+    pub fn new(lab: &Lab, programs: &Programs) -> Result<Self> {
         let pki = lab.dir().join("pki");
         let issue = |args: &[&str]| run(Command::new(&programs.gangway).arg("pki").args(args));
         let dir = pki.to_string_lossy();
@@ -126,23 +126,27 @@ impl<'lab> Coordinator<'lab> {
         issue(&["issue", &dir, "a", "--host", "--address", MGMT_A])?;
         issue(&["issue", &dir, "b", "--host", "--address", MGMT_B])?;
         issue(&["issue", &dir, "admin", "--coordinator"])?;
-        let hosts_file = lab.dir().join("hosts.toml");
-        std::fs::write(&hosts_file, hosts_toml())
-            .with_context(|| hosts_file.display().to_string())?;
-        Ok(Self {
-            lab,
-            programs: programs.clone(),
-            hosts_file,
-        })
+        let this = Self {
+            netns: lab.net.mgmt.clone(),
+            dir: lab.dir().to_owned(),
+            program: programs.gangway.clone(),
+        };
+        let file = this.hosts_file();
+        std::fs::write(&file, hosts_toml()).with_context(|| file.display().to_string())?;
+        Ok(this)
+    }
+
+    fn hosts_file(&self) -> PathBuf {
+        self.dir.join("hosts.toml")
     }
 
     /// The coordinator's command with the lab's list of hosts and state.
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = command_in(&self.lab.net.mgmt, &self.programs.gangway);
+        let mut command = command_in(&self.netns, &self.program);
         command
-            .env("GANGWAY_HOSTS", &self.hosts_file)
-            .env("GANGWAY_STATE", self.lab.dir().join("coordinator"));
-        command.args(args);
+            .env("GANGWAY_HOSTS", self.hosts_file())
+            .env("GANGWAY_STATE", self.dir.join("coordinator"))
+            .args(args);
         command
     }
 
@@ -152,19 +156,25 @@ impl<'lab> Coordinator<'lab> {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// Starts to move the group to B; its progress goes to `log`.
-    pub fn migrate(&self, group: &Group, freeze: Freeze, log: &Path) -> Result<Process> {
-        let freeze = if freeze == Freeze::Early {
-            "early"
-        } else {
-            "switchover"
-        };
-        let vms = group.order().join(",");
-        Process::start(
-            "gangway migrate",
-            self.command(&["migrate", &vms, "--to", "b", "--freeze", freeze]),
-            log,
-        )
+    /// The command that moves the group to B and writes its report to [`Coordinator::report_file`].
+    pub fn migrate(&self, group: &Group, freeze: Freeze) -> Command {
+        let report = self.report_file();
+        let (vms, report) = (group.order().join(","), report.to_string_lossy());
+        self.command(&[
+            "migrate",
+            &vms,
+            "--to",
+            "b",
+            "--freeze",
+            freeze.name(),
+            "--report",
+            &report,
+        ])
+    }
+
+    /// Where [`Coordinator::migrate`] leaves its report.
+    pub fn report_file(&self) -> PathBuf {
+        self.dir.join("migration.json")
     }
 }
 
@@ -206,17 +216,4 @@ pub struct CoordinatorVm {
     pub stop_ns: Option<u64>,
     /// QEMU's RESUME on the target.
     pub resume_ns: Option<u64>,
-}
-
-impl CoordinatorVm {
-    /// In the terms of the lab's report.
-    pub fn figures(&self) -> VmFigures {
-        VmFigures {
-            name: self.name.clone(),
-            precopy_bytes: self.precopy_bytes,
-            stopped_at_us: self.stop_ns.unwrap_or(0) / 1000,
-            resumed_at_us: self.resume_ns.unwrap_or(0) / 1000,
-            pause_ms: 0.0,
-        }
-    }
 }

@@ -1,7 +1,8 @@
 //! Two hosts on one machine: network namespaces, a management link, a fabric, and QEMU in them.
 //!
 //! A [`Lab`] is the world of one run: hosts A and B, the outside client, the coordinator's place. [`group`] says
-//! which VMs there are, [`traffic`] runs and judges their traffic, [`baseline`] migrates them as users do today,
+//! which VMs there are, [`traffic`] runs and judges their traffic, [`moved`] migrates them with Gangway (set up by
+//! [`mod@gangway`]), [`baseline`] as users do today,
 //! [`report`] is what a run leaves behind.
 //!
 //! Invariant: everything is named after our process, nothing outside of our namespaces is changed.
@@ -17,6 +18,7 @@ pub mod gangway;
 pub mod group;
 pub mod host;
 pub mod image;
+pub mod moved;
 pub mod net;
 pub mod process;
 pub mod qemu;

@@ -34,6 +34,13 @@ impl Process {
         Self::spawn(name, command)
     }
 
+    /// Starts a command whose progress, on standard error, the user sees; its standard output goes to `log`.
+    pub fn start_shown(name: &str, mut command: Command, log: &Path) -> Result<Self> {
+        let file = File::create(log).with_context(|| log.display().to_string())?;
+        command.stdin(Stdio::null()).stdout(file);
+        Self::spawn(name, command)
+    }
+
     /// Starts a command that is talked to through its standard input and output.
     pub fn start_piped(
         name: &str,

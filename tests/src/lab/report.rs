@@ -46,6 +46,9 @@ pub struct Run {
     pub cpu: Cpu,
     /// The traffic's verdict.
     pub traffic: Vec<Flow>,
+    /// The coordinator's own report, whole; absent without Gangway.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub coordinator: Option<serde_json::Value>,
 }
 
 /// How a run was done.

@@ -1,0 +1,235 @@
+//! Gangway's run: the group moves from A to B through our switches, ordered by our coordinator, under the same traffic and
+//! with the same verdict as the baselines.
+
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::Lab;
+use super::baseline::Phases;
+use super::cpu::{Cpu, CpuMeter};
+use super::demo::{Freeze, Ports};
+use super::gangway::{Coordinator, CoordinatorReport, Programs, host_config, nic};
+use super::group::Group;
+use super::process::{Process, until};
+use super::qemu::{Files, Incoming, Vm};
+use super::qmp::Qmp;
+use super::report::{Mode, Run, VmFigures};
+use super::traffic::Traffic;
+
+/// How long a migration may take before the lab gives up on it.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// The group on host A, attached to a switch, with traffic; host B ready to take it.
+pub struct World {
+    /// Hosts and links. Dropped last.
+    pub group: Group,
+    /// The group's traffic.
+    pub traffic: Traffic,
+    /// The VMs on A.
+    pub sources: Vec<Vm>,
+    /// The coordinator's command.
+    pub coordinator: Coordinator,
+    /// How VMs are attached.
+    pub ports: Ports,
+    /// Namespaces, switches.
+    pub lab: Lab,
+}
+
+impl World {
+    /// Starts switches and VMs, and waits until all are ready. No traffic yet.
+    pub fn new(group: &Group, ports: Ports, logs: &Path) -> Result<Self> {
+        let programs = Programs::find()?;
+        let mut lab = Lab::new()?;
+        let built = Self::build(&mut lab, &programs, group, ports);
+        match built {
+            Ok((coordinator, sources, traffic)) => Ok(Self {
+                group: group.clone(),
+                traffic,
+                sources,
+                coordinator,
+                ports,
+                lab,
+            }),
+            Err(error) => {
+                lab.keep_logs(logs)?;
+                Err(error)
+            }
+        }
+    }
+
+    fn build(
+        lab: &mut Lab,
+        programs: &Programs,
+        group: &Group,
+        ports: Ports,
+    ) -> Result<(Coordinator, Vec<Vm>, Traffic)> {
+        let coordinator = Coordinator::new(lab, programs)?;
+        let configs = [&lab.a, &lab.b].map(|host| host_config(lab, host, group, ports));
+        for (host, config) in [&mut lab.a, &mut lab.b].into_iter().zip(&configs) {
+            host.start_switch(&programs.switch, config)?;
+        }
+        for host in [&lab.a, &lab.b] {
+            until(
+                &format!("answer of the switch of {}", host.name),
+                Duration::from_secs(10),
+                || {
+                    if let Some(status) = host.switch.as_ref().and_then(Process::ended) {
+                        let log = std::fs::read_to_string(host.dir.join("switch.log"))
+                            .unwrap_or_default();
+                        bail!(
+                            "the switch of host {} ended with {status}: {}",
+                            host.name,
+                            log.trim()
+                        );
+                    }
+                    Ok(coordinator.ask(&["host", "show", &host.name]).ok())
+                },
+            )?;
+        }
+        let mut sources = Vec::new();
+        for vm in &group.vms {
+            let nic = nic(&lab.a, vm, ports);
+            sources.push(Vm::start(
+                &lab.a,
+                group,
+                vm,
+                &lab.image,
+                &nic,
+                Incoming::No,
+            )?);
+        }
+        let traffic = Traffic::new(lab, group)?;
+        sources
+            .iter()
+            .try_for_each(|vm| vm.wait_ready(Duration::from_secs(60)))?;
+        Ok((coordinator, sources, traffic))
+    }
+
+    /// Watches the QEMUs that B's switch will start.
+    pub fn watch_targets(&self) -> Vec<Resumed> {
+        self.group
+            .vms
+            .iter()
+            .map(|vm| Resumed::watch(&Files::new(&self.lab.b.dir, &vm.name).lab_qmp))
+            .collect()
+    }
+}
+
+/// A thread that waits for a target VM to run, on the lab's own monitor. It starts no process.
+pub struct Resumed(JoinHandle<Result<u64>>);
+
+impl Resumed {
+    fn watch(path: &Path) -> Self {
+        let path: PathBuf = path.to_owned();
+        Self(thread::spawn(move || {
+            let mut qmp = Qmp::connect(&path, PATIENCE)?;
+            Ok(qmp.wait(PATIENCE, |event| event.name == "RESUME")?.at_us)
+        }))
+    }
+
+    /// When it ran, in microseconds since 1970.
+    pub fn at_us(self) -> Result<u64> {
+        self.0
+            .join()
+            .unwrap_or_else(|_| bail!("the watcher of a target died"))
+    }
+}
+
+/// Boots the group on A, moves it to B under traffic, and judges. `say` hears of the progress; logs are left in `logs`.
+pub fn run(
+    group: &Group,
+    ports: Ports,
+    freeze: Freeze,
+    phases: Phases,
+    logs: &Path,
+    say: &mut dyn FnMut(&str),
+) -> Result<Run> {
+    let mut world = World::new(group, ports, logs)?;
+    let result = run_in(&mut world, freeze, phases, say);
+    world.lab.keep_logs(logs)?;
+    result
+}
+
+fn run_in(
+    world: &mut World,
+    freeze: Freeze,
+    phases: Phases,
+    say: &mut dyn FnMut(&str),
+) -> Result<Run> {
+    world.traffic.start()?;
+    say("the VMs run on A, traffic flows");
+    let mut cpu = CpuMeter::start();
+    thread::sleep(phases.warm);
+    let steady = cpu.lap();
+
+    let watchers = world.watch_targets();
+    let began = Instant::now();
+    let command = world.coordinator.migrate(&world.group, freeze);
+    let migrate = Process::start_shown(
+        "gangway migrate",
+        command,
+        &world.lab.dir().join("migrate.log"),
+    )?;
+    let status = migrate.wait(PATIENCE)?;
+    let (migration_ms, moving) = (began.elapsed().as_millis() as f64, cpu.lap());
+    // Even a migration that failed must not have lost anything: judge first.
+    thread::sleep(phases.settle);
+    let traffic = world.traffic.stop()?;
+    if !status.success() {
+        let clean = traffic.iter().all(super::traffic::Flow::is_clean);
+        bail!(
+            "gangway migrate ended with {status}; the traffic is {}",
+            if clean { "clean" } else { "NOT clean" }
+        );
+    }
+    say("all VMs run on B");
+
+    let path = world.coordinator.report_file();
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let coordinator: CoordinatorReport =
+        serde_json::from_str(&text).context("the coordinator's report")?;
+    if coordinator.outcome != "moved" {
+        bail!("the coordinator's report says {:?}", coordinator.outcome);
+    }
+    let mut run = Run {
+        group: "chain".to_owned(),
+        order: coordinator.order.clone(),
+        mode: Mode {
+            method: "gangway".to_owned(),
+            ports: world.ports.name().to_owned(),
+            freeze: Some(freeze.name().to_owned()),
+        },
+        links: coordinator.links,
+        freeze_to_thaw_ms: coordinator.freeze_to_thaw_ms,
+        migration_ms,
+        cpu: Cpu::of(steady, moving),
+        traffic,
+        coordinator: Some(serde_json::from_str(&text)?),
+        ..Run::default()
+    };
+    for (source, watcher) in world.sources.iter_mut().zip(watchers) {
+        let stop = source
+            .qmp
+            .events()
+            .into_iter()
+            .rfind(|event| event.name == "STOP");
+        let bytes = coordinator
+            .vms
+            .iter()
+            .find(|vm| vm.name == source.name)
+            .map(|vm| vm.precopy_bytes);
+        run.vms.push(VmFigures {
+            name: source.name.clone(),
+            precopy_bytes: bytes.unwrap_or(0),
+            pause_ms: 0.0,
+            stopped_at_us: stop
+                .with_context(|| format!("{} did not stop", source.name))?
+                .at_us,
+            resumed_at_us: watcher.at_us()?,
+        });
+    }
+    run.conclude();
+    Ok(run)
+}
