@@ -46,6 +46,8 @@ pub struct Vmm {
     vms: HashMap<String, Arc<Vm>>,
     order: Vec<String>,
     state_dir: PathBuf,
+    /// How long a relay waits for its turn.
+    turn: Duration,
 }
 
 /// One of them.
@@ -86,13 +88,14 @@ impl Vmm {
             vms: cfg.vms.iter().map(|c| (c.name.clone(), vm(c))).collect(),
             order: cfg.vms.iter().map(|c| c.name.clone()).collect(),
             state_dir: cfg.state_dir.clone(),
+            turn: TURN,
         })
     }
 
     /// Connects to a VM's QMP socket for a relay.
     pub async fn open(&self, name: &str) -> Result<Relay, Refusal> {
         let vm = self.vm(name)?;
-        let permit = vm.turn(TURN).await?;
+        let permit = vm.turn(self.turn).await?;
         let (stream, greeting) = vm.connect(GREETING).await.map_err(|e| match e {
             Connect::Absent(e) => refusal(
                 RefusalCode::State,

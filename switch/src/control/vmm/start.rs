@@ -56,7 +56,7 @@ impl Vmm {
             );
             return Err(refusal(RefusalCode::State, message));
         }
-        let _turn = vm.turn(super::TURN).await?;
+        let _turn = vm.turn(self.turn).await?;
         match vm.connect(super::GREETING).await {
             Err(Connect::Absent(_)) => {}
             Ok(_) | Err(Connect::Silent) => {
