@@ -1,8 +1,10 @@
 //! The one place that turns values into bytes and back: bincode's `standard()` wire format
 //! (variable-length integers, little endian), written by wincode (ADR-0002).
 //!
-//! Invariant: decoding hostile bytes costs at most [`MESSAGE_MAX`] of memory and never panics; bytes that are left
-//! over are an error.
+//! Invariant: decoding never panics. It never allocates more than [`MESSAGE_MAX`] for one list on a length's word alone;
+//! a message of [`MESSAGE_MAX`] bytes, all of it real, costs a small multiple of that (a list of empty strings is the
+//! worst: one byte each on the wire, 24 in memory).
+//! Invariant: bytes that are left over are an error.
 
 use wincode::config::{Configuration, DefaultConfig};
 use wincode::{SchemaRead, SchemaWrite};
@@ -60,3 +62,6 @@ where
     wincode::config::deserialize_exact(bytes, STANDARD)
         .map_err(|e| CodecError::Malformed(e.to_string()))
 }
+
+#[cfg(test)]
+mod tests;

@@ -412,3 +412,72 @@ fn check_issuer(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_role_is_the_end_of_the_name_and_nothing_else() {
+        let of = |dns| Identity::from_dns_name(dns).map(|i| i.to_string());
+        assert_eq!(of("kvm-1.host.gangway").as_deref(), Some("host 'kvm-1'"));
+        assert_eq!(
+            of("me.coordinator.gangway").as_deref(),
+            Some("coordinator 'me'")
+        );
+        // The last suffix counts: whoever may issue names below a host's cannot make a coordinator of it.
+        assert_eq!(
+            of("x.coordinator.gangway.host.gangway").as_deref(),
+            Some("host 'x.coordinator.gangway'")
+        );
+        for dns in [
+            "",
+            ".host.gangway",
+            "*.host.gangway",
+            "a.host.gangway.",
+            "a.host.gangway.example.org",
+            "a.HOST.gangway",
+            "ahost.gangway",
+            "a/b.host.gangway",
+            "a..host.gangway",
+            "-a.host.gangway",
+            "a\n.host.gangway",
+        ] {
+            assert_eq!(of(dns), None, "{dns:?}");
+        }
+    }
+
+    #[test]
+    fn names_make_dns_names() {
+        for good in ["a", "kvm1", "Rack_2.kvm-1", &"x".repeat(63)] {
+            assert!(is_name(good), "{good}");
+            let dns = host_server_name(good).expect("name");
+            assert_eq!(
+                Identity::from_dns_name(&dns).map(|i| i.name).as_deref(),
+                Some(good)
+            );
+        }
+        for bad in [
+            "",
+            ".",
+            "a.",
+            "a-",
+            "_a",
+            "a b",
+            "a\0",
+            "ä",
+            &"x".repeat(64),
+        ] {
+            assert!(!is_name(bad), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn garbage_is_no_certificate() {
+        let cert = CertificateDer::from(vec![0x30, 0x82, 0xff, 0xff, 1]);
+        assert!(matches!(
+            peer_identity(&cert),
+            Err(PkiError::BadCertificate(_))
+        ));
+    }
+}
