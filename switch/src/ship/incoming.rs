@@ -19,6 +19,8 @@ pub struct Incoming {
     pub(super) source_host: String,
     state: Mutex<State>,
     changed: Condvar,
+    /// Held while a lane's queue is made.
+    pub(super) making: Mutex<()>,
     /// One connection at a time has the writers.
     pub(super) turn: tokio::sync::Mutex<()>,
     /// Something was received, or is to be acknowledged.
@@ -81,6 +83,7 @@ impl Incoming {
             source_host,
             state: Mutex::default(),
             changed: Condvar::new(),
+            making: Mutex::new(()),
             turn: tokio::sync::Mutex::new(()),
             received: Notify::new(),
             urgent: Notify::new(),

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use gangway_shared::api::{Refusal, RefusalCode, Tally};
+use gangway_shared::id::LaneKey;
 use gangway_shared::ship::{ToSource, ToTarget};
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::sync::Notify;
@@ -155,26 +156,7 @@ async fn messages(
     loop {
         match wire::from_source(&mut control).await? {
             Some(ToTarget::Lane { lane, key, inside }) => {
-                let known = incoming.lock().lanes.iter().position(|l| l.key == key);
-                let place = match known {
-                    Some(n) => n,
-                    None => {
-                        let (writer, queue) = make_queue(&incoming, key.clone(), inside).await?;
-                        incoming.update(|s| {
-                            s.lanes.push(Lane {
-                                key,
-                                inside,
-                                queue,
-                                writer: Some(writer),
-                                end: None,
-                                complete: false,
-                                mismatch: None,
-                                acked: Tally::default(),
-                            });
-                            s.lanes.len() - 1
-                        })
-                    }
-                };
+                let place = make_lane(&incoming, key, inside).await?;
                 if numbers.lock().insert(lane, place).is_some() {
                     return Err(ShipError::Protocol(format!("lane {lane} was named twice")));
                 }
@@ -204,32 +186,49 @@ async fn messages(
     }
 }
 
-async fn make_queue(
+/// The lane's place; its queue is made if it is new.
+async fn make_lane(
     incoming: &Arc<Incoming>,
-    key: gangway_shared::id::LaneKey,
+    key: LaneKey,
     inside: bool,
-) -> Result<(Writer, Arc<Queue>), ShipError> {
-    let no = |message| {
+) -> Result<usize, ShipError> {
+    let i = incoming.clone();
+    // What was begun is ended even if this task is aborted meanwhile: no queue is made and then forgotten.
+    let made = tokio::task::spawn_blocking(move || {
+        let _one = i.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = i.lock().lanes.iter().position(|l| l.key == key);
+        if let Some(n) = known {
+            return Ok(n);
+        }
+        if i.lock().lanes.len() >= LANES_MAX {
+            return Err(format!("more than {LANES_MAX} lanes in one hold"));
+        }
+        let created = i.spool.create(i.hold, Kind::Incoming, &key);
+        let (writer, queue) = created.map_err(|e| e.to_string())?;
+        queue.set_inside(inside);
+        // A failure is latched in the queue, and found before anything is acknowledged.
+        let _ = queue.sync();
+        Ok(i.update(|s| {
+            s.lanes.push(Lane {
+                key,
+                inside,
+                queue,
+                writer: Some(writer),
+                end: None,
+                complete: false,
+                mismatch: None,
+                acked: Tally::default(),
+            });
+            s.lanes.len() - 1
+        }))
+    });
+    let made = made.await.map_err(|e| e.to_string());
+    made.and_then(|m| m).map_err(|message| {
         ShipError::Refused(Refusal {
             code: RefusalCode::Resources,
             message,
         })
-    };
-    if incoming.lock().lanes.len() >= LANES_MAX {
-        return Err(no(format!("more than {LANES_MAX} lanes in one hold")));
-    }
-    let i = incoming.clone();
-    let made = tokio::task::spawn_blocking(move || {
-        let (writer, queue) = i.spool.create(i.hold, Kind::Incoming, &key)?;
-        queue.set_inside(inside);
-        queue.sync()?;
-        Ok((writer, queue))
-    });
-    match made.await {
-        Ok(Ok(m)) => Ok(m),
-        Ok(Err::<_, crate::spool::SpoolError>(e)) => Err(no(e.to_string())),
-        Err(e) => Err(no(e.to_string())),
-    }
+    })
 }
 
 /// A lane's writer, which goes back to the lane whatever happens.

@@ -20,6 +20,8 @@ use crate::spool::Queue;
 
 const BACKOFF_MIN: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// A connection that has lasted so long is well.
+const SETTLED: Duration = Duration::from_millis(500);
 /// For each step up to the welcome.
 const HANDSHAKE: Duration = Duration::from_secs(3);
 /// Records are gathered up to this many bytes before they go to QUIC.
@@ -119,12 +121,13 @@ async fn connected(
         Some(m) => return Err(ShipError::Protocol(format!("{m:?} instead of a welcome"))),
         None => return Err(ShipError::Connection("closed before the welcome".into())),
     };
-    *backoff = BACKOFF_MIN;
     out.update(|s| {
         s.connected = true;
         s.welcomed = true;
-        s.error = None;
     });
+    let settled = sleep(SETTLED);
+    tokio::pin!(settled);
+    let mut new = true;
 
     let (ends, mut ended) = mpsc::channel::<LaneEnd>(16);
     let mut tasks = JoinSet::new();
@@ -179,6 +182,12 @@ async fn connected(
                 Err(e) => return Err(ShipError::Connection(format!("a task failed: {e}"))),
             },
             () = out.poke.notified() => {}
+            // Not before: a target that welcomes us and then refuses again and again is in trouble.
+            () = &mut settled, if new => {
+                new = false;
+                *backoff = BACKOFF_MIN;
+                out.update(|s| s.error = None);
+            }
         }
     }
 }
@@ -262,6 +271,7 @@ async fn acknowledgements(out: Arc<Outgoing>, mut answers: RecvStream) -> Result
                 }
                 l.acked_seq = l.acked_seq.max(seq);
                 l.acked = tally;
+                s.error = None;
                 l.complete |= complete;
                 Ok(())
             })?,

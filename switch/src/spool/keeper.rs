@@ -30,6 +30,8 @@ pub(super) struct Host {
     pub(super) quota_bytes: u64,
     pub(super) policy: SyncPolicy,
     pub(super) state: Mutex<State>,
+    /// Half of the quota is used.
+    pub(super) scarce: Arc<AtomicBool>,
     thread: OnceLock<Thread>,
     stop: AtomicBool,
 }
@@ -68,6 +70,7 @@ impl Host {
             quota_bytes,
             policy,
             state: Mutex::default(),
+            scarce: Arc::default(),
             thread: OnceLock::new(),
             stop: AtomicBool::new(false),
         }
@@ -95,6 +98,7 @@ impl Host {
     pub(super) fn take(&self, to: PathBuf) -> Result<Segment, SpoolError> {
         let mut state = lock(&self.state);
         state.held += 1;
+        self.set_scarce(&state);
         let r = if let Some(p) = state.ready.pop() {
             drop(state);
             self.place(p, &to, false)
@@ -103,8 +107,12 @@ impl Host {
             self.place(p, &to, true)
         } else if (state.total + 1) * self.segment_bytes <= self.quota_bytes {
             state.total += 1;
+            // In the pool first: under its name in the queue it is complete or not there.
+            let path = self.pool_path(&mut state);
             drop(state);
-            Segment::create(&to, self.segment_bytes).map_err(SpoolError::io(to))
+            Segment::create(&path, self.segment_bytes)
+                .map_err(SpoolError::io(&path))
+                .and_then(|seg| self.place(Pooled { seg, path }, &to, false))
         } else {
             state.held -= 1;
             return Err(SpoolError::Quota {
@@ -119,6 +127,11 @@ impl Host {
             state.total -= 1;
         }
         r
+    }
+
+    fn set_scarce(&self, state: &State) {
+        let scarce = state.held * self.segment_bytes * 2 >= self.quota_bytes;
+        self.scarce.store(scarce, Ordering::Relaxed);
     }
 
     fn place(&self, p: Pooled, to: &PathBuf, reset: bool) -> Result<Segment, SpoolError> {
@@ -189,6 +202,7 @@ impl Host {
             let wanted: Vec<Arc<Queue>> = {
                 let mut state = lock(&self.state);
                 self.collect(&mut state);
+                self.set_scarce(&state);
                 let all = state.queues.values().flatten();
                 all.filter(|q| q.wanted()).cloned().collect()
             };
@@ -236,7 +250,7 @@ impl Host {
     /// Makes one more segment ready; false if there is nothing to do or no way to do it.
     fn refill(&self) -> bool {
         let mut state = lock(&self.state);
-        if state.ready.len() >= self.ready_goal() {
+        if state.ready.len() >= self.ready_goal() || !self.disk_has_plenty() {
             return false;
         }
         let made = if let Some(mut p) = state.stale.pop() {
@@ -262,6 +276,13 @@ impl Host {
                 false
             }
         }
+    }
+
+    /// Room for several times what is kept ready: the last of a disk is for those who need it now.
+    fn disk_has_plenty(&self) -> bool {
+        let wanted = 4 * self.ready_goal() as u64 * self.segment_bytes;
+        rustix::fs::statvfs(&self.dir)
+            .is_ok_and(|s| s.f_bavail.saturating_mul(s.f_frsize) >= wanted)
     }
 
     fn trouble(&self, now: Option<String>) {

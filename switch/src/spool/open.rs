@@ -116,11 +116,6 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
         seg.set_published(keep as u32);
         segments.push(Arc::new(seg));
     }
-    if segments.is_empty() {
-        let path = dir.join(segment_name(0));
-        let seg = Segment::create(&path, host.segment_bytes).map_err(SpoolError::io(&path))?;
-        segments.push(Arc::new(seg));
-    }
     for w in segments.windows(2) {
         w[0].set_next(w[1].clone());
     }
@@ -128,6 +123,9 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
         let mut state = lock(&host.state);
         state.held += segments.len() as u64;
         state.total += segments.len() as u64;
+    }
+    if segments.is_empty() {
+        segments.push(Arc::new(host.take(dir.join(segment_name(0)))?));
     }
     let tail_segment = segments[segments.len() - 1].clone();
     let number = segments.len() as u32 - 1;
@@ -140,6 +138,7 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
         dir: dir.to_path_buf(),
         policy: host.policy,
         host: Arc::downgrade(host),
+        scarce: host.scarce.clone(),
         page,
         segments,
     }));

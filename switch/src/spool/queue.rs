@@ -49,6 +49,8 @@ pub struct Queue {
     removed: AtomicBool,
     /// The writer wants more segments.
     wanted: AtomicBool,
+    /// The spool's: the quota is half used, so nobody gets more ahead than needed.
+    scarce: Arc<AtomicBool>,
     /// How many there are, and the number of the one that is being written.
     allotted: AtomicU32,
     writing: AtomicU32,
@@ -75,6 +77,7 @@ pub(super) struct Parts {
     pub(super) dir: PathBuf,
     pub(super) policy: SyncPolicy,
     pub(super) host: Weak<Host>,
+    pub(super) scarce: Arc<AtomicBool>,
     pub(super) page: Page,
     /// At least one, linked.
     pub(super) segments: Vec<Arc<Segment>>,
@@ -91,6 +94,7 @@ impl Queue {
             dir: p.dir,
             policy: p.policy,
             host: p.host,
+            scarce: p.scarce,
             page: p.page,
             allotted: AtomicU32::new(p.segments.len() as u32),
             writing: AtomicU32::new(p.segments.len() as u32 - 1),
@@ -331,7 +335,12 @@ impl Queue {
             .allotted
             .load(Ordering::Relaxed)
             .saturating_sub(number + 1);
-        ahead < (1 + number / 2).min(AHEAD_MAX)
+        let goal = if self.scarce.load(Ordering::Relaxed) {
+            1
+        } else {
+            (1 + number / 2).min(AHEAD_MAX)
+        };
+        ahead < goal
     }
 
     /// For the writer: asks the keeper for segments, once.

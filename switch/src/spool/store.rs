@@ -121,6 +121,7 @@ impl Spool {
                 dir: dir.clone(),
                 policy: host.policy,
                 host: Arc::downgrade(host),
+                scarce: host.scarce.clone(),
                 page,
                 segments: vec![seg],
             }));

@@ -305,3 +305,23 @@ fn damage_in_the_source_ends_the_shipment_with_its_place() {
     until(|| !into.is_connected());
     assert!(!into.lanes().iter().any(|l| l.complete));
 }
+
+#[test]
+fn a_connection_that_ends_while_its_lane_is_made_leaves_the_lane_usable() {
+    let w = World::new(Sync::Batch);
+    let into = w.expect();
+    w.rt.block_on(async {
+        for _ in 0..30 {
+            let (mut r, _) = Rogue::welcome(&w).await;
+            r.lane(0).await;
+            r.conn.close(quinn::VarInt::from_u32(1), b"");
+        }
+    });
+    let (mut writer, q) = w.queue(0);
+    put(&mut writer, 0, 100);
+    writer.seal();
+    let out = w.ship(w.args());
+    out.add_lane(key(0), true, q.clone());
+    assert!(out.wait_complete(Lanes::All, LONG), "{:?}", out.error());
+    check(&out, &into, &q, 1);
+}
