@@ -61,7 +61,7 @@ impl Group {
             udp_rate: 1010,
             tcp_rate: 100,
             echo_rate: 505,
-            request_rate: 100,
+            request_rate: 50,
             dirty_mb: 5,
             memory_mb: 128,
         }
@@ -75,7 +75,7 @@ impl Group {
     /// What the guest's kernel is told.
     pub fn cmdline(&self, vm: &VmSpec) -> String {
         let mut line = format!(
-            "console=ttyS0 quiet tsc=reliable no_timer_check panic=1 mitigations=off gw.name={} gw.addr={}/24 gw.next={}@{} \
+            "console=ttyS0 quiet tsc=reliable no_timer_check panic=1 mitigations=off apparmor=0 gw.name={} gw.addr={}/24 gw.next={}@{} \
              gw.udp_rate={} gw.tcp_rate={} gw.dirty_mb={}",
             vm.name, vm.address, vm.next.0, vm.next.1, self.udp_rate, self.tcp_rate, self.dirty_mb
         );

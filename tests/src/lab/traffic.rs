@@ -27,6 +27,8 @@ pub struct Flow {
     pub name: String,
     /// Frames, messages or requests that were sent.
     pub sent: u64,
+    /// How many per second that was.
+    pub sent_per_s: f64,
     /// Different ones of them that arrived; for echoes and requests: that came back.
     pub received: u64,
     /// The difference.
@@ -97,6 +99,7 @@ pub struct Traffic {
     workload: std::path::PathBuf,
     commands: ChildStdin,
     answers: BufReader<ChildStdout>,
+    began: Instant,
     _outside: Process,
 }
 
@@ -120,6 +123,7 @@ impl Traffic {
             workload: lab.image.workload.clone(),
             commands,
             answers: BufReader::new(answers),
+            began: Instant::now(),
             _outside: outside,
         })
     }
@@ -149,6 +153,7 @@ impl Traffic {
     /// Starts all flows.
     pub fn start(&mut self) -> Result<()> {
         self.ping()?;
+        self.began = Instant::now();
         for at in 0..self.group.vms.len() {
             self.guest(&self.group.vms[at], "start")?;
         }
@@ -172,7 +177,9 @@ impl Traffic {
 
     /// Stops the senders, waits until what is on its way has arrived, and judges.
     pub fn stop(&mut self) -> Result<Vec<Flow>> {
+        let outside_s = self.began.elapsed().as_secs_f64();
         self.outside("stop")?;
+        let chain_s = self.began.elapsed().as_secs_f64();
         for at in 0..self.group.vms.len() {
             self.guest(&self.group.vms[at], "stop")?;
         }
@@ -184,6 +191,14 @@ impl Traffic {
             if received(&flows) != arrived {
                 (arrived, since) = (received(&flows), Instant::now());
             }
+        }
+        for flow in &mut flows {
+            let seconds = if flow.name.starts_with("outside ") {
+                outside_s
+            } else {
+                chain_s
+            };
+            flow.sent_per_s = (10.0 * flow.sent as f64 / seconds).round() / 10.0;
         }
         Ok(flows)
     }
