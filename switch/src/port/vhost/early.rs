@@ -52,7 +52,13 @@ pub fn serve(mut socket: &UnixStream, session: &mut Session) -> io::Result<bool>
         _ => return Err(io::ErrorKind::InvalidData.into()),
     };
     if flags & NEED_REPLY != 0 {
-        let words = [SET_VRING_ENABLE, VERSION | IS_REPLY, 8, u32::from(done.is_err()), 0];
+        let words = [
+            SET_VRING_ENABLE,
+            VERSION | IS_REPLY,
+            8,
+            u32::from(done.is_err()),
+            0,
+        ];
         let reply: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
         socket.write_all(&reply)?;
     }

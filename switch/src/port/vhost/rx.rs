@@ -47,8 +47,8 @@ pub struct Rx<R> {
     errors: RxErrors,
 }
 
-enum Parsed<'q> {
-    Frame(Frame<'q>),
+enum Parsed {
+    Frame,
     Malformed,
     /// Needs the bounce buffer, which is taken.
     Later,
@@ -139,7 +139,8 @@ impl<R: Ring> Rx<R> {
     }
 
     /// Makes a frame of the pieces.
-    fn parse<'q>(&mut self, bounce_free: bool) -> (Parsed<'q>, bool) {
+    #[inline]
+    fn parse<'q>(&mut self, bounce_free: &mut bool, out: &mut Burst<'q>) -> Parsed {
         let mut hdr = Fill::<12>::new(usize::from(self.features.hdr_len));
         let mut head = Fill::<HEAD>::new(HEAD);
         let total: u64 = self
@@ -150,7 +151,7 @@ impl<R: Ring> Rx<R> {
             .sum();
         let len = total.saturating_sub(u64::from(self.features.hdr_len)) as usize;
         if !(FRAME_MIN..=FRAME_MAX).contains(&len) {
-            return (Parsed::Malformed, false);
+            return Parsed::Malformed;
         }
         let mut rest: ArrayVec<Seg<'q>, SEGS> = ArrayVec::new();
         let mut bounced = None;
@@ -174,8 +175,8 @@ impl<R: Ring> Rx<R> {
                     *at += left;
                 }
                 None if rest.is_full() => {
-                    if !bounce_free {
-                        return (Parsed::Later, false);
+                    if !*bounce_free {
+                        return Parsed::Later;
                     }
                     let mut at = 0;
                     for s in rest.take() {
@@ -200,16 +201,17 @@ impl<R: Ring> Rx<R> {
         let mut vnet = [0; 10];
         vnet.copy_from_slice(&hdr.bytes[..10]);
         let Some(vnet) = checked(VnetHdr(vnet), len, &self.features.host) else {
-            return (Parsed::Malformed, bounced.is_some());
+            return Parsed::Malformed;
         };
-        let frame = Frame {
+        *bounce_free &= bounced.is_none();
+        out.push(Frame {
             vnet,
             len: len as u32,
             head_len: head.filled as u8,
             head: head.bytes,
             rest,
-        };
-        (Parsed::Frame(frame), bounced.is_some())
+        });
+        Parsed::Frame
     }
 }
 
@@ -304,13 +306,8 @@ impl<R: Ring> RxQueue for Rx<R> {
                 }
             };
             walked += self.pieces.all().len() + 1;
-            let (parsed, bounced) = self.parse(bounce_free);
-            bounce_free &= !bounced;
-            let is_frame = match parsed {
-                Parsed::Frame(f) => {
-                    out.push(f);
-                    true
-                }
+            let is_frame = match self.parse(&mut bounce_free, out) {
+                Parsed::Frame => true,
                 Parsed::Malformed => {
                     let behind = at.0.wrapping_sub(self.counted.0);
                     if behind < 0x8000 {

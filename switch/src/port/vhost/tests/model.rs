@@ -1,0 +1,292 @@
+//! Random drivers against a plain model, well-behaved and hostile.
+
+use std::collections::VecDeque;
+
+use proptest::prelude::*;
+
+use super::driver::{INDIRECT_FLAG, NEXT, WRITE};
+use super::*;
+use crate::port::{BURST, Burst, Frame, RxQueue, Sent, TxQueue, VnetHdr};
+
+#[derive(Debug, Clone)]
+enum Op {
+    /// The guest sends a frame of so many bytes in so many pieces.
+    Guest {
+        len: usize,
+        pieces: usize,
+        indirect: bool,
+    },
+    Burst,
+    Release(usize),
+    /// The guest offers a receive buffer.
+    Buffer {
+        sizes: Vec<u32>,
+        indirect: bool,
+    },
+    Send {
+        len: usize,
+    },
+    Flush,
+    /// A new snapshot, nothing changed.
+    Swap,
+    Arm,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        4 => (0usize..3000, 1usize..30, any::<bool>())
+            .prop_map(|(len, pieces, indirect)| Op::Guest { len, pieces, indirect }),
+        3 => Just(Op::Burst),
+        2 => (0usize..40).prop_map(Op::Release),
+        // virtio 1.2, 5.1.6.3.1: the first at least as long as the header.
+        4 => (12u32..2500, prop::collection::vec(0u32..2500, 0..3), any::<bool>())
+            .prop_map(|(first, mut sizes, indirect)| {
+                sizes.insert(0, first);
+                Op::Buffer { sizes, indirect }
+            }),
+        4 => (14usize..4000).prop_map(|len| Op::Send { len }),
+        2 => Just(Op::Flush),
+        1 => Just(Op::Swap),
+        1 => Just(Op::Arm),
+    ]
+}
+
+fn bits() -> impl Strategy<Value = u64> {
+    (0u64..8).prop_map(|i| {
+        VERSION_1
+            | [0, MRG][i as usize & 1]
+            | [0, EVENT_IDX][i as usize >> 1 & 1]
+            | [0, INDIRECT][i as usize >> 2]
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn rings_do_what_a_plain_model_does(bits in bits(), ops in prop::collection::vec(op(), 1..200)) {
+        let mut w = World::new(bits);
+        let mrg = bits & MRG != 0;
+        // What the guest has sent and not got back: `None` for a runt.
+        let mut queued: VecDeque<Option<Vec<u8>>> = VecDeque::new();
+        let mut given = 0usize;
+        let mut last_burst = 0usize;
+        let mut unflushed: Vec<Vec<u8>> = Vec::new();
+        let mut seed = 0;
+        for op in ops {
+            seed += 1;
+            match op {
+                Op::Guest { len, pieces, indirect } => {
+                    let mut b = vec![0; 12];
+                    b.extend(frame(seed, len));
+                    if w.rx.driver.send(&b, pieces, indirect) {
+                        queued.push_back((len >= 14).then(|| frame(seed, len)));
+                    }
+                }
+                Op::Burst => {
+                    let mut out = Burst::new();
+                    w.rx.queue.burst(&mut out);
+                    let got: Vec<_> = out.iter().map(bytes).collect();
+                    let want: Vec<_> = queued.iter().flatten().take(got.len()).cloned().collect();
+                    prop_assert_eq!(&got, &want, "the oldest frames, in order");
+                    // Something comes if something waits, unless the burst was full of runts.
+                    let waits = queued.iter().take(BURST).any(Option::is_some);
+                    prop_assert_eq!(!got.is_empty(), waits);
+                    last_burst = got.len();
+                }
+                Op::Release(n) => {
+                    let n = n.min(last_burst);
+                    w.rx.queue.release(n);
+                    last_burst -= n;
+                    let mut left = n;
+                    while left > 0 {
+                        left -= usize::from(queued.pop_front().expect("was shown").is_some());
+                        given += 1;
+                    }
+                }
+                Op::Buffer { sizes, indirect } => {
+                    let buffers: Vec<_> = sizes.iter().map(|&n| (w.tx.driver.alloc(n), n)).collect();
+                    w.tx.driver.add(&buffers, true, indirect);
+                }
+                Op::Send { len } => {
+                    let f = frame(seed, len);
+                    if w.tx.queue.send(&Frame::from_slice(VnetHdr::default(), &f)) == Sent::Yes {
+                        unflushed.push(f);
+                    }
+                }
+                Op::Flush => {
+                    w.tx.queue.flush();
+                    let got: Vec<_> = w.tx.driver.received(12, mrg).into_iter().map(|(_, f)| f).collect();
+                    prop_assert_eq!(&got, &std::mem::take(&mut unflushed));
+                }
+                Op::Swap => {
+                    let new = live(&w.memory, &w.rx.driver, &w.rx.call, None);
+                    prop_assert!(w.rx.control.swap(Some(new)));
+                    if unflushed.is_empty() {
+                        let new = live(&w.memory, &w.tx.driver, &w.tx.call, None);
+                        prop_assert!(w.tx.control.swap(Some(new)));
+                    }
+                }
+                Op::Arm => {
+                    let waits = w.rx.queue.arm();
+                    // Runts that nobody has looked at count as waiting.
+                    prop_assert_eq!(waits, w.rx.driver.avail_idx != w.rx.control.next());
+                    w.rx.queue.disarm();
+                }
+            }
+            // Runts behind released frames go with them: the ring may be further than the model, by runts only.
+            let back = usize::from(w.rx.control.next());
+            while given < back {
+                prop_assert_eq!(queued.pop_front(), Some(None), "only runts go unasked");
+                given += 1;
+            }
+            prop_assert_eq!(given, back);
+            prop_assert_eq!(w.rx.control.broken(), None);
+            prop_assert_eq!(w.tx.control.broken(), None);
+            if seed % 3 == 0 {
+                w.rx.driver.reap();
+            }
+        }
+        w.rx.driver.reap();
+        prop_assert_eq!(usize::from(w.rx.driver.used_idx), given, "the driver has exactly those back");
+    }
+
+    #[test]
+    fn a_hostile_guest_breaks_its_own_ring_only(
+        bits in bits(),
+        seeds in prop::collection::vec(any::<u64>(), 256),
+        heads in prop::collection::vec(any::<u16>(), 1..64),
+        jump in any::<u16>(),
+        near in any::<bool>(),
+    ) {
+        let mut w = World::new(bits);
+        // Descriptors of every kind, half of them nearly right.
+        for (i, s) in seeds.iter().enumerate() {
+            let i = i as u16 % NUM;
+            let addr = if near { s % (REGION * 2) } else { *s };
+            let len = if s >> 60 < 12 { (s >> 40 & 0xfff) as u32 } else { (s >> 20) as u32 };
+            let flags = (s >> 50) as u16 & (NEXT | WRITE | INDIRECT_FLAG);
+            let next = (s >> 32) as u16 % (NUM + 2);
+            for d in [&w.rx.driver, &w.tx.driver] {
+                d.desc(d.at[0], i, addr, len, flags, next);
+                d.desc(0x8000, i, addr, len, flags, next);
+            }
+        }
+        let f = frame(1, 1000);
+        for h in &heads {
+            let head = if near { h % (NUM + 1) } else { *h };
+            w.rx.driver.offer(head);
+            w.tx.driver.offer(head);
+            let mut out = Burst::new();
+            w.rx.queue.burst(&mut out);
+            let n = out.len();
+            for x in &out {
+                assert_eq!(bytes(x).len(), x.len as usize);
+            }
+            drop(out);
+            w.rx.queue.release(n / 2);
+            let _ = w.tx.queue.send(&Frame::from_slice(VnetHdr::default(), &f));
+            w.tx.queue.flush();
+        }
+        w.rx.driver.publish(jump);
+        w.tx.driver.publish(jump);
+        for _ in 0..4 {
+            let mut out = Burst::new();
+            w.rx.queue.burst(&mut out);
+            drop(out);
+            w.rx.queue.arm();
+            w.rx.queue.disarm();
+            let _ = w.tx.queue.send(&Frame::from_slice(VnetHdr::default(), &f));
+            w.tx.queue.flush();
+        }
+        if w.rx.control.broken().is_some() {
+            prop_assert_eq!(raised(&w.rx.alarm), 1, "reported once");
+            prop_assert_eq!(w.rx.queue.errors().ring_broken, 1);
+            let mut out = Burst::new();
+            w.rx.queue.burst(&mut out);
+            prop_assert!(out.is_empty());
+        }
+        if w.tx.control.broken().is_some() {
+            prop_assert_eq!(raised(&w.tx.alarm), 1);
+        }
+    }
+}
+
+#[test]
+fn each_kind_of_broken_ring_is_named() {
+    use super::super::ring::Broken;
+    type Break = fn(&mut Driver);
+    let cases: [(Break, Broken); 8] = [
+        (|d| d.publish(NUM + 1), Broken::Index(NUM + 1)),
+        (|d| d.offer(NUM), Broken::Descriptor(NUM)),
+        (
+            |d| {
+                d.desc(d.at[0], 0, 0x10_0000, 100, NEXT, 1);
+                d.desc(d.at[0], 1, 0x10_0000, 100, NEXT, 0);
+                d.offer(0);
+            },
+            Broken::Chain,
+        ),
+        (
+            |d| {
+                d.desc(d.at[0], 0, REGION - 1, 2, 0, 0);
+                d.offer(0);
+            },
+            Broken::Address(REGION),
+        ),
+        (
+            |d| {
+                d.desc(d.at[0], 0, 0x10_0000, 100, WRITE, 0);
+                d.offer(0);
+            },
+            Broken::Direction,
+        ),
+        (
+            |d| {
+                d.desc(d.at[0], 0, 0x10_0000, 17, INDIRECT_FLAG, 0);
+                d.offer(0);
+            },
+            Broken::Indirect,
+        ),
+        (
+            |d| {
+                d.desc(d.at[0], 0, 0x10_0000, 16, INDIRECT_FLAG, 0);
+                d.desc(0x10_0000, 0, 0x10_0000, 16, INDIRECT_FLAG, 0);
+                d.offer(0);
+            },
+            Broken::Indirect,
+        ),
+        (
+            |d| {
+                d.desc(d.at[0], 0, HIGH - 16, 32, INDIRECT_FLAG, 0);
+                d.offer(0);
+            },
+            Broken::Address(HIGH - 16),
+        ),
+    ];
+    for (make, why) in cases {
+        let mut w = World::new(VERSION_1 | INDIRECT);
+        // A good frame before it is not lost.
+        let mut b = vec![0; 12];
+        b.extend(frame(1, 60));
+        if !matches!(why, Broken::Index(_)) {
+            // Descriptor 63, so the broken ones are not in its way.
+            w.rx.driver.desc(w.rx.driver.at[0], 63, 0x20_0000, 72, 0, 0);
+            w.memory.write(0x20_0000, &b);
+            w.rx.driver.offer(63);
+        }
+        make(&mut w.rx.driver);
+        let mut out = Burst::new();
+        w.rx.queue.burst(&mut out);
+        let n = out.len();
+        assert_eq!(n, usize::from(!matches!(why, Broken::Index(_))));
+        drop(out);
+        w.rx.queue.release(n);
+        let mut out = Burst::new();
+        w.rx.queue.burst(&mut out);
+        assert!(out.is_empty());
+        drop(out);
+        assert_eq!(w.rx.control.broken(), Some(why));
+        assert_eq!(usize::from(w.rx.control.next()), n);
+    }
+}

@@ -1,0 +1,279 @@
+//! What goes in comes out, in every shape of ring.
+
+use super::*;
+use crate::port::{BURST, Burst, FRAME_MAX, Frame, NeverReason, RxQueue, Sent, TxQueue, VnetHdr};
+
+fn shapes() -> impl Iterator<Item = u64> {
+    (0..16u64).map(|i| {
+        let bit = |n: u64, f: u64| if i >> n & 1 == 1 { f } else { 0 };
+        OFFLOADS | bit(0, MRG) | bit(1, EVENT_IDX) | bit(2, INDIRECT) | bit(3, VERSION_1)
+    })
+}
+
+/// Offers receive buffers until the descriptors are gone.
+fn fill(d: &mut Driver, mrg: bool) {
+    let sizes: &[u32] = if mrg { &[1526] } else { &[12, 2048, 64_000] };
+    while d.free_descs() > sizes.len() {
+        let buffers: Vec<_> = sizes.iter().map(|&n| (d.alloc(n), n)).collect();
+        d.add(&buffers, true, d.avail_idx.is_multiple_of(3));
+    }
+}
+
+#[test]
+fn frames_cross_byte_for_byte_in_every_shape() {
+    for bits in shapes() {
+        let mut w = World::new(bits);
+        let mrg = bits & MRG != 0;
+        let hdr_len = if bits & (MRG | VERSION_1) != 0 {
+            12
+        } else {
+            10
+        };
+        let vnet = VnetHdr([1, 1, 54, 0, 0xb4, 5, 34, 0, 16, 0]);
+        let mut seed = 0;
+        for len in [14, 60, 127, 128, 129, 1514, 9000, FRAME_MAX] {
+            for pieces in [1, 2, 3, 13, 40] {
+                for indirect in [false, true] {
+                    fill(&mut w.tx.driver, mrg);
+                    seed += 1;
+                    let f = frame(seed, len);
+                    let h = if len > 54 { vnet } else { VnetHdr::default() };
+                    let mut sent = h.0.to_vec();
+                    sent.resize(hdr_len, 0xaa);
+                    sent.extend(&f);
+                    assert!(w.rx.driver.send(&sent, pieces, indirect));
+                    let mut out = Burst::new();
+                    w.rx.queue.burst(&mut out);
+                    assert_eq!(out.len(), 1, "{bits:#x} {len} {pieces}");
+                    assert_eq!(bytes(&out[0]), f);
+                    assert_eq!(out[0].vnet, h);
+                    assert_eq!(w.tx.queue.send(&out[0]), Sent::Yes);
+                    drop(out);
+                    assert!(w.rx.driver.reap().is_empty(), "not before the release");
+                    w.rx.queue.release(1);
+                    assert_eq!(w.rx.driver.reap().len(), 1);
+                    assert!(
+                        w.tx.driver.received(hdr_len, mrg).is_empty(),
+                        "not before the flush"
+                    );
+                    w.tx.queue.flush();
+                    let got = w.tx.driver.received(hdr_len, mrg);
+                    assert_eq!(got.len(), 1);
+                    assert_eq!(got[0].1, f, "{bits:#x} {len} {pieces}");
+                    assert_eq!(got[0].0[..10], h.0);
+                }
+            }
+        }
+        assert_eq!(w.rx.queue.errors(), Default::default());
+    }
+}
+
+#[test]
+fn a_burst_is_given_again_until_it_is_released() {
+    let mut w = World::new(VERSION_1);
+    for i in 0..40 {
+        let mut b = vec![0; 12];
+        b.extend(frame(i, 60));
+        assert!(w.rx.driver.send(&b, 1, false));
+    }
+    for (released, upto) in [(0, 32), (5, 32), (32, 3), (3, 0)] {
+        w.rx.queue.release(released);
+        let mut out = Burst::new();
+        w.rx.queue.burst(&mut out);
+        assert_eq!(out.len(), upto);
+        let first = u64::from(w.rx.control.next());
+        for (i, f) in out.iter().enumerate() {
+            assert_eq!(bytes(f), frame(first + i as u64, 60));
+        }
+    }
+    assert_eq!(w.rx.driver.reap().len(), 40);
+    assert_eq!(w.rx.control.next(), 40);
+}
+
+#[test]
+fn a_full_receiver_takes_nothing_and_says_so() {
+    let mut w = World::new(VERSION_1 | MRG);
+    let f = frame(1, 3000);
+    let send = |w: &mut World| w.tx.queue.send(&Frame::from_slice(VnetHdr::default(), &f));
+    assert_eq!(send(&mut w), Sent::Full);
+    let buffer = (w.tx.driver.alloc(2000), 2000);
+    w.tx.driver.add(&[buffer], true, false);
+    assert_eq!(send(&mut w), Sent::Full, "half of it fits");
+    w.tx.queue.flush();
+    assert!(w.tx.driver.reap().is_empty());
+    let buffer = (w.tx.driver.alloc(2000), 2000);
+    w.tx.driver.add(&[buffer], true, false);
+    assert_eq!(send(&mut w), Sent::Yes);
+    w.tx.queue.flush();
+    assert_eq!(w.tx.driver.received(12, true)[0].1, f);
+}
+
+#[test]
+fn what_never_fits_is_said() {
+    let mut w = World::new(VERSION_1);
+    let buffer = (w.tx.driver.alloc(1526), 1526);
+    w.tx.driver.add(&[buffer], true, false);
+    let f = frame(1, 1515);
+    let h = VnetHdr::default();
+    let long = w.tx.queue.send(&Frame::from_slice(h, &f));
+    assert_eq!(long, Sent::Never(NeverReason::TooLong));
+    assert_eq!(
+        w.tx.queue.send(&Frame::from_slice(h, &f[..1514])),
+        Sent::Yes
+    );
+    let gso = VnetHdr([1, 1, 54, 0, 0xb4, 5, 34, 0, 16, 0]);
+    let gso = w.tx.queue.send(&Frame::from_slice(gso, &f));
+    assert_eq!(gso, Sent::Never(NeverReason::Offload));
+    // Mergeable, but all buffers together are too few.
+    let mut w = World::new(VERSION_1 | MRG);
+    for _ in 0..NUM {
+        let buffer = (w.tx.driver.alloc(20), 20);
+        w.tx.driver.add(&[buffer], true, false);
+    }
+    let few = w.tx.queue.send(&Frame::from_slice(h, &f));
+    assert_eq!(few, Sent::Never(NeverReason::TooLong));
+}
+
+#[test]
+fn a_receiver_without_offload_gets_a_checksum() {
+    let mut w = World::new(VERSION_1);
+    let buffer = (w.tx.driver.alloc(2000), 2000);
+    w.tx.driver.add(&[buffer], true, false);
+    let mut f = frame(7, 300);
+    f[50..52].copy_from_slice(&[0x12, 0x34]);
+    let vnet = VnetHdr([1, 0, 0, 0, 0, 0, 34, 0, 16, 0]);
+    assert_eq!(w.tx.queue.send(&Frame::from_slice(vnet, &f)), Sent::Yes);
+    w.tx.queue.flush();
+    let (h, got) = w.tx.driver.received(12, false).remove(0);
+    assert_eq!(h[..10], [0; 10]);
+    let mut want = f.clone();
+    assert!(super::super::csum::complete(&mut want, 34, 16));
+    assert_ne!(want, f);
+    assert_eq!(got, want);
+}
+
+#[test]
+fn the_driver_is_woken_when_it_asked_and_only_then() {
+    for bits in [VERSION_1, VERSION_1 | EVENT_IDX] {
+        let mut w = World::new(bits);
+        let d = &mut w.tx.driver;
+        for _ in 0..8 {
+            let buffer = (d.alloc(2000), 2000);
+            d.add(&[buffer], true, false);
+        }
+        let f = frame(1, 60);
+        let send = |w: &mut World, n: usize| {
+            for _ in 0..n {
+                assert_eq!(
+                    w.tx.queue.send(&Frame::from_slice(VnetHdr::default(), &f)),
+                    Sent::Yes
+                );
+            }
+            w.tx.queue.flush();
+            raised(&w.tx.call)
+        };
+        assert_eq!(send(&mut w, 3), 1, "one for a burst");
+        w.tx.driver.reap();
+        assert_eq!(send(&mut w, 1), 1);
+        // Not reaped, with EVENT_IDX: it knows already. Without: NO_INTERRUPT.
+        if bits & EVENT_IDX == 0 {
+            w.memory.write(w.tx.driver.at[1], &1u16.to_le_bytes());
+        }
+        assert_eq!(send(&mut w, 2), 0);
+        w.tx.queue.flush();
+        assert_eq!(raised(&w.tx.call), 0, "nothing new");
+    }
+}
+
+#[test]
+fn a_sleeping_worker_asks_for_a_kick_and_looks_again() {
+    for bits in [VERSION_1, VERSION_1 | EVENT_IDX] {
+        let mut w = World::new(bits);
+        let mut b = vec![0; 12];
+        b.extend(frame(1, 60));
+        let offer = |w: &mut World| {
+            let old = w.rx.driver.avail_idx;
+            assert!(w.rx.driver.send(&b, 1, false));
+            w.rx.driver.wants_kick(old)
+        };
+        assert!(!w.rx.queue.arm());
+        assert!(offer(&mut w), "armed");
+        assert!(w.rx.queue.arm(), "a frame waits");
+        w.rx.queue.disarm();
+        if bits & EVENT_IDX == 0 {
+            assert!(!offer(&mut w), "we are polling");
+        } else {
+            // The event was passed by the kick above, and nobody moved it.
+            w.rx.queue.arm();
+            w.rx.queue.disarm();
+            offer(&mut w);
+            assert!(!offer(&mut w));
+        }
+        let mut out = Burst::new();
+        w.rx.queue.burst(&mut out);
+        let n = out.len();
+        drop(out);
+        w.rx.queue.release(n);
+        assert!(!w.rx.queue.arm());
+        assert!(offer(&mut w));
+    }
+}
+
+#[test]
+fn runts_are_consumed_and_counted_once() {
+    let mut w = World::new(VERSION_1);
+    let runt = vec![0; 12 + 13];
+    let mut good = vec![0; 12];
+    good.extend(frame(3, 60));
+    assert!(w.rx.driver.send(&runt, 1, false));
+    assert!(w.rx.driver.send(&good, 1, false));
+    assert!(w.rx.driver.send(&runt, 2, false));
+    for _ in 0..3 {
+        let mut out = Burst::new();
+        w.rx.queue.burst(&mut out);
+        assert_eq!(out.len(), 1);
+    }
+    assert_eq!(w.rx.queue.errors().malformed, 2);
+    w.rx.queue.release(1);
+    assert_eq!(w.rx.driver.reap().len(), 3);
+    // A burst of nothing else ends too.
+    for _ in 0..BURST + 8 {
+        assert!(w.rx.driver.send(&runt[..5], 1, false));
+    }
+    for _ in 0..2 {
+        let mut out = Burst::new();
+        w.rx.queue.burst(&mut out);
+        assert!(out.is_empty());
+    }
+    assert_eq!(w.rx.driver.reap().len(), BURST + 8);
+    assert_eq!(w.rx.control.broken(), None);
+}
+
+#[test]
+fn a_closed_ring_touches_nothing() {
+    let mut w = World::new(VERSION_1);
+    let mut b = vec![0; 12];
+    b.extend(frame(1, 60));
+    assert!(w.rx.driver.send(&b, 1, false));
+    let buffer = (w.tx.driver.alloc(2000), 2000);
+    w.tx.driver.add(&[buffer], true, false);
+    let f = frame(1, 60);
+    let mut out = Burst::new();
+    w.rx.queue.burst(&mut out);
+    assert_eq!(out.len(), 1);
+    drop(out);
+    assert!(w.rx.control.swap(None));
+    assert!(w.tx.control.swap(None));
+    w.rx.queue.release(1);
+    assert!(w.rx.driver.reap().is_empty());
+    assert_eq!(w.rx.control.next(), 0);
+    let mut out = Burst::new();
+    w.rx.queue.burst(&mut out);
+    assert!(out.is_empty());
+    drop(out);
+    assert!(!w.rx.queue.arm());
+    assert_eq!(
+        w.tx.queue.send(&Frame::from_slice(VnetHdr::default(), &f)),
+        Sent::Down
+    );
+}
