@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use gangway_shared::config::HostConfig;
@@ -15,9 +16,13 @@ use crate::hold::Manager;
 use crate::hold::manager::Host;
 use crate::port::tap::{VmTap, open_endpoint};
 use crate::port::vhost::{self, VhostConfig, VhostPort};
-use crate::port::{Attach, RxQueue, TxQueue, packet};
+use crate::port::packet::{self, Fault, Health, Opened};
+use crate::port::Attach;
 use crate::ship::Acceptor;
 use crate::spool::Spool;
+
+/// How often devices are looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// A running switch, without its control server.
 pub struct Switch {
@@ -25,6 +30,7 @@ pub struct Switch {
     manager: Arc<Manager>,
     acceptor: Arc<Acceptor>,
     vhost: Vec<VhostPort>,
+    watch: tokio::task::JoinHandle<()>,
 }
 
 /// Shipments go to the acceptor, each on a task of its own.
@@ -35,8 +41,6 @@ impl ShipAcceptor for Shipments {
         tokio::spawn(self.0.clone().accept(conn, peer.name));
     }
 }
-
-type Queues = (Box<dyn RxQueue>, Box<dyn TxQueue>);
 
 impl Switch {
     /// Opens the spool, starts the workers, opens every port. A vhost-user port waits for its VM for as long as it takes;
@@ -49,6 +53,7 @@ impl Switch {
         let engine = Engine::start(cfg).context("cannot start the workers")?;
         let mut taps = HashMap::new();
         let mut vhost = Vec::new();
+        let mut devices = Vec::new();
         for (slot, p) in cfg.ports.iter().enumerate() {
             let opened = match &p.kind {
                 PortKind::VhostUser { socket, server } => {
@@ -64,9 +69,10 @@ impl Switch {
                 }
                 other => open_device(other, slot, &mut taps),
             };
-            let (rx, tx) = opened.with_context(|| format!("port {}", p.name))?;
+            let Opened { rx, tx, health } = opened.with_context(|| format!("port {}", p.name))?;
             engine.set_tx(slot, Some(tx));
             engine.attach_rx(slot, 0, rx);
+            devices.push((slot, health));
         }
         let acceptor = Arc::new(Acceptor::new());
         let dialer = match quic {
@@ -84,12 +90,8 @@ impl Switch {
             vm_pid: Box::new(move |vm| pids.qmp_peer_pid(vm)),
             config: cfg.clone(),
         }));
-        Ok(Switch {
-            engine,
-            manager,
-            acceptor,
-            vhost,
-        })
+        let watch = tokio::spawn(watch(engine.clone(), devices));
+        Ok(Switch { engine, manager, acceptor, vhost, watch })
     }
 
     /// Answers what concerns ports, links and holds.
@@ -104,6 +106,7 @@ impl Switch {
 
     /// Detaches from VMs and devices. TAPs stay: a VM may still have them.
     pub fn stop(self) {
+        self.watch.abort();
         for v in self.vhost {
             v.stop();
         }
@@ -111,31 +114,55 @@ impl Switch {
     }
 }
 
+/// Tells the engine what is wrong with devices, when it changes. A device that is gone for good gives no frames any more:
+/// its queue is detached.
+async fn watch(engine: Arc<Engine>, devices: Vec<(usize, Arc<Health>)>) {
+    let mut last = vec![None; devices.len()];
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        for ((slot, health), last) in devices.iter().zip(&mut last) {
+            let fault = health.fault();
+            if fault != *last {
+                let (engine, slot) = (engine.clone(), *slot);
+                let gone = fault == Some(Fault::Gone);
+                let text = fault.map(|f| f.to_string());
+                *last = fault;
+                let tell = move || {
+                    engine.port_error(slot, text);
+                    if gone {
+                        engine.detach_rx(slot, 0);
+                    }
+                };
+                // A panic there would be ours and is logged by the runtime.
+                let _ = tokio::task::spawn_blocking(tell).await;
+            }
+        }
+    }
+}
+
 fn open_device(
     kind: &PortKind,
     slot: usize,
     taps: &mut HashMap<usize, Arc<VmTap>>,
-) -> Result<Queues> {
+) -> Result<Opened> {
     Ok(match kind {
         PortKind::Tap {
             device,
             role: TapRole::Endpoint,
         } => {
-            let o = open_endpoint(device)?;
-            (o.rx, o.tx)
+            open_endpoint(device)?
         }
         PortKind::Tap {
             device,
             role: TapRole::Vm,
         } => {
             let tap = VmTap::create(device)?;
-            let o = tap.queues()?;
+            let queues = tap.queues()?;
             taps.insert(slot, tap);
-            (o.rx, o.tx)
+            queues
         }
         PortKind::Uplink { device } => {
-            let o = packet::open(device)?;
-            (o.rx, o.tx)
+            packet::open(device)?
         }
         PortKind::VhostUser { socket, .. } => anyhow::bail!("{} is no device", socket.display()),
     })

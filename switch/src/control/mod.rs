@@ -1,6 +1,6 @@
 //! The control path (tokio): one handler behind the unix socket and QUIC.
 //!
-//! [`server::Server`] accepts, [`session`] reads calls and answers them: the greeting itself, `Vmm*` and `VmList`
+//! [`server::Server`] accepts, `session` reads calls and answers them: the greeting itself, `Vmm*` and `VmList`
 //! through [`vmm::Vmm`], everything else through the [`Handler`]. QUIC connections that ship go to the
 //! [`ShipAcceptor`].
 //!

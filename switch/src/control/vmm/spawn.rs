@@ -1,6 +1,6 @@
 //! Unsafe island: starts a program that is to outlive us, in a session of its own and with none of our descriptors.
 //!
-//! libraries of ours receive descriptors over unix sockets without close-on-exec (vhost-user: the memory of other
+//! Libraries of ours receive descriptors over unix sockets without close-on-exec (vhost-user: the memory of other
 //! guests); a VM must not inherit them.
 #![allow(unsafe_code)]
 
