@@ -1,4 +1,4 @@
-//! The host's configuration file: TOML as people write it, read with its lines ([`raw`]), checked ([`check`]) into what
+//! The host's configuration file: TOML as people write it, read with its lines ([`raw`]), checked (`check`) into what
 //! the switch uses ([`valid`]).
 //!
 //! Invariant: every error names the file, the line, the key and what to do; an unknown key is an error.
