@@ -80,6 +80,7 @@ pub struct Port {
     mode: AtomicU8,
     deaf: AtomicBool,
     fixed: AtomicBool,
+    armed: AtomicBool,
     error: Mutex<Option<String>>,
 }
 
@@ -119,6 +120,17 @@ impl Port {
     /// See [`Port::hears_uplink`].
     pub fn set_hears_uplink(&self, yes: bool) {
         self.deaf.store(!yes, Ordering::Release);
+    }
+
+    /// A hold on its VM is open: should the VM stop before the freeze (a migration that converged by itself), frames for it
+    /// wait in their lanes' backlogs, from where the freeze takes them.
+    pub fn armed(&self) -> bool {
+        self.armed.load(Ordering::Acquire)
+    }
+
+    /// See [`Port::armed`].
+    pub fn set_armed(&self, yes: bool) {
+        self.armed.store(yes, Ordering::Release);
     }
 
     /// True once after the port came (back) to life: its own address should be fixed in the FDB.
@@ -203,6 +215,7 @@ impl Engine {
                 mode: AtomicU8::new(Mode::Live as u8),
                 deaf: AtomicBool::new(false),
                 fixed: AtomicBool::new(false),
+                armed: AtomicBool::new(false),
                 error: Mutex::new(None),
             })
         });

@@ -109,10 +109,10 @@ impl<'a> Egress<'a> {
         let Some((_, guard)) = &mut self.held else {
             return Sent::Down;
         };
-        let Some(tx) = guard.as_mut() else {
-            return Sent::Down;
-        };
-        let sent = tx.send(frame);
+        let mut sent = guard.as_mut().map_or(Sent::Down, |tx| tx.send(frame));
+        if sent == Sent::Down && self.ports[to].armed() {
+            sent = Sent::Full;
+        }
         if sent == Sent::Yes {
             let c = &self.ports[to].counters;
             c.tx_frames.fetch_add(1, Relaxed);
@@ -415,7 +415,7 @@ impl Targets {
                         .marker
                         .store(true, std::sync::atomic::Ordering::Release);
                 }
-                Mode::Live if !shared.ports[home].is_up() => {
+                Mode::Live if !shared.ports[home].is_up() && !shared.ports[home].armed() => {
                     shared.ports[home].unfix();
                     shared.fdb.set(e.src, from, false, now_s);
                 }
@@ -456,7 +456,7 @@ impl Targets {
                 && Some(to) != own
                 && !(from_uplink && (p.uplink || !p.hears_uplink()))
                 && match p.mode() {
-                    Mode::Live => p.is_up(),
+                    Mode::Live => p.is_up() || p.armed(),
                     // What comes from a VM that has moved already reaches the others of its group where they are now.
                     Mode::Held | Mode::Departing => !moved,
                     Mode::Standby | Mode::Departed => false,

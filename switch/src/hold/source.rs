@@ -111,6 +111,7 @@ impl SourceHold {
             if let Some(mac) = mac {
                 host.engine.shared().fdb.set(*mac, g, true, now_s);
             }
+            host.engine.shared().ports[g].set_armed(true);
             host.adopt_tap(g);
         }
         Ok(hold)
@@ -387,7 +388,9 @@ impl SourceHold {
 
     fn live(&self, host: &Host) {
         for &g in &self.group {
-            host.engine.shared().ports[g].set_mode(Mode::Live);
+            let p = &host.engine.shared().ports[g];
+            p.set_armed(false);
+            p.set_mode(Mode::Live);
         }
     }
 
