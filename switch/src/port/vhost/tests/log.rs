@@ -136,3 +136,42 @@ fn a_log_that_is_too_small_breaks_the_ring() {
     assert_eq!(sent, Sent::Never(crate::port::NeverReason::RingBroken));
     assert!(w.tx.control.broken().is_some());
 }
+
+#[test]
+fn used_entries_are_marked_across_the_end_of_the_ring() {
+    use super::super::ring::{Chain, Ring};
+    let memory = Memory::new();
+    let log_file = tempfile::tempfile().unwrap();
+    log_file.set_len(LOG_BYTES).unwrap();
+    let mem = Arc::new(memory.table());
+    let num = 2048;
+    let live = Live {
+        areas: Split::areas(&mem, num, UVA + 0x10000, UVA + 0x20000, UVA + 0x30000).unwrap(),
+        mem,
+        log: Some(Arc::new(DirtyLog::new(&log_file, 0, LOG_BYTES).unwrap())),
+        // Not where the ring lies: the front-end says under which address to mark it.
+        used_log: Some(0x80000),
+        call: None,
+    };
+    let mut ring = Split::new(&live, num, 0, &RingFeatures::new(VERSION_1));
+    let mut pages = |chains: u32| {
+        log_file.write_all_at(&[0; 64], 0).unwrap();
+        for _ in 0..chains {
+            ring.complete(Chain { id: 0 }, 0);
+        }
+        ring.publish().unwrap();
+        let mut bits = [0; 64];
+        log_file.read_exact_at(&mut bits, 0).unwrap();
+        (0..512)
+            .filter(|p| bits[p / 8] >> (p % 8) & 1 == 1)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(pages(1), [0x80]);
+    assert_eq!(pages(511), [0x80, 0x81], "four bytes of the last entry");
+    assert_eq!(pages(1528), [0x80, 0x81, 0x82, 0x83]);
+    assert_eq!(
+        pages(600),
+        [0x80, 0x81, 0x83, 0x84],
+        "eight at the end, the others at the start"
+    );
+}
