@@ -13,10 +13,22 @@ use crate::migration::steps::FreezeMode;
 #[command(name = "gangway", version, after_help = crate::exit::HELP)]
 pub struct Cli {
     /// The file that says where the hosts are.
-    #[arg(long, global = true, env = "GANGWAY_HOSTS", default_value = "/etc/gangway/hosts.toml", value_name = "FILE")]
+    #[arg(
+        long,
+        global = true,
+        env = "GANGWAY_HOSTS",
+        default_value = "/etc/gangway/hosts.toml",
+        value_name = "FILE"
+    )]
     pub hosts: PathBuf,
     /// Where journals and reports of migrations are kept.
-    #[arg(long, global = true, env = "GANGWAY_STATE", default_value = "/var/lib/gangway-coordinator", value_name = "DIR")]
+    #[arg(
+        long,
+        global = true,
+        env = "GANGWAY_STATE",
+        default_value = "/var/lib/gangway-coordinator",
+        value_name = "DIR"
+    )]
     pub state: PathBuf,
     /// What to do.
     #[command(subcommand)]
@@ -66,7 +78,11 @@ pub enum Pki {
         /// The host's or coordinator's name.
         name: String,
         /// For a host's switch.
-        #[arg(long, required_unless_present = "coordinator", conflicts_with = "coordinator")]
+        #[arg(
+            long,
+            required_unless_present = "coordinator",
+            conflicts_with = "coordinator"
+        )]
         host: bool,
         /// For a coordinator.
         #[arg(long)]
@@ -217,14 +233,25 @@ mod tests {
     #[test]
     fn arguments_are_understood() {
         let parse = |line: &str| Cli::try_parse_from(line.split(' '));
-        let c = parse("gangway migrate a,b --to h2 --freeze early --bandwidth-mbit 1000 -o json --state /s").expect("good");
+        let c = parse(
+            "gangway migrate a,b --to h2 --freeze early --bandwidth-mbit 1000 -o json --state /s",
+        )
+        .expect("good");
         assert_eq!(c.state, PathBuf::from("/s"));
-        let Command::Migrate(m) = c.command else { panic!("not migrate") };
-        assert_eq!((m.group.as_str(), m.to.as_str(), m.freeze), ("a,b", "h2", FreezeMode::Early));
+        let Command::Migrate(m) = c.command else {
+            panic!("not migrate")
+        };
+        assert_eq!(
+            (m.group.as_str(), m.to.as_str(), m.freeze),
+            ("a,b", "h2", FreezeMode::Early)
+        );
         assert!(parse("gangway migrate a,b").is_err(), "no target");
         assert!(parse("gangway migrate a,b --to b --bandwidth-mbit 0").is_err());
         assert!(parse("gangway pki issue d n").is_err(), "no role");
-        assert!(parse("gangway pki issue d n --host --coordinator").is_err(), "two roles");
+        assert!(
+            parse("gangway pki issue d n --host --coordinator").is_err(),
+            "two roles"
+        );
         assert!(parse("gangway status xyz").is_err());
         assert!(parse("gangway report 00000000000000ff -o json").is_ok());
     }

@@ -6,7 +6,10 @@ use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use gangway_shared::api::{ALPN, HoldInfo, HostInfo, LinkInfo, PortInfo, Refusal, RefusalCode, Reply, Request, VERSION, VmInfo};
+use gangway_shared::api::{
+    ALPN, HoldInfo, HostInfo, LinkInfo, PortInfo, Refusal, RefusalCode, Reply, Request, VERSION,
+    VmInfo,
+};
 use gangway_shared::{codec, pki};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::UnixStream;
@@ -24,7 +27,9 @@ const CONNECT: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// No connection.
-    #[error("switch of host '{host}' at {at} cannot be reached: {why}; is gangway-switch running there?")]
+    #[error(
+        "switch of host '{host}' at {at} cannot be reached: {why}; is gangway-switch running there?"
+    )]
     Unreachable {
         /// The host.
         host: String,
@@ -54,7 +59,9 @@ pub enum ClientError {
         refusal: Refusal,
     },
     /// The switch breaks the protocol.
-    #[error("switch of host '{host}' answers {what} with something else: {why}; are both of the same release?")]
+    #[error(
+        "switch of host '{host}' answers {what} with something else: {why}; are both of the same release?"
+    )]
     Protocol {
         /// The host.
         host: String,
@@ -71,7 +78,12 @@ pub enum ClientError {
 impl ClientError {
     /// True if the switch certainly has not done it.
     pub fn nothing_changed(&self) -> bool {
-        matches!(self, ClientError::Refused { .. } | ClientError::Unreachable { .. } | ClientError::Settings(_))
+        matches!(
+            self,
+            ClientError::Refused { .. }
+                | ClientError::Unreachable { .. }
+                | ClientError::Settings(_)
+        )
     }
 
     /// The refusal's code, if it is one.
@@ -113,14 +125,27 @@ impl Switch {
             (Way::Unix(_), _) => None,
             (Way::Quic(_), Some(tls)) => {
                 let tls = pki::client_config(tls, ALPN, rustls::pki_types::UnixTime::now())
-                    .map_err(|e| Failure::usage(format!("[tls] in {}: {e}", hosts.path.display())))?;
-                Some(QuicWay { config: quic_config(tls)?, connection: Mutex::new(None) })
+                    .map_err(|e| {
+                        Failure::usage(format!("[tls] in {}: {e}", hosts.path.display()))
+                    })?;
+                Some(QuicWay {
+                    config: quic_config(tls)?,
+                    connection: Mutex::new(None),
+                })
             }
             (Way::Quic(_), None) => {
-                return Err(Failure::usage(format!("host '{}' needs [tls] in {}", host.name, hosts.path.display())));
+                return Err(Failure::usage(format!(
+                    "host '{}' needs [tls] in {}",
+                    host.name,
+                    hosts.path.display()
+                )));
             }
         };
-        Ok(Switch(Arc::new(Inner { host: host.clone(), idle: Mutex::new(Vec::new()), quic })))
+        Ok(Switch(Arc::new(Inner {
+            host: host.clone(),
+            idle: Mutex::new(Vec::new()),
+            quic,
+        })))
     }
 
     /// The host's name.
@@ -134,7 +159,11 @@ impl Switch {
     }
 
     /// One call. A refusal is an error.
-    pub async fn call_within(&self, request: &Request, within: Duration) -> Result<Reply, ClientError> {
+    pub async fn call_within(
+        &self,
+        request: &Request,
+        within: Duration,
+    ) -> Result<Reply, ClientError> {
         let what = verb(request);
         let call = async {
             match &self.0.host.way {
@@ -164,7 +193,9 @@ impl Switch {
                 }
             }
         };
-        timeout(within, call).await.map_err(|_| self.late(what, within))?
+        timeout(within, call)
+            .await
+            .map_err(|_| self.late(what, within))?
     }
 
     /// Connects to the QMP socket of a VM.
@@ -176,13 +207,17 @@ impl Switch {
                 Way::Unix(_) => Box::new(self.unix().await?),
                 Way::Quic(_) => Box::new(self.quic_stream(what).await?),
             };
-            let reply = exchange(&mut stream, &request).await.map_err(|e| self.exchange_error(what, e))?;
+            let reply = exchange(&mut stream, &request)
+                .await
+                .map_err(|e| self.exchange_error(what, e))?;
             match self.reply(what, reply)? {
                 Reply::Ok => Ok(stream),
                 other => Err(self.protocol(what, &other)),
             }
         };
-        timeout(CALL, open).await.map_err(|_| self.late(what, CALL))?
+        timeout(CALL, open)
+            .await
+            .map_err(|_| self.late(what, CALL))?
     }
 
     /// [`Request::HostShow`].
@@ -229,34 +264,56 @@ impl Switch {
     pub fn protocol(&self, what: &'static str, got: &Reply) -> ClientError {
         let mut why = format!("{got:?}");
         why.truncate(why.char_indices().nth(80).map_or(why.len(), |(i, _)| i));
-        ClientError::Protocol { host: self.host().to_owned(), what, why }
+        ClientError::Protocol {
+            host: self.host().to_owned(),
+            what,
+            why,
+        }
     }
 
     fn reply(&self, what: &'static str, reply: Reply) -> Result<Reply, ClientError> {
         match reply {
-            Reply::Refused(refusal) => Err(ClientError::Refused { host: self.host().to_owned(), what, refusal }),
+            Reply::Refused(refusal) => Err(ClientError::Refused {
+                host: self.host().to_owned(),
+                what,
+                refusal,
+            }),
             reply => Ok(reply),
         }
     }
 
     fn late(&self, what: &'static str, within: Duration) -> ClientError {
         let why = format!("was not answered within {} ms", within.as_millis());
-        ClientError::Lost { host: self.host().to_owned(), what, why }
+        ClientError::Lost {
+            host: self.host().to_owned(),
+            what,
+            why,
+        }
     }
 
     fn exchange_error(&self, what: &'static str, e: Exchange) -> ClientError {
         let host = self.host().to_owned();
         match e {
-            Exchange::Send(e) | Exchange::Receive(e) => {
-                ClientError::Lost { host, what, why: format!("broke off: {e}") }
-            }
-            Exchange::Codec(e) => ClientError::Protocol { host, what, why: e.to_string() },
+            Exchange::Send(e) | Exchange::Receive(e) => ClientError::Lost {
+                host,
+                what,
+                why: format!("broke off: {e}"),
+            },
+            Exchange::Codec(e) => ClientError::Protocol {
+                host,
+                what,
+                why: e.to_string(),
+            },
         }
     }
 
     fn unreachable(&self, why: impl ToString) -> ClientError {
         let at = self.0.host.way.to_string();
-        ClientError::Unreachable { host: self.host().to_owned(), at, why: why.to_string() }
+        ClientError::Unreachable {
+            host: self.host().to_owned(),
+            at,
+            why: why.to_string(),
+        }
     }
 
     /// A new unix connection that has said hello.
@@ -265,7 +322,9 @@ impl Switch {
             return Err(self.unreachable("not a unix socket"));
         };
         let connect = timeout(CONNECT, UnixStream::connect(path)).await;
-        let mut stream = connect.map_err(|_| self.unreachable("no answer"))?.map_err(|e| self.unreachable(e))?;
+        let mut stream = connect
+            .map_err(|_| self.unreachable("no answer"))?
+            .map_err(|e| self.unreachable(e))?;
         self.hello(&mut stream).await?;
         Ok(stream)
     }
@@ -279,7 +338,8 @@ impl Switch {
         let connection = match slot.as_ref().filter(|c| c.close_reason().is_none()) {
             Some(c) => c.clone(),
             None => {
-                let name = pki::host_server_name(self.host()).map_err(|e| ClientError::Settings(e.to_string()))?;
+                let name = pki::host_server_name(self.host())
+                    .map_err(|e| ClientError::Settings(e.to_string()))?;
                 let connecting = endpoint(*address)
                     .map_err(|e| self.unreachable(e))?
                     .connect_with(quic.config.clone(), *address, &name)
@@ -320,11 +380,13 @@ impl Switch {
                 what: WHAT,
                 why: format!("its control API has version {version}, ours has {VERSION}"),
             }),
-            Reply::Hello { host, .. } if host != self.host() => Err(ClientError::Settings(format!(
-                "the switch at {} calls itself '{host}', but the hosts file calls it '{}': correct one of them",
-                self.0.host.way,
-                self.host()
-            ))),
+            Reply::Hello { host, .. } if host != self.host() => {
+                Err(ClientError::Settings(format!(
+                    "the switch at {} calls itself '{host}', but the hosts file calls it '{}': correct one of them",
+                    self.0.host.way,
+                    self.host()
+                )))
+            }
             Reply::Hello { .. } => Ok(()),
             other => Err(self.protocol(WHAT, &other)),
         }
@@ -335,8 +397,13 @@ impl Switch {
 fn explain(e: &quinn::ConnectionError, name: &str) -> String {
     let text = e.to_string();
     let hint = if text.contains("NotValidForName") {
-        format!(": its certificate is not for '{name}', issue one with `gangway pki issue DIR NAME --host`")
-    } else if text.contains("UnknownIssuer") || text.contains("UnknownCa") || text.contains("unknown ca") {
+        format!(
+            ": its certificate is not for '{name}', issue one with `gangway pki issue DIR NAME --host`"
+        )
+    } else if text.contains("UnknownIssuer")
+        || text.contains("UnknownCa")
+        || text.contains("unknown ca")
+    {
         ": the two sides do not have the same authority (ca)".to_owned()
     } else if text.contains("xpired") {
         ": the certificate has expired, issue a new one".to_owned()
@@ -364,7 +431,8 @@ fn endpoint(peer: SocketAddr) -> io::Result<quinn::Endpoint> {
 }
 
 fn quic_config(tls: rustls::ClientConfig) -> Result<quinn::ClientConfig, Failure> {
-    let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(tls).map_err(|e| Failure::failed(e.to_string()))?;
+    let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(tls)
+        .map_err(|e| Failure::failed(e.to_string()))?;
     let mut transport = quinn::TransportConfig::default();
     transport.keep_alive_interval(Some(Duration::from_secs(2)));
     transport.max_idle_timeout(quinn::IdleTimeout::try_from(Duration::from_secs(15)).ok());
@@ -379,7 +447,10 @@ enum Exchange {
     Codec(codec::CodecError),
 }
 
-async fn exchange<S: AsyncRead + AsyncWrite + Unpin + ?Sized>(stream: &mut S, request: &Request) -> Result<Reply, Exchange> {
+async fn exchange<S: AsyncRead + AsyncWrite + Unpin + ?Sized>(
+    stream: &mut S,
+    request: &Request,
+) -> Result<Reply, Exchange> {
     let body = codec::encode(request).map_err(Exchange::Codec)?;
     // `encode` allows no more than MESSAGE_MAX, which fits.
     let mut message = (body.len() as u32).to_le_bytes().to_vec();
@@ -387,17 +458,23 @@ async fn exchange<S: AsyncRead + AsyncWrite + Unpin + ?Sized>(stream: &mut S, re
     stream.write_all(&message).await.map_err(Exchange::Send)?;
     stream.flush().await.map_err(Exchange::Send)?;
     let mut length = [0; 4];
-    stream.read_exact(&mut length).await.map_err(|e| match e.kind() {
-        // The switch closed it before it read the request: an idle connection that had died.
-        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Exchange::Send(e),
-        _ => Exchange::Receive(e),
-    })?;
+    stream
+        .read_exact(&mut length)
+        .await
+        .map_err(|e| match e.kind() {
+            // The switch closed it before it read the request: an idle connection that had died.
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Exchange::Send(e),
+            _ => Exchange::Receive(e),
+        })?;
     let length = u32::from_le_bytes(length) as usize;
     if length > codec::MESSAGE_MAX {
         return Err(Exchange::Codec(codec::CodecError::TooLong(length)));
     }
     let mut body = vec![0; length];
-    stream.read_exact(&mut body).await.map_err(Exchange::Receive)?;
+    stream
+        .read_exact(&mut body)
+        .await
+        .map_err(Exchange::Receive)?;
     codec::decode(&body).map_err(Exchange::Codec)
 }
 
@@ -425,7 +502,10 @@ impl AsyncWrite for QuicStream {
         AsyncWrite::poll_write(std::pin::Pin::new(&mut self.send), cx, buf)
     }
 
-    fn poll_flush(mut self: std::pin::Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> std::task::Poll<io::Result<()>> {
+    fn poll_flush(
+        mut self: std::pin::Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<io::Result<()>> {
         AsyncWrite::poll_flush(std::pin::Pin::new(&mut self.send), cx)
     }
 
@@ -466,5 +546,9 @@ pub fn verb(request: &Request) -> &'static str {
 
 /// Switches of all hosts, by name.
 pub fn all(hosts: &Hosts) -> Result<HashMap<String, Switch>, Failure> {
-    hosts.hosts.iter().map(|h| Ok((h.name.clone(), Switch::new(hosts, h)?))).collect()
+    hosts
+        .hosts
+        .iter()
+        .map(|h| Ok((h.name.clone(), Switch::new(hosts, h)?)))
+        .collect()
 }

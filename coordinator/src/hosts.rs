@@ -81,7 +81,9 @@ impl Hosts {
     /// Checks a file's text. Relative paths in it are relative to the file's folder.
     pub fn parse(path: &Path, text: &str) -> Result<Hosts, Failure> {
         let at = |span: Option<std::ops::Range<usize>>, what: String| {
-            let line = span.map_or(1, |s| 1 + text[..s.start.min(text.len())].matches('\n').count());
+            let line = span.map_or(1, |s| {
+                1 + text[..s.start.min(text.len())].matches('\n').count()
+            });
             Failure::usage(format!("{}:{line}: {what}", path.display()))
         };
         let raw: RawHosts = match toml::from_str(text) {
@@ -92,13 +94,19 @@ impl Hosts {
             }
         };
         let folder = path.parent().unwrap_or(Path::new("."));
-        let mut out = Hosts { path: path.to_owned(), ..Hosts::default() };
+        let mut out = Hosts {
+            path: path.to_owned(),
+            ..Hosts::default()
+        };
         for (i, h) in raw.host.into_iter().enumerate() {
             let span = Some(h.name.span());
             let name = h.name.into_inner();
             let bad = |what: String| at(span.clone(), format!("host '{name}': {what}"));
             if !is_name(&name) {
-                return Err(at(span, format!("host number {}: '{name}' is not a name: {NAME_RULE}", i + 1)));
+                return Err(at(
+                    span,
+                    format!("host number {}: '{name}' is not a name: {NAME_RULE}", i + 1),
+                ));
             }
             if out.hosts.iter().any(|o| o.name == name) {
                 return Err(bad("there is another host of this name".into()));
@@ -106,16 +114,24 @@ impl Hosts {
             let address = match h.address {
                 None => None,
                 Some(a) => Some(a.parse().map_err(|_| {
-                    bad(format!("address '{a}' is not ADDRESS:PORT, for example \"192.0.2.1:7600\""))
+                    bad(format!(
+                        "address '{a}' is not ADDRESS:PORT, for example \"192.0.2.1:7600\""
+                    ))
                 })?),
             };
             let way = match (h.socket, address) {
                 (Some(s), _) => Way::Unix(folder.join(s)),
                 (None, Some(a)) => Way::Quic(a),
-                (None, None) => return Err(bad("needs address = \"IP:PORT\" or socket = \"/path\"".into())),
+                (None, None) => {
+                    return Err(bad(
+                        "needs address = \"IP:PORT\" or socket = \"/path\"".into()
+                    ));
+                }
             };
             if matches!(way, Way::Quic(_)) && raw.tls.is_none() {
-                return Err(bad("is reached over QUIC, so [tls] with cert, key and ca is needed".into()));
+                return Err(bad(
+                    "is reached over QUIC, so [tls] with cert, key and ca is needed".into(),
+                ));
             }
             out.hosts.push(Host { name, way, address });
         }
@@ -137,13 +153,17 @@ impl Hosts {
     pub fn find(&self, name: &str) -> Result<&Host, Failure> {
         self.hosts.iter().find(|h| h.name == name).ok_or_else(|| {
             let hint = hint(name, self.hosts.iter().map(|h| h.name.as_str()));
-            Failure::usage(format!("{} knows no host '{name}'{hint}", self.path.display()))
+            Failure::usage(format!(
+                "{} knows no host '{name}'{hint}",
+                self.path.display()
+            ))
         })
     }
 }
 
 /// What a host or VM may be called.
-pub const NAME_RULE: &str = "1 to 63 of A-Z a-z 0-9 . _ -, beginning and ending with a letter or digit";
+pub const NAME_RULE: &str =
+    "1 to 63 of A-Z a-z 0-9 . _ -, beginning and ending with a letter or digit";
 
 /// Adds the nearest key to serde's "unknown field `x`, expected one of ...".
 fn with_nearest(message: &str) -> String {
@@ -195,7 +215,13 @@ fn groups<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Vec<Group>, D::Error
         vms: Vec<String>,
     }
     let raw = Vec::<Raw>::deserialize(d)?;
-    Ok(raw.into_iter().map(|r| Group { name: r.name, vms: r.vms }).collect())
+    Ok(raw
+        .into_iter()
+        .map(|r| Group {
+            name: r.name,
+            vms: r.vms,
+        })
+        .collect())
 }
 
 #[cfg(test)]
@@ -215,22 +241,43 @@ mod tests {
         .expect("good");
         assert_eq!(h.hosts[1].way, Way::Unix("/etc/gangway/b.sock".into()));
         assert_eq!(h.tls.as_ref().expect("tls").key, PathBuf::from("/k"));
-        assert!(h.find("aa").expect_err("unknown").message.contains("did you mean 'a'"));
+        assert!(
+            h.find("aa")
+                .expect_err("unknown")
+                .message
+                .contains("did you mean 'a'")
+        );
     }
 
     #[test]
     fn unknown_keys_name_their_line_and_the_nearest() {
         let e = parse("\n[[host]]\nname = \"a\"\nadress = \"10.0.0.1:1\"\n").expect_err("typo");
-        assert_eq!(e, "/etc/gangway/hosts.toml:4: unknown key 'adress'; did you mean 'address'?");
+        assert_eq!(
+            e,
+            "/etc/gangway/hosts.toml:4: unknown key 'adress'; did you mean 'address'?"
+        );
         let e = parse("[tsl]\n").expect_err("typo");
-        assert_eq!(e, "/etc/gangway/hosts.toml:1: unknown key 'tsl'; did you mean 'tls'?");
+        assert_eq!(
+            e,
+            "/etc/gangway/hosts.toml:1: unknown key 'tsl'; did you mean 'tls'?"
+        );
     }
 
     #[test]
     fn garbage_is_one_line() {
-        for text in ["\u{0}", "[[host]]\nname = 3", "host = 1", "[[host]]\nname = \"\"", "[[host]]\nname=\"a\"\naddress=\"x\"", "[[host]]\nname=\"a\""] {
+        for text in [
+            "\u{0}",
+            "[[host]]\nname = 3",
+            "host = 1",
+            "[[host]]\nname = \"\"",
+            "[[host]]\nname=\"a\"\naddress=\"x\"",
+            "[[host]]\nname=\"a\"",
+        ] {
             let e = parse(text).expect_err(text);
-            assert!(e.starts_with("/etc/gangway/hosts.toml:") && !e.contains('\n'), "{e}");
+            assert!(
+                e.starts_with("/etc/gangway/hosts.toml:") && !e.contains('\n'),
+                "{e}"
+            );
         }
     }
 }

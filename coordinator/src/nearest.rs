@@ -18,7 +18,10 @@ mod tests {
 
     #[test]
     fn a_slip_is_found_and_a_stranger_is_not() {
-        assert_eq!(hint("prodcuer", ["producer", "middle"]), "; did you mean 'producer'?");
+        assert_eq!(
+            hint("prodcuer", ["producer", "middle"]),
+            "; did you mean 'producer'?"
+        );
         assert_eq!(hint("b", ["a-long-name"]), "; there is: a-long-name");
         assert_eq!(hint("b", []), "; there is none");
     }

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use gangway_shared::pki::{Identity, Role, is_name};
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyPair, KeyUsagePurpose, SanType,
 };
 
 use crate::exit::Failure;
@@ -28,33 +28,56 @@ pub fn init(dir: &Path) -> Result<Vec<PathBuf>, Failure> {
 }
 
 /// Makes `NAME.pem` and `NAME.key` in `dir`, issued by its `ca.pem`.
-pub fn issue(dir: &Path, name: &str, role: Role, addresses: &[IpAddr]) -> Result<Vec<PathBuf>, Failure> {
+pub fn issue(
+    dir: &Path,
+    name: &str,
+    role: Role,
+    addresses: &[IpAddr],
+) -> Result<Vec<PathBuf>, Failure> {
     if !is_name(name) || name == "ca" {
-        return Err(Failure::usage(format!("'{name}' cannot be a name here: {NAME_RULE}, and not 'ca'")));
+        return Err(Failure::usage(format!(
+            "'{name}' cannot be a name here: {NAME_RULE}, and not 'ca'"
+        )));
     }
     let read = |file: &str| {
         let path = dir.join(file);
         std::fs::read_to_string(&path).map_err(|e| {
             let f = io("read", &path, &e);
-            Failure::usage(format!("{}; `gangway pki init {}` makes it", f.message, dir.display()))
+            Failure::usage(format!(
+                "{}; `gangway pki init {}` makes it",
+                f.message,
+                dir.display()
+            ))
         })
     };
     let (ca_cert, ca_key) = (read("ca.pem")?, read("ca.key")?);
     let garbage = |e: rcgen::Error| {
-        Failure::usage(format!("{}/ca.pem or ca.key is not what `pki init` wrote: {e}", dir.display()))
+        Failure::usage(format!(
+            "{}/ca.pem or ca.key is not what `pki init` wrote: {e}",
+            dir.display()
+        ))
     };
     let ca_key = KeyPair::from_pem(&ca_key).map_err(garbage)?;
     let issuer = Issuer::from_ca_cert_pem(&ca_cert, ca_key).map_err(garbage)?;
 
-    let dns = Identity { name: name.to_owned(), role }.dns_name();
+    let dns = Identity {
+        name: name.to_owned(),
+        role,
+    }
+    .dns_name();
     let mut params = base(&dns, 365)?;
     let dns_san = dns.as_str().try_into().map_err(broken)?;
     params.subject_alt_names = vec![SanType::DnsName(dns_san)];
-    params.subject_alt_names.extend(addresses.iter().map(|a| SanType::IpAddress(*a)));
+    params
+        .subject_alt_names
+        .extend(addresses.iter().map(|a| SanType::IpAddress(*a)));
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     // A switch is both: it serves coordinators and dials the switch it ships to.
     params.extended_key_usages = match role {
-        Role::Host => vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth],
+        Role::Host => vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ],
         Role::Coordinator => vec![ExtendedKeyUsagePurpose::ClientAuth],
     };
     params.use_authority_key_identifier_extension = true;
@@ -66,7 +89,9 @@ pub fn issue(dir: &Path, name: &str, role: Role, addresses: &[IpAddr]) -> Result
 fn base(common_name: &str, days: i64) -> Result<CertificateParams, Failure> {
     let mut params = CertificateParams::new(Vec::<String>::new()).map_err(broken)?;
     params.distinguished_name = DistinguishedName::new();
-    params.distinguished_name.push(DnType::CommonName, common_name);
+    params
+        .distinguished_name
+        .push(DnType::CommonName, common_name);
     let now = time::OffsetDateTime::now_utc();
     // An hour back: clocks differ.
     params.not_before = now - time::Duration::hours(1);
@@ -87,7 +112,10 @@ fn write_pair(stem: &Path, cert: &str, key: &str) -> Result<Vec<PathBuf>, Failur
     let (cert_path, key_path) = (with("pem"), with("key"));
     for p in [&cert_path, &key_path] {
         if p.exists() {
-            return Err(Failure::usage(format!("{} is already there and is not overwritten; remove it first", p.display())));
+            return Err(Failure::usage(format!(
+                "{} is already there and is not overwritten; remove it first",
+                p.display()
+            )));
         }
     }
     let write = |path: &Path, text: &str, mode: u32| {
@@ -118,21 +146,41 @@ mod tests {
     fn issues_what_the_client_can_use_and_never_overwrites() {
         let dir = tempfile::tempdir().expect("tempdir");
         let d = dir.path();
-        assert!(issue(d, "a", Role::Host, &[]).expect_err("no ca").message.contains("pki init"));
+        assert!(
+            issue(d, "a", Role::Host, &[])
+                .expect_err("no ca")
+                .message
+                .contains("pki init")
+        );
         init(d).expect("init");
-        assert!(init(d).expect_err("again").message.contains("not overwritten"));
+        assert!(
+            init(d)
+                .expect_err("again")
+                .message
+                .contains("not overwritten")
+        );
         issue(d, "a", Role::Host, &["10.0.0.1".parse().expect("ip")]).expect("host");
         issue(d, "me", Role::Coordinator, &[]).expect("coordinator");
         assert!(issue(d, "../x", Role::Host, &[]).is_err());
         assert!(issue(d, "ca", Role::Host, &[]).is_err());
-        let mode = std::fs::metadata(d.join("me.key")).expect("key").permissions().mode();
+        let mode = std::fs::metadata(d.join("me.key"))
+            .expect("key")
+            .permissions()
+            .mode();
         assert_eq!(mode & 0o777, 0o600);
-        let files = |cert: &str, key: &str| TlsFiles { cert: d.join(cert), key: d.join(key), ca: d.join("ca.pem") };
+        let files = |cert: &str, key: &str| TlsFiles {
+            cert: d.join(cert),
+            key: d.join(key),
+            ca: d.join("ca.pem"),
+        };
         let now = UnixTime::now();
         let me = Credentials::load(&files("me.pem", "me.key"), now).expect("the coordinator's");
         assert_eq!(me.identity().to_string(), "coordinator 'me'");
         let a = Credentials::load(&files("a.pem", "a.key"), now).expect("the host's");
         assert_eq!(a.identity().dns_name(), "a.host.gangway");
-        assert!(Credentials::load(&files("me.pem", "a.key"), now).is_err(), "a key of another certificate");
+        assert!(
+            Credentials::load(&files("me.pem", "a.key"), now).is_err(),
+            "a key of another certificate"
+        );
     }
 }

@@ -29,7 +29,9 @@ struct Screen {
 }
 
 fn lock(screen: &Mutex<Screen>) -> MutexGuard<'_, Screen> {
-    screen.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    screen
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 impl Progress {
@@ -64,10 +66,23 @@ impl Progress {
     /// A step is done.
     pub fn step_done(&self, step: Step) {
         let mut s = lock(&self.screen);
-        let took = s.running.iter().find(|(r, _)| *r == step).map(|(_, t)| t.elapsed());
+        let took = s
+            .running
+            .iter()
+            .find(|(r, _)| *r == step)
+            .map(|(_, t)| t.elapsed());
         s.running.retain(|(r, _)| *r != step);
-        let took = took.map(|t| format!("{:.1} ms", t.as_secs_f64() * 1000.0)).unwrap_or_default();
-        s.print(&format!("{:2}/{} {:<13} {:>11}  {}", step as usize + 1, TABLE.len(), step.name(), took, step.row().forward));
+        let took = took
+            .map(|t| format!("{:.1} ms", t.as_secs_f64() * 1000.0))
+            .unwrap_or_default();
+        s.print(&format!(
+            "{:2}/{} {:<13} {:>11}  {}",
+            step as usize + 1,
+            TABLE.len(),
+            step.name(),
+            took,
+            step.row().forward
+        ));
     }
 
     /// A line that stays.
@@ -95,7 +110,11 @@ impl Screen {
         }
         self.erase();
         // Nobody is left to be told if standard error is gone.
-        let _ = writeln!(anstream::stderr(), "{:7.3} s  {text}", self.begun.elapsed().as_secs_f64());
+        let _ = writeln!(
+            anstream::stderr(),
+            "{:7.3} s  {text}",
+            self.begun.elapsed().as_secs_f64()
+        );
         self.draw();
     }
 
@@ -125,9 +144,14 @@ async fn tick(world: Arc<World>, screen: Arc<Mutex<Screen>>) {
         let holding = lock(&screen).holding;
         let (mut source, mut target) = (None, None);
         if holding {
-            let status = Request::HoldStatus { hold: world.mission.id };
+            let status = Request::HoldStatus {
+                hold: world.mission.id,
+            };
             let within = Duration::from_secs(2);
-            let (s, t) = tokio::join!(world.source.hold(&status, within), world.target.hold(&status, within));
+            let (s, t) = tokio::join!(
+                world.source.hold(&status, within),
+                world.target.hold(&status, within)
+            );
             (source, target) = (s.ok(), t.ok());
         }
         let block = block(&world, source.as_ref(), target.as_ref());
@@ -162,7 +186,13 @@ fn block(world: &World, source: Option<&HoldInfo>, target: Option<&HoldInfo>) ->
     drop(live);
     for lane in source.iter().flat_map(|h| &h.lanes) {
         let there = target.and_then(|t| t.lanes.iter().find(|l| l.lane == lane.lane));
-        let flushed = there.map_or(lane.flushed, |l| if l.flushed.frames > 0 { l.flushed } else { lane.flushed });
+        let flushed = there.map_or(lane.flushed, |l| {
+            if l.flushed.frames > 0 {
+                l.flushed
+            } else {
+                lane.flushed
+            }
+        });
         if lane.held.frames > 0 {
             out.push(format!(
                 "  link {:<30} held {:>6} ({})  shipped {:>6}  flushed {:>6}",

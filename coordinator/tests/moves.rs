@@ -37,24 +37,43 @@ impl World {
             VMS.iter().map(vm).collect()
         };
         let link = |a: &str, b: &str, n| (a.to_owned(), b.to_owned(), n);
-        let links = vec![link("producer", "middle", 1000), link("middle", "consumer", 900), link("consumer", "middle", 9)];
+        let links = vec![
+            link("producer", "middle", 1000),
+            link("middle", "consumer", 900),
+            link("consumer", "middle", 9),
+        ];
         let on_a = vms("a", &|| Incoming::Never);
         for v in &on_a {
             vms_a.start(&v.name, &v.qmp, Status::Running);
         }
         let a = FakeSwitch::start("a", &d.join("a.sock"), on_a, links);
-        let b = FakeSwitch::start("b", &d.join("b.sock"), vms("b", &|| Incoming::Fake(vms_b.clone())), Vec::new());
+        let b = FakeSwitch::start(
+            "b",
+            &d.join("b.sock"),
+            vms("b", &|| Incoming::Fake(vms_b.clone())),
+            Vec::new(),
+        );
         let hosts = "[[host]]\nname = \"a\"\nsocket = \"a.sock\"\naddress = \"127.0.0.1:1\"\n\
                      [[host]]\nname = \"b\"\nsocket = \"b.sock\"\naddress = \"127.0.0.1:2\"\n\
                      [[group]]\nname = \"chain\"\nvms = [\"consumer\", \"middle\", \"producer\"]\n";
         std::fs::write(d.join("hosts.toml"), hosts).expect("hosts.toml");
-        World { dir, a, b, vms_a, vms_b }
+        World {
+            dir,
+            a,
+            b,
+            vms_a,
+            vms_b,
+        }
     }
 
     fn command(&self, line: &str) -> Command {
         let mut c = Command::new(env!("CARGO_BIN_EXE_gangway"));
-        c.args(line.split(' ')).env("GANGWAY_HOSTS", self.path("hosts.toml")).env("GANGWAY_STATE", self.path("state"));
-        c.stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        c.args(line.split(' '))
+            .env("GANGWAY_HOSTS", self.path("hosts.toml"))
+            .env("GANGWAY_STATE", self.path("state"));
+        c.stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
         c
     }
 
@@ -63,26 +82,41 @@ impl World {
     }
 
     async fn run(&self, line: &str) -> Output {
-        tokio::time::timeout(Duration::from_secs(60), self.command(line).output()).await.expect("in time").expect("run")
+        tokio::time::timeout(Duration::from_secs(60), self.command(line).output())
+            .await
+            .expect("in time")
+            .expect("run")
     }
 
     async fn migrate_with(&self, key: &str, value: &str) -> Output {
         let mut c = self.command("migrate chain --to b -o json");
         c.env(key, value);
-        tokio::time::timeout(Duration::from_secs(60), c.output()).await.expect("in time").expect("run")
+        tokio::time::timeout(Duration::from_secs(60), c.output())
+            .await
+            .expect("in time")
+            .expect("run")
     }
 
     /// Starts a migration that waits at a step; answers it and its folder.
     async fn paused_at(&self, point: &str) -> (tokio::process::Child, PathBuf) {
-        let mut child = self.command("migrate chain --to b").env("GANGWAY_PAUSE_AT", point).spawn().expect("spawn");
+        let mut child = self
+            .command("migrate chain --to b")
+            .env("GANGWAY_PAUSE_AT", point)
+            .spawn()
+            .expect("spawn");
         for _ in 0..1500 {
-            let folder = std::fs::read_dir(self.path("state")).ok().and_then(|mut d| {
-                d.find_map(|e| Some(e.ok()?.path()).filter(|p| p.join("paused").exists()))
-            });
+            let folder = std::fs::read_dir(self.path("state"))
+                .ok()
+                .and_then(|mut d| {
+                    d.find_map(|e| Some(e.ok()?.path()).filter(|p| p.join("paused").exists()))
+                });
             if let Some(f) = folder {
                 return (child, f);
             }
-            assert!(child.try_wait().expect("wait").is_none(), "{point}: it ended before the pause");
+            assert!(
+                child.try_wait().expect("wait").is_none(),
+                "{point}: it ended before the pause"
+            );
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         panic!("{point}: no pause");
@@ -91,58 +125,109 @@ impl World {
     /// All VMs run on A, none is left on B, and no hold is left.
     fn assert_as_before(&self, what: &str) {
         for vm in VMS {
-            assert_eq!(self.vms_a.status(vm), Some(Status::Running), "{what}: {vm} on a");
+            assert_eq!(
+                self.vms_a.status(vm),
+                Some(Status::Running),
+                "{what}: {vm} on a"
+            );
             assert_eq!(self.vms_b.status(vm), None, "{what}: {vm} on b");
         }
         for s in [&self.a, &self.b] {
             use gangway_shared::api::HoldState;
-            assert!(s.hold_states().iter().all(|h| *h == HoldState::Aborted), "{what}: {:?}", s.hold_states());
+            assert!(
+                s.hold_states().iter().all(|h| *h == HoldState::Aborted),
+                "{what}: {:?}",
+                s.hold_states()
+            );
         }
     }
 
     fn assert_moved(&self, what: &str) {
         for vm in VMS {
-            assert_eq!(self.vms_b.status(vm), Some(Status::Running), "{what}: {vm} on b");
+            assert_eq!(
+                self.vms_b.status(vm),
+                Some(Status::Running),
+                "{what}: {vm} on b"
+            );
             assert_eq!(self.vms_a.status(vm), None, "{what}: {vm} on a");
         }
     }
 }
 
 fn text(o: &Output) -> String {
-    format!("{:?}\n{}\n{}", o.status, String::from_utf8_lossy(&o.stdout), String::from_utf8_lossy(&o.stderr))
+    format!(
+        "{:?}\n{}\n{}",
+        o.status,
+        String::from_utf8_lossy(&o.stdout),
+        String::from_utf8_lossy(&o.stderr)
+    )
 }
 
 fn before_return() -> impl Iterator<Item = Step> {
-    TABLE.iter().map(|r| r.step).filter(|s| *s < NO_RETURN && *s != Step::FreezeInside)
+    TABLE
+        .iter()
+        .map(|r| r.step)
+        .filter(|s| *s < NO_RETURN && *s != Step::FreezeInside)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_group_moves_in_dependency_order_and_the_report_says_so() {
     let w = World::new();
     let report = w.path("out.json");
-    let out = w.run(&format!("migrate chain --to b --report {}", report.display())).await;
+    let out = w
+        .run(&format!(
+            "migrate chain --to b --report {}",
+            report.display()
+        ))
+        .await;
     assert_eq!(out.status.code(), Some(0), "{}", text(&out));
     w.assert_moved("moved");
     let r: Value = serde_json::from_slice(&std::fs::read(&report).expect("report")).expect("json");
     assert_eq!(r["outcome"], "moved");
-    assert_eq!(r["order"], serde_json::json!(["producer", "middle", "consumer"]));
+    assert_eq!(
+        r["order"],
+        serde_json::json!(["producer", "middle", "consumer"])
+    );
     assert!(r["blackout_ms"].as_f64().is_some_and(|ms| ms > 0.0), "{r}");
-    let resumed: Vec<u64> = r["vms"].as_array().expect("vms").iter().filter_map(|v| v["resume_ns"].as_u64()).collect();
+    let resumed: Vec<u64> = r["vms"]
+        .as_array()
+        .expect("vms")
+        .iter()
+        .filter_map(|v| v["resume_ns"].as_u64())
+        .collect();
     assert!(resumed.len() == 3 && resumed.is_sorted(), "{resumed:?}");
-    assert!(r["links"].as_array().is_some_and(|l| l.len() == 2 && l.iter().all(|l| l["agree"] == true)), "{r}");
-    assert!(out.stderr.windows(6).any(|w| w == b"commit"), "{}", text(&out));
+    assert!(
+        r["links"]
+            .as_array()
+            .is_some_and(|l| l.len() == 2 && l.iter().all(|l| l["agree"] == true)),
+        "{r}"
+    );
+    assert!(
+        out.stderr.windows(6).any(|w| w == b"commit"),
+        "{}",
+        text(&out)
+    );
 
     let out = w.run("status").await;
-    assert!(String::from_utf8_lossy(&out.stdout).contains("moved"), "{}", text(&out));
+    assert!(
+        String::from_utf8_lossy(&out.stdout).contains("moved"),
+        "{}",
+        text(&out)
+    );
     let out = w.run("report -o json").await;
-    assert_eq!(serde_json::from_slice::<Value>(&out.stdout).expect("json"), r);
+    assert_eq!(
+        serde_json::from_slice::<Value>(&out.stdout).expect("json"),
+        r
+    );
     assert_eq!(w.run("abort").await.status.code(), Some(5), "too late");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn freeze_early_cuts_inside_first() {
     let w = World::new();
-    let out = w.run("migrate @discover --from a --to b --freeze early").await;
+    let out = w
+        .run("migrate @discover --from a --to b --freeze early")
+        .await;
     assert_eq!(out.status.code(), Some(0), "{}", text(&out));
     assert_eq!(w.a.calls().iter().filter(|c| *c == "Freeze").count(), 2);
     w.assert_moved("early");
@@ -179,7 +264,13 @@ async fn past_the_commit_failures_are_tried_again() {
     for step in TABLE.iter().map(|r| r.step).filter(|s| *s >= NO_RETURN) {
         let w = World::new();
         let out = w.migrate_with("GANGWAY_FAIL_AT", step.name()).await;
-        assert_eq!(out.status.code(), Some(0), "{}: {}", step.name(), text(&out));
+        assert_eq!(
+            out.status.code(),
+            Some(0),
+            "{}: {}",
+            step.name(),
+            text(&out)
+        );
         w.assert_moved(step.name());
     }
 }
@@ -209,13 +300,20 @@ async fn abort_in_every_phase_before_the_commit() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_coordinator_is_replaced_by_abort() {
-    for r in TABLE.iter().filter(|r| r.step != Step::Check && r.step != Step::FreezeInside) {
+    for r in TABLE
+        .iter()
+        .filter(|r| r.step != Step::Check && r.step != Step::FreezeInside)
+    {
         for point in [r.name.to_owned(), format!("{}:after", r.name)] {
             let w = World::new();
             let (mut child, folder) = w.paused_at(&point).await;
             child.kill().await.expect("kill -9");
             let status = w.run("status").await;
-            assert!(String::from_utf8_lossy(&status.stdout).contains("is dead"), "{point}: {}", text(&status));
+            assert!(
+                String::from_utf8_lossy(&status.stdout).contains("is dead"),
+                "{point}: {}",
+                text(&status)
+            );
             let busy = w.run("migrate middle --from a --to b").await;
             assert_eq!(busy.status.code(), Some(5), "{point}: {}", text(&busy));
             tear(&folder.join("journal"));
@@ -241,7 +339,11 @@ async fn ctrl_c_is_an_abort() {
     let w = World::new();
     let (child, _) = w.paused_at("precopy:after").await;
     let pid = child.id().expect("pid");
-    let killed = Command::new("kill").args(["-INT", &pid.to_string()]).status().await.expect("kill");
+    let killed = Command::new("kill")
+        .args(["-INT", &pid.to_string()])
+        .status()
+        .await
+        .expect("kill");
     assert!(killed.success());
     let out = child.wait_with_output().await.expect("wait");
     assert_eq!(out.status.code(), Some(3), "{}", text(&out));
@@ -252,13 +354,25 @@ async fn ctrl_c_is_an_abort() {
 async fn bad_input_is_one_clear_line() {
     let w = World::new();
     for (line, code, word) in [
-        ("migrate prodcuer --from a --to b", 2, "did you mean 'producer'"),
+        (
+            "migrate prodcuer --from a --to b",
+            2,
+            "did you mean 'producer'",
+        ),
         ("migrate producer --to c", 2, "knows no host 'c'"),
-        ("migrate producer --from a --to a", 2, "already run on host 'a'"),
+        (
+            "migrate producer --from a --to a",
+            2,
+            "already run on host 'a'",
+        ),
         ("migrate producer,producer --to b", 2, "named twice"),
         ("migrate nobody --to b", 2, "no host knows a VM 'nobody'"),
         ("migrate @discover --to b", 2, "needs --from"),
-        ("migrate chain --to b --order producer,middle", 2, "--order must name each VM"),
+        (
+            "migrate chain --to b --order producer,middle",
+            2,
+            "--order must name each VM",
+        ),
         ("migrate producer --from b --to a", 5, "absent"),
         ("report 0000000000000001", 2, "no migration"),
         ("abort", 2, "no migration"),
@@ -268,7 +382,10 @@ async fn bad_input_is_one_clear_line() {
         let err = String::from_utf8_lossy(&out.stderr).into_owned();
         assert_eq!(out.status.code(), Some(code), "{line}: {}", text(&out));
         let last = err.lines().last().unwrap_or_default();
-        assert!(last.starts_with("gangway: ") && last.contains(word), "{line}: {err}");
+        assert!(
+            last.starts_with("gangway: ") && last.contains(word),
+            "{line}: {err}"
+        );
     }
     std::fs::remove_file(w.path("b.sock")).expect("remove");
     let out = w.run("migrate chain --from a --to b").await;
@@ -282,7 +399,11 @@ async fn one_vm_and_unconnected_vms_may_move_and_it_is_said() {
     let w = World::new();
     let out = w.run("migrate producer,consumer --to b").await;
     assert_eq!(out.status.code(), Some(0), "{}", text(&out));
-    assert!(text(&out).contains("not connected with the rest"), "{}", text(&out));
+    assert!(
+        text(&out).contains("not connected with the rest"),
+        "{}",
+        text(&out)
+    );
     let out = w.run("migrate middle --to b").await;
     assert_eq!(out.status.code(), Some(0), "{}", text(&out));
     assert!(text(&out).contains("a group of one VM"), "{}", text(&out));
@@ -291,15 +412,37 @@ async fn one_vm_and_unconnected_vms_may_move_and_it_is_said() {
 #[tokio::test(flavor = "multi_thread")]
 async fn listings_print_text_and_json() {
     let w = World::new();
-    for line in ["host list", "host show a", "vm list", "vm list a", "flows a", "discover a", "plan chain", "status", "migrate chain --to b --dry-run"] {
+    for line in [
+        "host list",
+        "host show a",
+        "vm list",
+        "vm list a",
+        "flows a",
+        "discover a",
+        "plan chain",
+        "status",
+        "migrate chain --to b --dry-run",
+    ] {
         let out = w.run(line).await;
-        assert!(out.status.success() && !out.stdout.is_empty(), "{line}: {}", text(&out));
+        assert!(
+            out.status.success() && !out.stdout.is_empty(),
+            "{line}: {}",
+            text(&out)
+        );
         let out = w.run(&format!("{line} -o json")).await;
         assert!(out.status.success(), "{line}: {}", text(&out));
         serde_json::from_slice::<Value>(&out.stdout).unwrap_or_else(|e| panic!("{line}: {e}"));
     }
     for format in ["dot", "mermaid", "svg"] {
-        assert!(w.run(&format!("plan chain -o {format}")).await.status.success());
+        assert!(
+            w.run(&format!("plan chain -o {format}"))
+                .await
+                .status
+                .success()
+        );
     }
-    assert!(w.a.calls().iter().all(|c| c != "HoldOpen"), "a dry run changes nothing");
+    assert!(
+        w.a.calls().iter().all(|c| c != "HoldOpen"),
+        "a dry run changes nothing"
+    );
 }

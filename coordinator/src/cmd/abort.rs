@@ -53,20 +53,42 @@ fn told(cx: &Context, id: HoldId, format: Format) -> Result<(), Failure> {
     }
 }
 
-async fn take_up(cx: &Context, id: HoldId, journal: Journal, format: Format) -> Result<(), Failure> {
+async fn take_up(
+    cx: &Context,
+    id: HoldId,
+    journal: Journal,
+    format: Format,
+) -> Result<(), Failure> {
     let past = cx.store.read(id)?;
     let mission = past.mission.clone();
     let hosts = cx.hosts()?;
     let source = Switch::new(&hosts, hosts.find(&mission.from)?)?;
     let target = Switch::new(&hosts, hosts.find(&mission.to)?)?;
-    let world = Arc::new(World::new(mission.clone(), source, target, past.facts.clone()));
+    let world = Arc::new(World::new(
+        mission.clone(),
+        source,
+        target,
+        past.facts.clone(),
+    ));
     let (machine, first) = Machine::replay(mission.freeze, &past.steps());
     anstream::eprintln!(
         "migration {id}: its coordinator is dead; {}",
-        if machine.past_return() { "past the point of no return, finishing it" } else { "undoing it" }
+        if machine.past_return() {
+            "past the point of no return, finishing it"
+        } else {
+            "undoing it"
+        }
     );
     let progress = Progress::new(world.clone(), format == Format::Json);
-    let (ended, journal) = drive(world, journal, machine, first, Interference::default(), progress).await?;
+    let (ended, journal) = drive(
+        world,
+        journal,
+        machine,
+        first,
+        Interference::default(),
+        progress,
+    )
+    .await?;
     let report = write(cx, &journal, id, None)?;
     print(&report, format)?;
     match ended.outcome {

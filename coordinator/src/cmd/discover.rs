@@ -24,10 +24,16 @@ pub async fn exec(cx: &Context, c: OfHost) -> Result<(), Failure> {
             })
             .collect()
     };
-    let found: Vec<(&str, Vec<String>)> =
-        running.iter().map(|vm| (*vm, partners(vm))).filter(|(_, p)| !p.is_empty()).collect();
+    let found: Vec<(&str, Vec<String>)> = running
+        .iter()
+        .map(|vm| (*vm, partners(vm)))
+        .filter(|(_, p)| !p.is_empty())
+        .collect();
     if c.output.output == Format::Json {
-        let vms: Vec<_> = found.iter().map(|(vm, p)| json!({"vm": vm, "connected_with": p})).collect();
+        let vms: Vec<_> = found
+            .iter()
+            .map(|(vm, p)| json!({"vm": vm, "connected_with": p}))
+            .collect();
         return json(&json!({"host": c.host, "vms": vms, "links": links}));
     }
     if found.is_empty() {

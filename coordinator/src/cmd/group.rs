@@ -23,7 +23,10 @@ pub struct Found {
 
 /// The VMs that run.
 pub fn active(vms: &[VmInfo]) -> BTreeSet<&str> {
-    vms.iter().filter(|v| v.status == "running").map(|v| v.name.as_str()).collect()
+    vms.iter()
+        .filter(|v| v.status == "running")
+        .map(|v| v.name.as_str())
+        .collect()
 }
 
 /// Finds the group, on `from` or wherever its VMs run, and its order.
@@ -36,14 +39,28 @@ pub async fn find(
     let names = match hosts.groups.iter().find(|g| g.name == group) {
         _ if group == DISCOVER => None,
         Some(g) => Some(g.vms.clone()),
-        None => Some(group.split(',').map(|s| s.trim().to_owned()).collect::<Vec<_>>()),
+        None => Some(
+            group
+                .split(',')
+                .map(|s| s.trim().to_owned())
+                .collect::<Vec<_>>(),
+        ),
     };
     if let Some(names) = &names {
         if names.iter().any(String::is_empty) {
-            return Err(Failure::usage(format!("'{group}' names no VM: write VM names with commas between them")));
+            return Err(Failure::usage(format!(
+                "'{group}' names no VM: write VM names with commas between them"
+            )));
         }
-        if let Some(twice) = names.iter().enumerate().find(|(i, n)| names[..*i].contains(n)) {
-            return Err(Failure::usage(format!("VM '{}' is named twice in '{group}'", twice.1)));
+        if let Some(twice) = names
+            .iter()
+            .enumerate()
+            .find(|(i, n)| names[..*i].contains(n))
+        {
+            return Err(Failure::usage(format!(
+                "VM '{}' is named twice in '{group}'",
+                twice.1
+            )));
         }
     }
     let (source, vms) = match (from, &names) {
@@ -63,14 +80,21 @@ pub async fn find(
                 if !vms.iter().any(|v| v.name == *n) {
                     let groups = hosts.groups.iter().map(|g| g.name.as_str());
                     let hint = hint(n, vms.iter().map(|v| v.name.as_str()).chain(groups));
-                    return Err(Failure::usage(format!("host '{}' knows no VM (and there is no group) '{n}'{hint}", source.host())));
+                    return Err(Failure::usage(format!(
+                        "host '{}' knows no VM (and there is no group) '{n}'{hint}",
+                        source.host()
+                    )));
                 }
             }
             names.iter().map(String::as_str).collect()
         }
         None => {
             let all = graph::links(&running, &links);
-            running.iter().copied().filter(|vm| all.iter().any(|l| l.from == *vm || l.to == *vm)).collect()
+            running
+                .iter()
+                .copied()
+                .filter(|vm| all.iter().any(|l| l.from == *vm || l.to == *vm))
+                .collect()
         }
     };
     if members.is_empty() {
@@ -101,7 +125,10 @@ async fn locate(hosts: &Hosts, names: &[String]) -> Result<(Switch, Vec<VmInfo>)
             }
         };
         known.extend(vms.iter().map(|v| v.name.clone()));
-        let here: Vec<&String> = names.iter().filter(|n| active(&vms).contains(n.as_str())).collect();
+        let here: Vec<&String> = names
+            .iter()
+            .filter(|n| active(&vms).contains(n.as_str()))
+            .collect();
         if here.is_empty() {
             continue;
         }
@@ -115,14 +142,26 @@ async fn locate(hosts: &Hosts, names: &[String]) -> Result<(Switch, Vec<VmInfo>)
         }
         home = Some((switch, vms));
     }
-    home.ok_or_else(|| match (names.iter().find(|n| !known.contains(*n)), silent.is_empty()) {
-        (_, false) => Failure::new(
-            Code::Unreachable,
-            format!("the VMs run on no host that answers, and: {}", silent.join("; ")),
-        ),
-        (Some(n), true) => {
-            Failure::usage(format!("no host knows a VM '{n}'{}", hint(n, known.iter().map(String::as_str))))
+    home.ok_or_else(|| {
+        match (
+            names.iter().find(|n| !known.contains(*n)),
+            silent.is_empty(),
+        ) {
+            (_, false) => Failure::new(
+                Code::Unreachable,
+                format!(
+                    "the VMs run on no host that answers, and: {}",
+                    silent.join("; ")
+                ),
+            ),
+            (Some(n), true) => Failure::usage(format!(
+                "no host knows a VM '{n}'{}",
+                hint(n, known.iter().map(String::as_str))
+            )),
+            (None, true) => Failure::refused(format!(
+                "none of {} runs anywhere; `gangway vm list` shows them",
+                names.join(", ")
+            )),
         }
-        (None, true) => Failure::refused(format!("none of {} runs anywhere; `gangway vm list` shows them", names.join(", "))),
     })
 }

@@ -20,7 +20,10 @@ async fn list(cx: &Context, format: Format) -> Result<(), Failure> {
     let hosts = cx.hosts()?;
     let mut rows: Vec<(String, String, Result<HostInfo, String>)> = Vec::new();
     for h in &hosts.hosts {
-        let info = Switch::new(&hosts, h)?.host_show().await.map_err(|e| e.to_string());
+        let info = Switch::new(&hosts, h)?
+            .host_show()
+            .await
+            .map_err(|e| e.to_string());
         rows.push((h.name.clone(), h.way.to_string(), info));
     }
     if format == Format::Json {
@@ -30,7 +33,16 @@ async fn list(cx: &Context, format: Format) -> Result<(), Failure> {
             .collect();
         return json(&rows);
     }
-    let mut t = table(&["host", "at", "state", "version", "ports", "vms", "spool used", "of"]);
+    let mut t = table(&[
+        "host",
+        "at",
+        "state",
+        "version",
+        "ports",
+        "vms",
+        "spool used",
+        "of",
+    ]);
     for (name, at, info) in rows {
         match info {
             Ok(i) => t.add_row(vec![
@@ -66,11 +78,25 @@ async fn one(cx: &Context, host: &str, format: Format) -> Result<(), Failure> {
         info.version,
         info.uptime_s,
         info.workers,
-        if info.migration_address.is_empty() { "nowhere" } else { &info.migration_address },
+        if info.migration_address.is_empty() {
+            "nowhere"
+        } else {
+            &info.migration_address
+        },
         bytes(info.spool_used_bytes),
         bytes(info.spool_quota_bytes)
     );
-    let mut t = table(&["port", "kind", "vm", "mac", "state", "frames in", "frames out", "dropped", "error"]);
+    let mut t = table(&[
+        "port",
+        "kind",
+        "vm",
+        "mac",
+        "state",
+        "frames in",
+        "frames out",
+        "dropped",
+        "error",
+    ]);
     for p in ports {
         t.add_row(vec![
             p.name.into(),
@@ -86,7 +112,14 @@ async fn one(cx: &Context, host: &str, format: Format) -> Result<(), Failure> {
     }
     show(&t);
     for h in holds {
-        anstream::println!("hold {} ({:?}, {:?}) of {} with {}", h.hold, h.role, h.state, h.vms.join(", "), h.peer);
+        anstream::println!(
+            "hold {} ({:?}, {:?}) of {} with {}",
+            h.hold,
+            h.role,
+            h.state,
+            h.vms.join(", "),
+            h.peer
+        );
     }
     Ok(())
 }

@@ -31,20 +31,32 @@ pub async fn exec(cx: &Context, c: MigrateArgs) -> Result<(), Failure> {
     let mission = mission(&hosts, &c, &found).await?;
     let source = found.source;
 
+    // Before there is a journal: what is refused here was never a migration. The machine's first step checks again.
+    check(&mission, &source, &target).await?;
     if c.dry_run {
-        check(&mission, &source, &target).await?;
         return dry_run(&mission, c.output.output);
     }
     let show_progress = !c.quiet;
     if show_progress {
-        anstream::eprintln!("migration {}: {} -> {}", mission.id, mission.from, mission.to);
+        anstream::eprintln!(
+            "migration {}: {} -> {}",
+            mission.id,
+            mission.from,
+            mission.to
+        );
         anstream::eprint!("{}", draw::text(&mission.plan));
     }
     let journal = cx.store.create(&mission)?;
-    let world = Arc::new(World::new(mission.clone(), source, target, Facts::default()));
+    let world = Arc::new(World::new(
+        mission.clone(),
+        source,
+        target,
+        Facts::default(),
+    ));
     let progress = Progress::new(world.clone(), c.quiet);
     let machine = Machine::new(mission.freeze);
-    let (ended, journal) = drive(world, journal, machine, Vec::new(), interference, progress).await?;
+    let (ended, journal) =
+        drive(world, journal, machine, Vec::new(), interference, progress).await?;
     let report = write(cx, &journal, mission.id, c.report.as_deref())?;
     print(&report, c.output.output)?;
     if show_progress {
@@ -58,7 +70,9 @@ async fn mission(hosts: &Hosts, c: &MigrateArgs, found: &Found) -> Result<Missio
     let target = hosts.find(&c.to)?;
     let from = found.source.host().to_owned();
     if from == target.name {
-        return Err(Failure::usage(format!("the VMs already run on host '{from}'")));
+        return Err(Failure::usage(format!(
+            "the VMs already run on host '{from}'"
+        )));
     }
     let Some(address) = target.address else {
         return Err(Failure::usage(format!(
@@ -71,10 +85,23 @@ async fn mission(hosts: &Hosts, c: &MigrateArgs, found: &Found) -> Result<Missio
     let ours = |vm: &String| found.plan.order.contains(vm);
     let ports: Vec<PortOf> = ports
         .into_iter()
-        .filter_map(|p| Some(PortOf { name: p.name, mac: p.mac, vm: p.vm.filter(ours)? }))
+        .filter_map(|p| {
+            Some(PortOf {
+                name: p.name,
+                mac: p.mac,
+                vm: p.vm.filter(ours)?,
+            })
+        })
         .collect();
-    if let Some(vm) = found.plan.order.iter().find(|vm| ports.iter().all(|p| p.vm != **vm)) {
-        return Err(Failure::usage(format!("VM '{vm}' has no port at the switch of host '{from}'")));
+    if let Some(vm) = found
+        .plan
+        .order
+        .iter()
+        .find(|vm| ports.iter().all(|p| p.vm != **vm))
+    {
+        return Err(Failure::usage(format!(
+            "VM '{vm}' has no port at the switch of host '{from}'"
+        )));
     }
     let secret: [u8; 32] = random()?;
     Ok(Mission {
@@ -121,9 +148,19 @@ fn dry_run(mission: &Mission, format: Format) -> Result<(), Failure> {
     for r in TABLE.iter().filter(|r| r.step.in_mode(mission.freeze)) {
         let undo = match r.step >= NO_RETURN {
             true => "none: it is tried again".to_owned(),
-            false => r.undo.iter().map(|u| u.text()).collect::<Vec<_>>().join(", "),
+            false => r
+                .undo
+                .iter()
+                .map(|u| u.text())
+                .collect::<Vec<_>>()
+                .join(", "),
         };
-        t.add_row(vec![r.name.to_owned(), r.actor.to_owned(), r.forward.to_owned(), undo]);
+        t.add_row(vec![
+            r.name.to_owned(),
+            r.actor.to_owned(),
+            r.forward.to_owned(),
+            undo,
+        ]);
     }
     show(&t);
     anstream::println!("all checks passed; nothing was changed");

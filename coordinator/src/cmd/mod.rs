@@ -53,10 +53,18 @@ pub fn main() -> ExitCode {
         Err(e) => {
             // To standard output or error, as clap sees fit; if that is gone there is nobody to tell.
             let _ = e.print();
-            return ExitCode::from(if e.use_stderr() { Code::Usage as u8 } else { Code::Ok as u8 });
+            return ExitCode::from(if e.use_stderr() {
+                Code::Usage as u8
+            } else {
+                Code::Ok as u8
+            });
         }
     };
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+    {
         Ok(r) => r,
         Err(e) => return fail(&Failure::failed(format!("cannot start: {e}"))),
     };
@@ -74,7 +82,10 @@ fn fail(f: &Failure) -> ExitCode {
 }
 
 async fn run(cli: Cli) -> Result<(), Failure> {
-    let cx = Context { cli_hosts: cli.hosts, store: Store::new(&cli.state) };
+    let cx = Context {
+        cli_hosts: cli.hosts,
+        store: Store::new(&cli.state),
+    };
     match cli.command {
         Command::Pki(c) => pki::exec(c),
         Command::Host(c) => host::exec(&cx, c).await,

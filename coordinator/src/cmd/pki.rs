@@ -9,7 +9,13 @@ use crate::pki::{init, issue};
 pub fn exec(command: Pki) -> Result<(), Failure> {
     let files = match command {
         Pki::Init { dir } => init(&dir)?,
-        Pki::Issue { dir, name, host, coordinator: _, address } => {
+        Pki::Issue {
+            dir,
+            name,
+            host,
+            coordinator: _,
+            address,
+        } => {
             let role = if host { Role::Host } else { Role::Coordinator };
             issue(&dir, &name, role, &address)?
         }

@@ -8,7 +8,13 @@ use crate::graph::draw;
 use crate::table::json;
 
 pub async fn exec(cx: &Context, c: PlanArgs) -> Result<(), Failure> {
-    let found = find(&cx.hosts()?, &c.group, c.from.as_deref(), c.order.as_deref()).await?;
+    let found = find(
+        &cx.hosts()?,
+        &c.group,
+        c.from.as_deref(),
+        c.order.as_deref(),
+    )
+    .await?;
     let picture = match c.output {
         PlanFormat::Json => return json(&found.plan),
         PlanFormat::Text => draw::text(&found.plan),

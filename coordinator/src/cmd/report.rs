@@ -19,13 +19,24 @@ pub fn exec(cx: &Context, c: OfMigration) -> Result<(), Failure> {
 /// The account, made from the journal.
 pub fn make(cx: &Context, id: HoldId) -> Result<Report, Failure> {
     let past = cx.store.read(id)?;
-    Ok(Report::new(&past.mission, &past.facts, &past.entries, &past.troubles))
+    Ok(Report::new(
+        &past.mission,
+        &past.facts,
+        &past.entries,
+        &past.troubles,
+    ))
 }
 
 /// Makes it and puts it into the migration's folder, and to `also`.
-pub fn write(cx: &Context, journal: &Journal, id: HoldId, also: Option<&Path>) -> Result<Report, Failure> {
+pub fn write(
+    cx: &Context,
+    journal: &Journal,
+    id: HoldId,
+    also: Option<&Path>,
+) -> Result<Report, Failure> {
     let report = make(cx, id)?;
-    let text = serde_json::to_vec_pretty(&report).map_err(|e| Failure::failed(format!("cannot write JSON: {e}")))?;
+    let text = serde_json::to_vec_pretty(&report)
+        .map_err(|e| Failure::failed(format!("cannot write JSON: {e}")))?;
     journal.put("report.json", &text)?;
     if let Some(path) = also {
         replace(path, &text)?;
@@ -60,7 +71,15 @@ pub fn print(r: &Report, format: Format) -> Result<(), Failure> {
         ms(r.blackout_ms),
         ms(r.freeze_to_thaw_ms)
     );
-    let mut t = table(&["vm", "pre-copied", "left at stop", "passes", "dirty pages/s", "pause ms", "qemu downtime ms"]);
+    let mut t = table(&[
+        "vm",
+        "pre-copied",
+        "left at stop",
+        "passes",
+        "dirty pages/s",
+        "pause ms",
+        "qemu downtime ms",
+    ]);
     for v in &r.vms {
         t.add_row(vec![
             v.name.clone().into(),
@@ -74,7 +93,10 @@ pub fn print(r: &Report, format: Format) -> Result<(), Failure> {
     }
     show(&t);
     if !r.links.is_empty() {
-        let mut t = table(&["lane", "held", "bytes", "shipped", "flushed", "behind", "dropped", "source", "target", "agree"]);
+        let mut t = table(&[
+            "lane", "held", "bytes", "shipped", "flushed", "behind", "dropped", "source", "target",
+            "agree",
+        ]);
         for l in &r.links {
             t.add_row(vec![
                 l.lane.clone().into(),
@@ -97,10 +119,15 @@ pub fn print(r: &Report, format: Format) -> Result<(), Failure> {
     }
     show(&t);
     if !r.stopped_early.is_empty() {
-        anstream::println!("note: QEMU stopped by itself before the freeze: {}", r.stopped_early.join(", "));
+        anstream::println!(
+            "note: QEMU stopped by itself before the freeze: {}",
+            r.stopped_early.join(", ")
+        );
     }
     if r.tap_drained == Some(false) {
-        anstream::println!("note: the queue of a TAP was not seen empty before the stop; what it held was read back");
+        anstream::println!(
+            "note: the queue of a TAP was not seen empty before the stop; what it held was read back"
+        );
     }
     for t in &r.troubles {
         anstream::println!("note: {t}");

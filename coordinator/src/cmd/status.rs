@@ -41,7 +41,13 @@ fn list(cx: &Context, format: Format) -> Result<(), Failure> {
     }
     let mut t = table(&["migration", "state", "from", "to", "vms"]);
     for (id, p, state) in rows {
-        t.add_row(vec![id.to_string(), state, p.mission.from.clone(), p.mission.to.clone(), p.mission.vms().join(",")]);
+        t.add_row(vec![
+            id.to_string(),
+            state,
+            p.mission.from.clone(),
+            p.mission.to.clone(),
+            p.mission.vms().join(","),
+        ]);
     }
     show(&t);
     Ok(())
@@ -60,7 +66,10 @@ fn state(cx: &Context, id: HoldId, past: &Past) -> Result<String, Failure> {
 }
 
 fn snake(value: &impl serde::Serialize) -> String {
-    serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+    serde_json::to_value(value)
+        .ok()
+        .and_then(|v| v.as_str().map(str::to_owned))
+        .unwrap_or_default()
 }
 
 fn current(past: &Past) -> Option<Step> {
@@ -73,22 +82,37 @@ fn current(past: &Past) -> Option<Step> {
 fn one(cx: &Context, id: HoldId, format: Format) -> Result<(), Failure> {
     let past = cx.store.read(id)?;
     let has = |wanted: Entry| past.entries.iter().any(|(_, e)| *e == wanted);
-    let word = |s: Step| match (has(Entry::Done(s)), has(Entry::Failed(s)), has(Entry::Begin(s))) {
+    let word = |s: Step| match (
+        has(Entry::Done(s)),
+        has(Entry::Failed(s)),
+        has(Entry::Begin(s)),
+    ) {
         (true, ..) => "done",
         (_, true, _) => "failed",
         (.., true) => "running",
         _ => "",
     };
     let state = state(cx, id, &past)?;
-    let rows: Vec<_> = TABLE.iter().filter(|r| r.step.in_mode(past.mission.freeze)).map(|r| (r, word(r.step))).collect();
+    let rows: Vec<_> = TABLE
+        .iter()
+        .filter(|r| r.step.in_mode(past.mission.freeze))
+        .map(|r| (r, word(r.step)))
+        .collect();
     if format == Format::Json {
-        let steps: Vec<_> = rows.iter().map(|(r, w)| json!({"step": r.name, "state": w})).collect();
+        let steps: Vec<_> = rows
+            .iter()
+            .map(|(r, w)| json!({"step": r.name, "state": w}))
+            .collect();
         return json(&json!({
             "migration": id, "state": state, "from": past.mission.from, "to": past.mission.to,
             "vms": past.mission.vms(), "steps": steps, "troubles": past.troubles,
         }));
     }
-    anstream::println!("migration {id} {} -> {}: {state}", past.mission.from, past.mission.to);
+    anstream::println!(
+        "migration {id} {} -> {}: {state}",
+        past.mission.from,
+        past.mission.to
+    );
     let mut t = table(&["step", "state", "who", "does"]);
     for (r, w) in rows {
         t.add_row(vec![r.name, w, r.actor, r.forward]);

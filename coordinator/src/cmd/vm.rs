@@ -25,12 +25,23 @@ pub async fn exec(cx: &Context, command: VmCmd) -> Result<(), Failure> {
         }
     }
     if output.output == Format::Json {
-        json(&rows.iter().map(|(host, vm)| json!({"host": host, "vm": vm})).collect::<Vec<_>>())?;
+        json(
+            &rows
+                .iter()
+                .map(|(host, vm)| json!({"host": host, "vm": vm}))
+                .collect::<Vec<_>>(),
+        )?;
     } else {
         let mut t = table(&["vm", "host", "status", "ports", "can arrive"]);
         for (host, v) in rows {
             let arrive = if v.can_arrive { "yes" } else { "no" };
-            t.add_row(vec![v.name, host, v.status, v.ports.join(","), arrive.to_owned()]);
+            t.add_row(vec![
+                v.name,
+                host,
+                v.status,
+                v.ports.join(","),
+                arrive.to_owned(),
+            ]);
         }
         show(&t);
     }

@@ -9,7 +9,15 @@ use crate::table::bytes;
 
 /// For people.
 pub fn text(plan: &Plan) -> String {
-    let mut out = format!("order: {}{}\n", plan.order.join(" -> "), if plan.overridden { " (given by --order)" } else { "" });
+    let mut out = format!(
+        "order: {}{}\n",
+        plan.order.join(" -> "),
+        if plan.overridden {
+            " (given by --order)"
+        } else {
+            ""
+        }
+    );
     for line in &plan.why {
         let _ = writeln!(out, "  {line}");
     }
@@ -25,12 +33,23 @@ pub fn text(plan: &Plan) -> String {
         );
     }
     for c in &plan.cycles {
-        let _ = writeln!(out, "circle: {} depend on each other; ordered by net flow", c.join(", "));
+        let _ = writeln!(
+            out,
+            "circle: {} depend on each other; ordered by net flow",
+            c.join(", ")
+        );
     }
     if plan.order.len() == 1 {
-        let _ = writeln!(out, "note: a group of one VM: nothing inside to hold, its links to others are held at the switchover");
+        let _ = writeln!(
+            out,
+            "note: a group of one VM: nothing inside to hold, its links to others are held at the switchover"
+        );
     } else if !plan.unconnected.is_empty() {
-        let _ = writeln!(out, "note: not connected with the rest of the group: {}", plan.unconnected.join(", "));
+        let _ = writeln!(
+            out,
+            "note: not connected with the rest of the group: {}",
+            plan.unconnected.join(", ")
+        );
     }
     out
 }
@@ -40,11 +59,22 @@ pub fn dot(plan: &Plan) -> String {
     let q = |s: &str| format!("\"{}\"", s.replace('\\', "\\\\").replace('"', "\\\""));
     let mut out = "digraph plan {\n  rankdir=LR;\n  node [shape=box];\n".to_owned();
     for (i, vm) in plan.order.iter().enumerate() {
-        let _ = writeln!(out, "  {} [label={}];", q(vm), q(&format!("{}. {vm}", i + 1)));
+        let _ = writeln!(
+            out,
+            "  {} [label={}];",
+            q(vm),
+            q(&format!("{}. {vm}", i + 1))
+        );
     }
     for l in &plan.links {
         let style = if l.net_bytes == 0 { ", dir=both" } else { "" };
-        let _ = writeln!(out, "  {} -> {} [label={}{style}];", q(&l.from), q(&l.to), q(&bytes(l.net_bytes)));
+        let _ = writeln!(
+            out,
+            "  {} -> {} [label={}{style}];",
+            q(&l.from),
+            q(&l.to),
+            q(&bytes(l.net_bytes))
+        );
     }
     out + "}\n"
 }
@@ -59,14 +89,24 @@ pub fn mermaid(plan: &Plan) -> String {
     }
     for l in &plan.links {
         let arrow = if l.net_bytes == 0 { "<-->" } else { "-->" };
-        let _ = writeln!(out, "  v{} {arrow}|\"{}\"| v{}", place(&l.from), bytes(l.net_bytes), place(&l.to));
+        let _ = writeln!(
+            out,
+            "  v{} {arrow}|\"{}\"| v{}",
+            place(&l.from),
+            bytes(l.net_bytes),
+            place(&l.to)
+        );
     }
     out
 }
 
 /// A small picture: the VMs in order from left to right, links as arcs; those against the order below.
 pub fn svg(plan: &Plan) -> String {
-    let q = |s: &str| s.replace('&', "&amp;").replace('<', "&lt;").replace('"', "&quot;");
+    let q = |s: &str| {
+        s.replace('&', "&amp;")
+            .replace('<', "&lt;")
+            .replace('"', "&quot;")
+    };
     let place = |vm: &str| plan.order.iter().position(|o| o == vm).unwrap_or(0);
     let x = |i: usize| 90 + 180 * i as i64;
     let width = 180 * plan.order.len().max(1) as i64;

@@ -59,7 +59,10 @@ pub fn links(vms: &BTreeSet<&str>, infos: &[LinkInfo]) -> Vec<Link> {
             *bytes = bytes.saturating_add(l.payload_bytes);
         }
     }
-    let pairs: BTreeSet<(&str, &str)> = sent.keys().map(|&(a, b)| if a < b { (a, b) } else { (b, a) }).collect();
+    let pairs: BTreeSet<(&str, &str)> = sent
+        .keys()
+        .map(|&(a, b)| if a < b { (a, b) } else { (b, a) })
+        .collect();
     let amount = |a, b| sent.get(&(a, b)).copied().unwrap_or(0);
     pairs
         .into_iter()
@@ -91,28 +94,42 @@ pub fn plan(vms: &BTreeSet<&str>, infos: &[LinkInfo]) -> Plan {
     let net = |vm: &str, within: &dyn Fn(&str) -> bool| -> i128 {
         graph
             .all_edges()
-            .map(|(a, b, w)| match (a == vm && within(b), b == vm && within(a)) {
-                (true, _) => i128::from(*w),
-                (_, true) => -i128::from(*w),
-                _ => 0,
-            })
+            .map(
+                |(a, b, w)| match (a == vm && within(b), b == vm && within(a)) {
+                    (true, _) => i128::from(*w),
+                    (_, true) => -i128::from(*w),
+                    _ => 0,
+                },
+            )
             .sum()
     };
 
     let mut components: Vec<Vec<&str>> = petgraph::algo::tarjan_scc(&graph);
     for c in &mut components {
         let members: BTreeSet<&str> = c.iter().copied().collect();
-        c.sort_by_key(|vm| (std::cmp::Reverse(net(vm, &|other| members.contains(other))), *vm));
+        c.sort_by_key(|vm| {
+            (
+                std::cmp::Reverse(net(vm, &|other| members.contains(other))),
+                *vm,
+            )
+        });
     }
     // Kahn's algorithm over the components; of those that are free, the one that sends most goes first.
-    components.sort_by_key(|c| (std::cmp::Reverse(c.iter().map(|vm| net(vm, &|_| true)).sum::<i128>()), c[0]));
+    components.sort_by_key(|c| {
+        (
+            std::cmp::Reverse(c.iter().map(|vm| net(vm, &|_| true)).sum::<i128>()),
+            c[0],
+        )
+    });
     let mut order: Vec<&str> = Vec::new();
     let mut cycles = Vec::new();
     while !components.is_empty() {
         let free = components
             .iter()
             .position(|c| {
-                graph.all_edges().all(|(a, b, _)| !c.contains(&b) || c.contains(&a) || order.contains(&a))
+                graph
+                    .all_edges()
+                    .all(|(a, b, _)| !c.contains(&b) || c.contains(&a) || order.contains(&a))
             })
             // The condensation of a graph has no circle, so one is always free.
             .unwrap_or(0);
@@ -123,9 +140,19 @@ pub fn plan(vms: &BTreeSet<&str>, infos: &[LinkInfo]) -> Plan {
         order.extend(c);
     }
     let order: Vec<String> = order.into_iter().map(str::to_owned).collect();
-    let unconnected =
-        order.iter().filter(|vm| !links.iter().any(|l| l.from == **vm || l.to == **vm)).cloned().collect();
-    let mut plan = Plan { order, links, cycles, unconnected, why: Vec::new(), overridden: false };
+    let unconnected = order
+        .iter()
+        .filter(|vm| !links.iter().any(|l| l.from == **vm || l.to == **vm))
+        .cloned()
+        .collect();
+    let mut plan = Plan {
+        order,
+        links,
+        cycles,
+        unconnected,
+        why: Vec::new(),
+        overridden: false,
+    };
     plan.why = why(&plan);
     plan
 }
@@ -151,7 +178,12 @@ impl Plan {
 }
 
 fn why(plan: &Plan) -> Vec<String> {
-    let place = |vm: &str| plan.order.iter().position(|o| o == vm).unwrap_or(usize::MAX);
+    let place = |vm: &str| {
+        plan.order
+            .iter()
+            .position(|o| o == vm)
+            .unwrap_or(usize::MAX)
+    };
     plan.order
         .iter()
         .enumerate()

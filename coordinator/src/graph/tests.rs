@@ -22,12 +22,24 @@ fn info(from: &str, to: &str, payload: u64) -> LinkInfo {
 #[test]
 fn a_chain_goes_from_producer_to_consumer() {
     let vms = ["c", "m", "p"].into();
-    let p = plan(&vms, &[info("p", "m", 1000), info("m", "p", 10), info("m", "c", 900), info("c", "m", 9), info("x", "p", 99)]);
+    let p = plan(
+        &vms,
+        &[
+            info("p", "m", 1000),
+            info("m", "p", 10),
+            info("m", "c", 900),
+            info("c", "m", 9),
+            info("x", "p", 99),
+        ],
+    );
     assert_eq!(p.order, ["p", "m", "c"]);
     assert_eq!(p.links[0].net_bytes, 891);
     assert!(p.cycles.is_empty() && p.unconnected.is_empty());
     assert_eq!(p.why[0], "1. p: sends 990 bytes net to m");
-    let o = p.clone().overridden(&["c".into(), "m".into(), "p".into()]).expect("a permutation");
+    let o = p
+        .clone()
+        .overridden(&["c".into(), "m".into(), "p".into()])
+        .expect("a permutation");
     assert!(o.why[0].contains("against this order"));
     assert!(p.overridden(&["c".into(), "c".into(), "p".into()]).is_err());
 }
@@ -35,7 +47,15 @@ fn a_chain_goes_from_producer_to_consumer() {
 #[test]
 fn a_circle_is_condensed_and_ordered_by_net_flow() {
     let vms = ["a", "b", "c", "z"].into();
-    let p = plan(&vms, &[info("a", "b", 5), info("b", "c", 50), info("c", "a", 10), info("z", "a", 1)]);
+    let p = plan(
+        &vms,
+        &[
+            info("a", "b", 5),
+            info("b", "c", 50),
+            info("c", "a", 10),
+            info("z", "a", 1),
+        ],
+    );
     assert_eq!(p.order, ["z", "b", "a", "c"]);
     assert_eq!(p.cycles, [["b", "a", "c"]]);
 }

@@ -9,7 +9,7 @@ use gangway_shared::api::{HoldInfo, HoldState, RefusalCode, Reply, Request, Scop
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
-use super::brink::{Brink, Order, STARVED};
+use super::brink::{Brink, Order};
 use super::plan::Mission;
 use super::report::{Facts, difference};
 use super::steps::Step;
@@ -97,18 +97,28 @@ impl World {
 
     /// What was measured.
     pub fn facts(&self) -> MutexGuard<'_, Facts> {
-        self.facts.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.facts
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// What can be seen now.
     pub fn live(&self) -> MutexGuard<'_, HashMap<String, Live>> {
-        self.live.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.live
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// The VMM of a VM; connects if there is no living connection.
     pub async fn qemu(&self, end: End, vm: &str) -> Result<Qemu, VmmError> {
         let key = (end, vm.to_owned());
-        if let Some(q) = self.qemus.lock().await.get(&key).filter(|q| !q.events().is_gone()) {
+        if let Some(q) = self
+            .qemus
+            .lock()
+            .await
+            .get(&key)
+            .filter(|q| !q.events().is_gone())
+        {
             return Ok(q.clone());
         }
         let switch = match end {
@@ -151,9 +161,13 @@ impl World {
 pub async fn forward(w: &Arc<World>, step: Step) -> Result<(), StepError> {
     let hold = w.mission.id;
     match step {
-        Step::Check => crate::migration::run::check(&w.mission, &w.source, &w.target).await.map_err(StepError::Check),
+        Step::Check => crate::migration::run::check(&w.mission, &w.source, &w.target)
+            .await
+            .map_err(StepError::Check),
         Step::Prepare => {
-            w.target.call(&Request::IncomingPrepare(w.mission.prepare())).await?;
+            w.target
+                .call(&Request::IncomingPrepare(w.mission.prepare()))
+                .await?;
             w.source.call(&Request::HoldOpen(w.mission.open())).await?;
             Ok(())
         }
@@ -165,26 +179,47 @@ pub async fn forward(w: &Arc<World>, step: Step) -> Result<(), StepError> {
         Step::Seal => {
             let timeout_ms = w.mission.seal_ms;
             let within = Duration::from_millis(timeout_ms + 5000);
-            let info = w.source.hold(&Request::Seal { hold, timeout_ms }, within).await?;
+            let info = w
+                .source
+                .hold(&Request::Seal { hold, timeout_ms }, within)
+                .await?;
             w.facts().source = Some(info);
             Ok(())
         }
         Step::Switchover => switchover(w).await,
         Step::Restore => restore(w).await,
-        Step::Commit => w.target.call(&Request::Commit { hold }).await.map(drop).map_err(StepError::from),
+        Step::Commit => w
+            .target
+            .call(&Request::Commit { hold })
+            .await
+            .map(drop)
+            .map_err(StepError::from),
         Step::Activate => activate(w).await,
-        Step::Announce => w.target.call(&Request::Announce { hold }).await.map(drop).map_err(StepError::from),
+        Step::Announce => w
+            .target
+            .call(&Request::Announce { hold })
+            .await
+            .map(drop)
+            .map_err(StepError::from),
         Step::Depart => {
             let grace_ms = w.mission.grace_ms;
             let within = Duration::from_millis(grace_ms + 20_000);
-            w.source.call_within(&Request::Depart { hold, grace_ms }, within).await?;
+            w.source
+                .call_within(&Request::Depart { hold, grace_ms }, within)
+                .await?;
             Ok(())
         }
         Step::Settle => settle(w).await,
         Step::Retire => retire(w).await,
         Step::Release => {
-            let source = w.source.hold(&Request::HoldRelease { hold }, Duration::from_secs(20)).await?;
-            let target = w.target.hold(&Request::HoldRelease { hold }, Duration::from_secs(20)).await?;
+            let source = w
+                .source
+                .hold(&Request::HoldRelease { hold }, Duration::from_secs(20))
+                .await?;
+            let target = w
+                .target
+                .hold(&Request::HoldRelease { hold }, Duration::from_secs(20))
+                .await?;
             keep(w, source, target);
             Ok(())
         }
@@ -210,7 +245,13 @@ async fn start(w: &Arc<World>) -> Result<(), StepError> {
             let address = address.clone();
             async move {
                 w.target
-                    .call_within(&Request::VmmStart { vm: vm.clone(), hold: w.mission.id }, Duration::from_secs(30))
+                    .call_within(
+                        &Request::VmmStart {
+                            vm: vm.clone(),
+                            hold: w.mission.id,
+                        },
+                        Duration::from_secs(30),
+                    )
                     .await?;
                 let q = w.qemu(End::Target, &vm).await?;
                 q.set_capabilities(false).await?;
@@ -226,7 +267,10 @@ async fn start(w: &Arc<World>) -> Result<(), StepError> {
 }
 
 async fn freeze(w: &Arc<World>, scope: Scope) -> Result<(), StepError> {
-    let request = Request::Freeze { hold: w.mission.id, scope };
+    let request = Request::Freeze {
+        hold: w.mission.id,
+        scope,
+    };
     match w.source.call(&request).await? {
         Reply::Frozen { at_ns, drained } => {
             let mut f = w.facts();
@@ -250,7 +294,12 @@ async fn precopy(w: &Arc<World>) -> Result<(), StepError> {
         })
         .await?;
     w.each(|w, vm| async move {
-        let uri = w.facts().vms.get(&vm).map(|f| f.uri.clone()).unwrap_or_default();
+        let uri = w
+            .facts()
+            .vms
+            .get(&vm)
+            .map(|f| f.uri.clone())
+            .unwrap_or_default();
         Ok(w.qemu(End::Source, &vm).await?.migrate(&uri).await?)
     })
     .await?;
@@ -258,11 +307,20 @@ async fn precopy(w: &Arc<World>) -> Result<(), StepError> {
     let begun = Instant::now();
     let mut brink = Brink::new(sources.len());
     loop {
-        let looks = w.each(|w, vm| async move { Ok(w.qemu(End::Source, &vm).await?.healthy().await?) }).await?;
+        let looks = w
+            .each(|w, vm| async move { Ok(w.qemu(End::Source, &vm).await?.healthy().await?) })
+            .await?;
         let samples: Vec<_> = looks.iter().map(|p| p.sample).collect();
         let orders = brink.on(begun.elapsed().as_secs_f64() * 1000.0, &samples);
+        tracing::trace!(ms = begun.elapsed().as_millis(), ?samples);
+        if !orders.is_empty() {
+            tracing::debug!(ms = begun.elapsed().as_millis(), ?orders, ?samples);
+        }
         for (i, (q, p)) in sources.iter().zip(&looks).enumerate() {
-            let live = Live { state: brink.stage(i), progress: p.clone() };
+            let live = Live {
+                state: brink.stage(i),
+                progress: p.clone(),
+            };
             w.live().insert(q.vm.clone(), live);
         }
         if orders.contains(&Order::Go) {
@@ -281,9 +339,9 @@ async fn precopy(w: &Arc<World>) -> Result<(), StepError> {
         }
         let mut set = JoinSet::new();
         for order in orders {
-            if let Order::Bandwidth { vm, starve } = order {
-                let (q, rate) = (sources[vm].clone(), if starve { STARVED } else { share });
-                set.spawn(async move { q.set_bandwidth(rate).await });
+            if let Order::Bandwidth { vm, rate } = order {
+                let q = sources[vm].clone();
+                set.spawn(async move { q.set_bandwidth(rate.bytes_per_s(share)).await });
             }
         }
         while let Some(joined) = set.join_next().await {
@@ -318,23 +376,45 @@ async fn switchover(w: &Arc<World>) -> Result<(), StepError> {
     const WITHIN: Duration = Duration::from_secs(60);
     for vm in w.mission.vms() {
         let q = w.qemu(End::Source, vm).await?;
-        let p = q.reach(&["pre-switchover", "device", "completed"], WITHIN).await?;
+        let p = q
+            .reach(&["pre-switchover", "device", "completed"], WITHIN)
+            .await?;
         if p.status == "pre-switchover" {
             q.pass_brink().await?;
         }
     }
     for vm in w.mission.vms() {
-        let p = w.qemu(End::Source, vm).await?.reach(&["completed"], WITHIN).await?;
-        w.facts().vms.entry(vm.clone()).or_default().downtime_qemu_ms = p.downtime_ms;
-        w.qemu(End::Target, vm).await?.reach(&["completed"], WITHIN).await?;
-        w.live().insert(vm.clone(), Live { state: "arrived", progress: p });
+        let p = w
+            .qemu(End::Source, vm)
+            .await?
+            .reach(&["completed"], WITHIN)
+            .await?;
+        w.facts()
+            .vms
+            .entry(vm.clone())
+            .or_default()
+            .downtime_qemu_ms = p.downtime_ms;
+        w.qemu(End::Target, vm)
+            .await?
+            .reach(&["completed"], WITHIN)
+            .await?;
+        w.live().insert(
+            vm.clone(),
+            Live {
+                state: "arrived",
+                progress: p,
+            },
+        );
     }
     Ok(())
 }
 
 async fn restore(w: &Arc<World>) -> Result<(), StepError> {
     let hold = w.mission.id;
-    let info = w.target.hold(&Request::IncomingRestore { hold }, Duration::from_secs(20)).await?;
+    let info = w
+        .target
+        .hold(&Request::IncomingRestore { hold }, Duration::from_secs(20))
+        .await?;
     let mut f = w.facts();
     let differs = f.source.as_ref().and_then(|s| difference(s, &info));
     f.target = Some(info);
@@ -374,9 +454,17 @@ async fn settle(w: &Arc<World>) -> Result<(), StepError> {
         let text = format!(
             "the source is {:?}{}, the target {:?}{}",
             source.state,
-            source.error.as_ref().map(|e| format!(" ({e})")).unwrap_or_default(),
+            source
+                .error
+                .as_ref()
+                .map(|e| format!(" ({e})"))
+                .unwrap_or_default(),
             target.state,
-            target.error.as_ref().map(|e| format!(" ({e})")).unwrap_or_default()
+            target
+                .error
+                .as_ref()
+                .map(|e| format!(" ({e})"))
+                .unwrap_or_default()
         );
         keep(w, source, target);
         if settled {

@@ -14,30 +14,65 @@
 //!
 //! ```text
 //!  Copy --(near the end of the first pass)--> Held --> CatchUp --(caught up)--> Held     per VM
-//!  all Held and none far behind --> Sprint --(all awake and caught up, or no time left)--> Go
+//!  all Held, none behind --> Sprint --(all awake, nearly nothing left)--> Go
+//!                              `-----(somebody's first window ends)--> Held or CatchUp, and again
 //!  any VM stopped by QEMU itself --> Go at once
 //! ```
+//! A VM that dirties faster than the link carries never catches up: after some passes it counts as caught up, and what
+//! it has left is the group's pause.
 //!
 //! Invariant: pure; the time comes with the samples.
 
-/// Bytes per second of a VM that is held.
-pub const STARVED: u64 = 65536;
 /// QEMU's rate limit window, in milliseconds.
 const WINDOW_MS: f64 = 100.0;
 /// A VM that is copied at 1 Gbit/s or less is starved when so much is left of the first pass.
 const NEAR_BYTES: u64 = 12 << 20;
+const FALL_MS: f64 = 30.0;
+/// A pass is given so much bandwidth that what is left of it takes this long, in milliseconds: QEMU does not run past
+/// its end while we look elsewhere, and believes that little fits into a millisecond.
+const APPROACH_MS: u64 = 300;
+/// But not less, in bytes per second.
+const APPROACH_BYTES_PER_S: u64 = 8_000_000;
 /// Caught up: the bitmap was read again, and not more than this is left.
-const CAUGHT_UP_BYTES: u64 = 3 << 20;
-/// Good enough to stop.
-const LOW_BYTES: u64 = 512 << 10;
-/// Catching up ends after this, in milliseconds, for VMs that dirty faster than the link carries.
-const CATCH_UP_MS: f64 = 2000.0;
-/// Held VMs are watched for this long, to learn when their windows begin.
-const WATCH_MS: f64 = 250.0;
+const CAUGHT_UP_BYTES: u64 = 1 << 20;
+/// What the first sprint wants to leave at most for the pause, in milliseconds of copying; each further one twice that.
+const LEFT_MS: f64 = 8.0;
+/// With so little left, waiting for less is not worth the risk that somebody stops by himself.
+const ENOUGH_MS: f64 = 60.0;
+/// So many passes without catching up: it dirties faster than the link carries.
+const CATCH_UP_PASSES: u64 = 5;
+/// VMs are held for this long before a sprint: until a whole window has passed in which they were starved.
+const HOLD_MS: f64 = 210.0;
+/// A good place for a sprint is waited for so long.
+const PLACE_MS: f64 = 110.0;
 /// Awake so long, a VM may soon stop by itself.
-const GRACE_MS: f64 = 90.0;
+const GRACE_MS: f64 = 75.0;
 /// A sprint is over after this, whatever is left.
 const SPRINT_MS: f64 = 400.0;
+/// So many sprints are tried.
+const SPRINTS: u32 = 5;
+
+/// How fast a VM may be copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rate {
+    /// The last stretch: no limit of QEMU's, which would put it to sleep. The link shares itself.
+    Unlimited,
+    /// So many bytes per second.
+    Limited(u64),
+    /// It does not get anywhere.
+    Starved,
+}
+
+impl Rate {
+    /// In bytes per second, for a VM whose share of the group's bandwidth is `share`.
+    pub fn bytes_per_s(self, share: u64) -> u64 {
+        match self {
+            Rate::Unlimited => crate::vmm::qemu::UNLIMITED,
+            Rate::Limited(rate) => share.min(rate),
+            Rate::Starved => 65536,
+        }
+    }
+}
 
 /// What `query-migrate` said about one VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -55,23 +90,41 @@ pub struct Sample {
 /// What to do now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Order {
-    /// Starve this VM, or give it its full bandwidth.
+    /// Set a VM's bandwidth.
     Bandwidth {
         /// Index of the VM.
         vm: usize,
-        /// [`STARVED`], else as fast as allowed.
-        starve: bool,
+        /// What it becomes.
+        rate: Rate,
     },
     /// Freeze and stop now.
     Go,
 }
 
+impl Order {
+    fn vm(&self) -> Option<usize> {
+        match self {
+            Order::Bandwidth { vm, .. } => Some(*vm),
+            Order::Go => None,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Stage {
     Copy,
-    Held { since: f64, behind: bool },
-    CatchUp { since: f64, sync: u64 },
-    Sprint { sync: u64, transferred: u64, awake: Option<f64> },
+    Held {
+        since: f64,
+        behind: bool,
+    },
+    CatchUp {
+        sync: u64,
+    },
+    Sprint {
+        sync: u64,
+        transferred: u64,
+        awake: Option<f64>,
+    },
 }
 
 #[derive(Debug, Clone)]
@@ -80,8 +133,12 @@ struct Vm {
     last: Option<(f64, Sample)>,
     /// How fast `remaining` falls at most, bytes per millisecond.
     fall: f64,
+    /// Its limit, if it has one now.
+    limit: u64,
     /// When a starved VM was last seen to begin a window.
     window: Option<f64>,
+    /// It dirties faster than the link carries.
+    hopeless: bool,
 }
 
 /// The group's controller.
@@ -89,15 +146,34 @@ struct Vm {
 pub struct Brink {
     vms: Vec<Vm>,
     sprint: Option<f64>,
+    sprints: u32,
     all_held: Option<f64>,
+    /// When all were looked at last, what they had sent, and the fastest that was seen, bytes per millisecond.
+    sent: (f64, u64),
+    link: f64,
     gone: bool,
 }
 
 impl Brink {
     /// For so many VMs, all of which are being copied at full bandwidth.
     pub fn new(vms: usize) -> Brink {
-        let vm = Vm { stage: Stage::Copy, last: None, fall: 0.0, window: None };
-        Brink { vms: vec![vm; vms], sprint: None, all_held: None, gone: false }
+        let vm = Vm {
+            stage: Stage::Copy,
+            last: None,
+            fall: 0.0,
+            limit: u64::MAX,
+            window: None,
+            hopeless: false,
+        };
+        Brink {
+            vms: vec![vm; vms],
+            sprint: None,
+            sprints: 0,
+            all_held: None,
+            sent: (0.0, 0),
+            link: 0.0,
+            gone: false,
+        }
     }
 
     /// When to look next, in milliseconds.
@@ -116,43 +192,106 @@ impl Brink {
         }
     }
 
-    /// Takes one look at all VMs.
+    /// Takes one look at all VMs. At most one order for each: they are carried out side by side.
     pub fn on(&mut self, now: f64, samples: &[Sample]) -> Vec<Order> {
+        let mut orders: Vec<Order> = Vec::new();
+        for order in self.look(now, samples) {
+            orders.retain(|o| o.vm() != order.vm());
+            orders.push(order);
+        }
+        orders
+    }
+
+    fn look(&mut self, now: f64, samples: &[Sample]) -> Vec<Order> {
         if self.gone || samples.len() != self.vms.len() {
             return Vec::new();
+        }
+        // Over 20 ms and more: QEMU sends in bursts.
+        let (then, before) = self.sent;
+        if now - then >= 20.0 {
+            let sent = samples.iter().map(|s| s.transferred).sum::<u64>();
+            self.link = self
+                .link
+                .max(sent.saturating_sub(before) as f64 / (now - then));
+            self.sent = (now, sent);
         }
         let mut orders = Vec::new();
         for (i, (vm, s)) in self.vms.iter_mut().zip(samples).enumerate() {
             vm.watch(now, s);
-            if let Some(starve) = vm.step(now, s) {
-                orders.push(Order::Bandwidth { vm: i, starve });
+            if let Some(rate) = vm.step(now, s) {
+                orders.push(Order::Bandwidth { vm: i, rate });
             }
         }
         if samples.iter().any(|s| s.stopped) {
             return self.go();
         }
         if let Some(since) = self.sprint {
-            return if self.sprint_over(now - since, now, samples) { self.go() } else { orders };
+            return match self.judge(now - since, now, samples) {
+                Some(true) => self.go(),
+                Some(false) => self.break_off(now, samples),
+                None => orders,
+            };
         }
-        let held = |v: &Vm| matches!(v.stage, Stage::Held { .. });
-        if !self.vms.iter().all(held) {
+        if !self
+            .vms
+            .iter()
+            .all(|v| matches!(v.stage, Stage::Held { .. }))
+        {
             self.all_held = None;
             return orders;
         }
         let since = *self.all_held.get_or_insert(now);
-        if self.vms.iter().any(|v| matches!(v.stage, Stage::Held { behind: true, .. })) {
-            for (i, vm) in self.vms.iter_mut().enumerate() {
-                if matches!(vm.stage, Stage::Held { behind: true, .. }) {
-                    vm.stage = Stage::CatchUp { since: now, sync: samples[i].sync_count };
-                    orders.push(Order::Bandwidth { vm: i, starve: false });
-                }
-            }
+        let behind = |v: &Vm| matches!(v.stage, Stage::Held { behind: true, .. });
+        if self.vms.iter().any(behind) {
             self.all_held = None;
-        } else if now - since >= WATCH_MS && (self.well_placed(now) || now - since >= 3.0 * WATCH_MS) {
+            for (i, vm) in self.vms.iter_mut().enumerate().filter(|(_, v)| behind(v)) {
+                vm.stage = Stage::CatchUp {
+                    sync: samples[i].sync_count,
+                };
+                vm.limit = 0;
+                orders.extend(
+                    vm.approach(&samples[i])
+                        .map(|rate| Order::Bandwidth { vm: i, rate }),
+                );
+            }
+        } else if self.well_placed(now, since) {
             self.sprint = Some(now);
+            self.sprints += 1;
             for (i, (vm, s)) in self.vms.iter_mut().zip(samples).enumerate() {
-                vm.stage = Stage::Sprint { sync: s.sync_count, transferred: s.transferred, awake: None };
-                orders.push(Order::Bandwidth { vm: i, starve: false });
+                vm.stage = Stage::Sprint {
+                    sync: s.sync_count,
+                    transferred: s.transferred,
+                    awake: None,
+                };
+                orders.push(Order::Bandwidth {
+                    vm: i,
+                    rate: Rate::Unlimited,
+                });
+            }
+        }
+        orders
+    }
+
+    /// A sprint came too late for somebody: who has caught up is held again, the others go on.
+    fn break_off(&mut self, now: f64, samples: &[Sample]) -> Vec<Order> {
+        self.sprint = None;
+        self.all_held = None;
+        let mut orders = Vec::new();
+        for (i, (vm, s)) in self.vms.iter_mut().zip(samples).enumerate() {
+            let Stage::Sprint { sync, .. } = vm.stage else {
+                continue;
+            };
+            if vm.hopeless || (s.sync_count > sync && s.remaining < 2 * CAUGHT_UP_BYTES) {
+                vm.stage = Stage::Held {
+                    since: now,
+                    behind: false,
+                };
+                orders.push(Order::Bandwidth {
+                    vm: i,
+                    rate: Rate::Starved,
+                });
+            } else {
+                vm.stage = Stage::CatchUp { sync };
             }
         }
         orders
@@ -163,11 +302,21 @@ impl Brink {
         vec![Order::Go]
     }
 
-    /// True if the windows that begin next lie as close together as they ever will.
-    fn well_placed(&self, now: f64) -> bool {
-        let mut phases: Vec<f64> = self.vms.iter().filter_map(|v| v.window).map(|w| w.rem_euclid(WINDOW_MS)).collect();
+    /// True if the windows that begin next lie as close together as they ever will, or nothing better can be known.
+    fn well_placed(&self, now: f64, since: f64) -> bool {
+        let mut phases: Vec<f64> = self
+            .vms
+            .iter()
+            .filter_map(|v| v.window)
+            .map(|w| w.rem_euclid(WINDOW_MS))
+            .collect();
+        if phases.len() < self.vms.len() {
+            return now - since >= HOLD_MS;
+        }
         phases.sort_by(f64::total_cmp);
-        let (Some(first), Some(last)) = (phases.first(), phases.last()) else { return true };
+        let (Some(first), Some(last)) = (phases.first(), phases.last()) else {
+            return true;
+        };
         let wrap = first + WINDOW_MS - last;
         let widest = phases.windows(2).map(|w| w[1] - w[0]).fold(wrap, f64::max);
         // 2 ms of doubt about what was seen, 6 ms for the orders to arrive.
@@ -177,20 +326,38 @@ impl Brink {
             soonest = soonest.min(next(*p));
             latest = latest.max(next(*p));
         }
-        latest - soonest <= WINDOW_MS - widest + 2.0
+        now - since >= HOLD_MS
+            && (latest - soonest <= WINDOW_MS - widest + 2.0 || now - since >= HOLD_MS + PLACE_MS)
     }
 
-    fn sprint_over(&self, sprint_ms: f64, now: f64, samples: &[Sample]) -> bool {
-        let mut all_awake = true;
-        let mut all_low = true;
-        let mut grace_over = false;
+    /// True: now. False: not in this sprint.
+    fn judge(&self, sprint_ms: f64, now: f64, samples: &[Sample]) -> Option<bool> {
+        let mut ready = true;
+        let mut somebody_idles = false;
+        let mut left = 0;
         for (vm, s) in self.vms.iter().zip(samples) {
-            let Stage::Sprint { sync, awake, .. } = vm.stage else { continue };
-            all_awake &= awake.is_some();
-            all_low &= awake.is_some() && s.sync_count > sync && s.remaining <= LOW_BYTES;
-            grace_over |= awake.is_some_and(|a| now - a >= GRACE_MS);
+            let Stage::Sprint { sync, awake, .. } = vm.stage else {
+                continue;
+            };
+            let known = s.sync_count > sync;
+            ready &= awake.is_some() && known;
+            if !vm.hopeless {
+                left += s.remaining;
+            }
+            // Who still has much to send is in no danger.
+            let idles = known && s.remaining < CAUGHT_UP_BYTES / 4;
+            somebody_idles |= idles && awake.is_some_and(|a| now - a >= GRACE_MS);
         }
-        all_low || (all_awake && grace_over) || sprint_ms >= SPRINT_MS
+        let left_ms = left as f64 / self.link.max(1.0);
+        let wanted_ms = LEFT_MS * f64::from(1 << (self.sprints - 1).min(8));
+        let last = self.sprints >= SPRINTS;
+        match () {
+            () if ready && left_ms <= wanted_ms => Some(true),
+            () if ready && somebody_idles && (last || left_ms <= ENOUGH_MS) => Some(true),
+            () if somebody_idles && !last => Some(false),
+            () if sprint_ms >= SPRINT_MS => Some(last),
+            () => None,
+        }
     }
 }
 
@@ -199,8 +366,13 @@ impl Vm {
         if let Some((then, before)) = self.last
             && now > then
         {
-            if before.sync_count == s.sync_count && before.remaining > s.remaining && self.stage == Stage::Copy {
-                self.fall = self.fall.max((before.remaining - s.remaining) as f64 / (now - then));
+            if before.sync_count == s.sync_count
+                && before.remaining > s.remaining
+                && self.stage == Stage::Copy
+            {
+                self.fall = self
+                    .fall
+                    .max((before.remaining - s.remaining) as f64 / (now - then));
             }
             let starved_for = match self.stage {
                 Stage::Held { since, .. } => now - since,
@@ -215,29 +387,60 @@ impl Vm {
     }
 
     /// Moves to the next stage; answers what the bandwidth has to become.
-    fn step(&mut self, now: f64, s: &Sample) -> Option<bool> {
+    fn step(&mut self, now: f64, s: &Sample) -> Option<Rate> {
         match &mut self.stage {
-            // 60 ms of the fastest fall, so that several looks see it come.
-            Stage::Copy if s.sync_count > 0 && s.remaining < NEAR_BYTES.max((self.fall * 60.0) as u64) => {
-                self.stage = Stage::Held { since: now, behind: true };
-                Some(true)
+            // Some time of the fastest fall (zero pages cost no bandwidth), so that several looks see it come.
+            Stage::Copy
+                if s.sync_count > 0
+                    && s.remaining < NEAR_BYTES.max((self.fall * FALL_MS) as u64) =>
+            {
+                self.stage = Stage::Held {
+                    since: now,
+                    behind: true,
+                };
+                Some(Rate::Starved)
             }
-            Stage::CatchUp { since, sync } => {
-                let done = s.sync_count > *sync && s.remaining < CAUGHT_UP_BYTES;
-                if done || now - *since >= CATCH_UP_MS {
-                    self.stage = Stage::Held { since: now, behind: false };
-                    return Some(true);
+            Stage::Copy => self.approach(s),
+            Stage::CatchUp { sync } => {
+                let passes = s.sync_count.saturating_sub(*sync);
+                self.hopeless |= passes >= CATCH_UP_PASSES;
+                if self.hopeless || (passes > 0 && s.remaining < CAUGHT_UP_BYTES) {
+                    self.stage = Stage::Held {
+                        since: now,
+                        behind: false,
+                    };
+                    return Some(Rate::Starved);
                 }
-                None
+                self.approach(s)
             }
-            Stage::Sprint { sync, transferred, awake } => {
-                if awake.is_none() && (s.sync_count > *sync || s.transferred > *transferred + 4 * STARVED / 10) {
+            Stage::Sprint {
+                sync,
+                transferred,
+                awake,
+            } => {
+                if awake.is_none()
+                    && (s.sync_count > *sync
+                        || s.transferred > *transferred + 4 * Rate::Starved.bytes_per_s(0) / 10)
+                {
                     *awake = Some(now);
                 }
                 None
             }
-            Stage::Copy | Stage::Held { .. } => None,
+            Stage::Held { .. } => None,
         }
+    }
+
+    /// The limit that fits to what is left, if it has to change much.
+    fn approach(&mut self, s: &Sample) -> Option<Rate> {
+        if s.sync_count == 0 {
+            return None;
+        }
+        let fits = (s.remaining.saturating_mul(1000) / APPROACH_MS).max(APPROACH_BYTES_PER_S);
+        let much = fits < self.limit / 4 * 3 || fits / 4 * 3 > self.limit;
+        much.then(|| {
+            self.limit = fits;
+            Rate::Limited(fits)
+        })
     }
 }
 

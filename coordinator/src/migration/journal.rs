@@ -80,7 +80,10 @@ impl Past {
 
     /// True if nobody has to take it up any more.
     pub fn over(&self) -> bool {
-        !matches!(self.outcome(), None | Some(Outcome::Unfinished | Outcome::RollbackIncomplete))
+        !matches!(
+            self.outcome(),
+            None | Some(Outcome::Unfinished | Outcome::RollbackIncomplete)
+        )
     }
 }
 
@@ -91,7 +94,9 @@ fn trouble(what: &str, path: &Path, e: impl std::fmt::Display) -> Failure {
 impl Store {
     /// In this folder; it is made when something is written.
     pub fn new(dir: &Path) -> Store {
-        Store { dir: dir.to_owned() }
+        Store {
+            dir: dir.to_owned(),
+        }
     }
 
     /// The folder of one migration.
@@ -127,10 +132,9 @@ impl Store {
                 "no migration {id} in {}; `gangway status` lists them",
                 self.dir.display()
             ))),
-            None => all
-                .last()
-                .copied()
-                .ok_or_else(|| Failure::usage(format!("no migration in {} yet", self.dir.display()))),
+            None => all.last().copied().ok_or_else(|| {
+                Failure::usage(format!("no migration in {} yet", self.dir.display()))
+            }),
         }
     }
 
@@ -151,12 +155,23 @@ impl Store {
             };
             match (record, &mut past) {
                 (Record::Mission(mission), None) => {
-                    past = Some(Past { mission: *mission, entries: Vec::new(), facts: Facts::default(), troubles: Vec::new() });
+                    past = Some(Past {
+                        mission: *mission,
+                        entries: Vec::new(),
+                        facts: Facts::default(),
+                        troubles: Vec::new(),
+                    });
                 }
                 (Record::Step(e), Some(p)) => p.entries.push((at_ns, e)),
                 (Record::Facts(f), Some(p)) => p.facts = *f,
                 (Record::Trouble(t), Some(p)) => p.troubles.push(t),
-                _ => return Err(trouble("read", &path, format!("line {} is out of place", n + 1))),
+                _ => {
+                    return Err(trouble(
+                        "read",
+                        &path,
+                        format!("line {} is out of place", n + 1),
+                    ));
+                }
             }
         }
         past.ok_or_else(|| trouble("read", &path, "it is empty"))
@@ -165,7 +180,11 @@ impl Store {
     /// A new migration, refused if one of its VMs is part of one that is not over.
     pub fn create(&self, mission: &Mission) -> Result<Journal, Failure> {
         let make = |dir: &Path| {
-            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|e| trouble("make", dir, e))
+            std::fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(dir)
+                .map_err(|e| trouble("make", dir, e))
         };
         make(&self.dir)?;
         let lock_path = self.dir.join("lock");
@@ -181,13 +200,22 @@ impl Store {
             let past = match self.read(id) {
                 Ok(p) => p,
                 // Died before its first record: it has done nothing.
-                Err(_) if std::fs::metadata(self.folder(id).join("journal")).is_ok_and(|m| m.len() == 0) => continue,
+                Err(_)
+                    if std::fs::metadata(self.folder(id).join("journal"))
+                        .is_ok_and(|m| m.len() == 0) =>
+                {
+                    continue;
+                }
                 Err(e) => return Err(e),
             };
             if past.over() {
                 continue;
             }
-            if let Some(vm) = mission.vms().iter().find(|vm| past.mission.vms().contains(vm)) {
+            if let Some(vm) = mission
+                .vms()
+                .iter()
+                .find(|vm| past.mission.vms().contains(vm))
+            {
                 return Err(Failure::refused(format!(
                     "VM '{vm}' is part of migration {id}, which is not over: `gangway status {id}` shows it, `gangway abort {id}` ends it"
                 )));
@@ -204,10 +232,15 @@ impl Store {
             .open(&path)
             .map_err(|e| trouble("make", &path, e))?;
         flock(&file, FlockOperation::LockExclusive).map_err(|e| trouble("lock", &path, e))?;
-        let mut journal = Journal { dir: dir.clone(), file };
+        let mut journal = Journal {
+            dir: dir.clone(),
+            file,
+        };
         journal.append(Record::Mission(Box::new(mission.clone())), true)?;
         for d in [&dir, &self.dir] {
-            File::open(d).and_then(|d| d.sync_all()).map_err(|e| trouble("sync", d, e))?;
+            File::open(d)
+                .and_then(|d| d.sync_all())
+                .map_err(|e| trouble("sync", d, e))?;
         }
         Ok(journal)
     }
@@ -216,7 +249,11 @@ impl Store {
     pub fn take_over(&self, id: HoldId) -> Result<Option<Journal>, Failure> {
         let dir = self.folder(id);
         let path = dir.join("journal");
-        let file = OpenOptions::new().read(true).append(true).open(&path).map_err(|e| trouble("open", &path, e))?;
+        let file = OpenOptions::new()
+            .read(true)
+            .append(true)
+            .open(&path)
+            .map_err(|e| trouble("open", &path, e))?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
@@ -253,7 +290,10 @@ impl Journal {
 
     /// Appends; with `sync` it is on the disk afterwards.
     pub fn append(&mut self, record: Record, sync: bool) -> Result<(), Failure> {
-        let line = Line { at_ns: now_ns(), record };
+        let line = Line {
+            at_ns: now_ns(),
+            record,
+        };
         let write = || -> std::io::Result<()> {
             let mut text = serde_json::to_vec(&line)?;
             text.push(b'\n');
@@ -271,7 +311,9 @@ impl Journal {
         let text = std::fs::read(&path).map_err(|e| trouble("read", &path, e))?;
         let whole = text.iter().rposition(|b| *b == b'\n').map_or(0, |i| i + 1);
         if whole < text.len() {
-            self.file.set_len(whole as u64).map_err(|e| trouble("mend", &path, e))?;
+            self.file
+                .set_len(whole as u64)
+                .map_err(|e| trouble("mend", &path, e))?;
         }
         Ok(())
     }

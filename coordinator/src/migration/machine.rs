@@ -119,9 +119,18 @@ pub enum Outcome {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Phase {
     Idle,
-    Forward { running: BTreeSet<Step>, tries: BTreeMap<Step, u32> },
-    Halting { running: BTreeSet<Step> },
-    Undoing { now: Undo, attempt: u32, incomplete: bool },
+    Forward {
+        running: BTreeSet<Step>,
+        tries: BTreeMap<Step, u32>,
+    },
+    Halting {
+        running: BTreeSet<Step>,
+    },
+    Undoing {
+        now: Undo,
+        attempt: u32,
+        incomplete: bool,
+    },
     Ended(Outcome),
 }
 
@@ -140,8 +149,18 @@ pub struct Machine {
 impl Machine {
     /// A migration that has not begun.
     pub fn new(freeze: FreezeMode) -> Machine {
-        let done = TABLE.iter().map(|r| r.step).filter(|s| !s.in_mode(freeze)).collect();
-        Machine { phase: Phase::Idle, done, begun: BTreeSet::new(), undo_all: false, resumed: false }
+        let done = TABLE
+            .iter()
+            .map(|r| r.step)
+            .filter(|s| !s.in_mode(freeze))
+            .collect();
+        Machine {
+            phase: Phase::Idle,
+            done,
+            begun: BTreeSet::new(),
+            undo_all: false,
+            resumed: false,
+        }
     }
 
     /// The machine after a crash, and what it does now: nothing if it was over, else all undos or, past the point of
@@ -171,7 +190,10 @@ impl Machine {
         }
         let mut out = Vec::new();
         if m.begun.contains(&NO_RETURN) && !rollback {
-            m.phase = Phase::Forward { running: BTreeSet::new(), tries: BTreeMap::new() };
+            m.phase = Phase::Forward {
+                running: BTreeSet::new(),
+                tries: BTreeMap::new(),
+            };
             m.advance(&mut out);
         } else {
             m.roll_back(&mut out);
@@ -181,7 +203,8 @@ impl Machine {
 
     /// True from the point of no return on: no undo any more.
     pub fn past_return(&self) -> bool {
-        self.begun.contains(&NO_RETURN) && matches!(self.phase, Phase::Forward { .. } | Phase::Ended(_))
+        self.begun.contains(&NO_RETURN)
+            && matches!(self.phase, Phase::Forward { .. } | Phase::Ended(_))
     }
 
     /// How it ended, if it has.
@@ -198,7 +221,10 @@ impl Machine {
         let past = self.past_return();
         match (&mut self.phase, event) {
             (Phase::Idle, Event::Start) => {
-                self.phase = Phase::Forward { running: BTreeSet::new(), tries: BTreeMap::new() };
+                self.phase = Phase::Forward {
+                    running: BTreeSet::new(),
+                    tries: BTreeMap::new(),
+                };
                 self.advance(&mut out);
             }
             (Phase::Idle, Event::Abort) => self.end(Outcome::NothingDone, &mut out),
@@ -206,11 +232,19 @@ impl Machine {
             (Phase::Forward { running, .. }, Event::Done(step)) if running.contains(&step) => {
                 running.remove(&step);
                 self.done.insert(step);
-                out.push(Action::Journal { entry: Entry::Done(step), sync: false });
+                out.push(Action::Journal {
+                    entry: Entry::Done(step),
+                    sync: false,
+                });
                 self.advance(&mut out);
             }
-            (Phase::Forward { running, tries }, Event::Failed { step, unchanged }) if running.contains(&step) => {
-                out.push(Action::Journal { entry: Entry::Failed(step), sync: false });
+            (Phase::Forward { running, tries }, Event::Failed { step, unchanged })
+                if running.contains(&step) =>
+            {
+                out.push(Action::Journal {
+                    entry: Entry::Failed(step),
+                    sync: false,
+                });
                 let attempt = tries.entry(step).or_default();
                 // A commit that was refused has not happened: the one way back.
                 let back = step == NO_RETURN && unchanged && *attempt == 0 && !self.resumed;
@@ -223,7 +257,10 @@ impl Machine {
                     if *attempt >= FORWARD_TRIES {
                         self.end(Outcome::Unfinished, &mut out);
                     } else {
-                        out.push(Action::Run { step, attempt: *attempt });
+                        out.push(Action::Run {
+                            step,
+                            attempt: *attempt,
+                        });
                     }
                 }
             }
@@ -241,17 +278,33 @@ impl Machine {
 
             (Phase::Undoing { now, attempt, .. }, Event::Undone(undo)) if *now == undo => {
                 *attempt = 0;
-                out.push(Action::Journal { entry: Entry::Undone(undo), sync: false });
+                out.push(Action::Journal {
+                    entry: Entry::Undone(undo),
+                    sync: false,
+                });
                 self.next_undo(Some(undo), &mut out);
             }
-            (Phase::Undoing { now, attempt, incomplete }, Event::UndoFailed(undo)) if *now == undo => {
+            (
+                Phase::Undoing {
+                    now,
+                    attempt,
+                    incomplete,
+                },
+                Event::UndoFailed(undo),
+            ) if *now == undo => {
                 *attempt += 1;
                 if *attempt < UNDO_TRIES {
-                    out.push(Action::Undo { undo, attempt: *attempt });
+                    out.push(Action::Undo {
+                        undo,
+                        attempt: *attempt,
+                    });
                 } else {
                     *attempt = 0;
                     *incomplete = true;
-                    out.push(Action::Journal { entry: Entry::NotUndone(undo), sync: false });
+                    out.push(Action::Journal {
+                        entry: Entry::NotUndone(undo),
+                        sync: false,
+                    });
                     self.next_undo(Some(undo), &mut out);
                 }
             }
@@ -263,7 +316,9 @@ impl Machine {
 
     /// Begins every step whose turn it is; ends if none is left.
     fn advance(&mut self, out: &mut Vec<Action>) {
-        let Phase::Forward { running, .. } = &mut self.phase else { return };
+        let Phase::Forward { running, .. } = &mut self.phase else {
+            return;
+        };
         for r in TABLE {
             let ready = !self.done.contains(&r.step)
                 && !running.contains(&r.step)
@@ -272,8 +327,14 @@ impl Machine {
                 running.insert(r.step);
                 self.begun.insert(r.step);
                 let sync = !r.in_pause || r.step == NO_RETURN;
-                out.push(Action::Journal { entry: Entry::Begin(r.step), sync });
-                out.push(Action::Run { step: r.step, attempt: 0 });
+                out.push(Action::Journal {
+                    entry: Entry::Begin(r.step),
+                    sync,
+                });
+                out.push(Action::Run {
+                    step: r.step,
+                    attempt: 0,
+                });
             }
         }
         if running.is_empty() {
@@ -291,7 +352,10 @@ impl Machine {
     }
 
     fn roll_back(&mut self, out: &mut Vec<Action>) {
-        out.push(Action::Journal { entry: Entry::Rollback, sync: true });
+        out.push(Action::Journal {
+            entry: Entry::Rollback,
+            sync: true,
+        });
         self.next_undo(None, out);
     }
 
@@ -299,15 +363,31 @@ impl Machine {
     fn undos(&self) -> Vec<Undo> {
         let begun = |u: &Undo| self.begun.iter().any(|s| s.row().undo.contains(u));
         let any = self.begun.iter().any(|s| !s.row().undo.is_empty());
-        Undo::ALL.into_iter().filter(|u| begun(u) || (self.undo_all && any)).collect()
+        Undo::ALL
+            .into_iter()
+            .filter(|u| begun(u) || (self.undo_all && any))
+            .collect()
     }
 
     fn next_undo(&mut self, after: Option<Undo>, out: &mut Vec<Action>) {
-        let incomplete = matches!(self.phase, Phase::Undoing { incomplete: true, .. });
+        let incomplete = matches!(
+            self.phase,
+            Phase::Undoing {
+                incomplete: true,
+                ..
+            }
+        );
         match self.undos().into_iter().find(|u| Some(*u) > after) {
             Some(now) => {
-                self.phase = Phase::Undoing { now, attempt: 0, incomplete };
-                out.push(Action::Undo { undo: now, attempt: 0 });
+                self.phase = Phase::Undoing {
+                    now,
+                    attempt: 0,
+                    incomplete,
+                };
+                out.push(Action::Undo {
+                    undo: now,
+                    attempt: 0,
+                });
             }
             None if after.is_none() => self.end(Outcome::NothingDone, out),
             None if incomplete => self.end(Outcome::RollbackIncomplete, out),
@@ -317,7 +397,10 @@ impl Machine {
 
     fn end(&mut self, outcome: Outcome, out: &mut Vec<Action>) {
         self.phase = Phase::Ended(outcome);
-        out.push(Action::Journal { entry: Entry::End(outcome), sync: true });
+        out.push(Action::Journal {
+            entry: Entry::End(outcome),
+            sync: true,
+        });
         out.push(Action::End(outcome));
     }
 }

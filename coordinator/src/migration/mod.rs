@@ -2,12 +2,12 @@
 //!
 //! Invariant: [`steps`], [`machine`], [`brink`] and [`report`] are pure: no clock, no socket, no file.
 
+pub mod act;
 pub mod brink;
 pub mod journal;
 pub mod machine;
 pub mod plan;
 pub mod report;
 pub mod run;
-pub mod act;
 pub mod steps;
 pub mod undo;

@@ -76,7 +76,11 @@ impl Mission {
 
     /// For the target.
     pub fn prepare(&self) -> IncomingPrepare {
-        let port = |p: &PortOf| IncomingPort { name: p.name.clone(), vm: p.vm.clone(), mac: p.mac };
+        let port = |p: &PortOf| IncomingPort {
+            name: p.name.clone(),
+            vm: p.vm.clone(),
+            mac: p.mac,
+        };
         IncomingPrepare {
             hold: self.id,
             vms: self.vms().to_vec(),

@@ -137,7 +137,12 @@ fn span_ms(from: u64, to: u64) -> Option<f64> {
 
 impl Report {
     /// The account. Times of the entries are the coordinator's, those of VMs and freezes are the hosts'.
-    pub fn new(mission: &Mission, facts: &Facts, entries: &[(u64, Entry)], troubles: &[String]) -> Report {
+    pub fn new(
+        mission: &Mission,
+        facts: &Facts,
+        entries: &[(u64, Entry)],
+        troubles: &[String],
+    ) -> Report {
         let some = |ns: u64| (ns > 0).then_some(ns);
         let vms: Vec<VmReport> = mission
             .vms()
@@ -175,7 +180,12 @@ impl Report {
         let first_stop = vms.iter().filter_map(|v| v.stop_ns).min().unwrap_or(0);
         let last_resume = vms.iter().filter_map(|v| v.resume_ns).max().unwrap_or(0);
         let all_resumed = vms.iter().all(|v| v.resume_ns.is_some());
-        let thaw = if moved { facts.target.as_ref() } else { facts.source.as_ref() }.map_or(0, |h| h.thawed_ns);
+        let thaw = if moved {
+            facts.target.as_ref()
+        } else {
+            facts.source.as_ref()
+        }
+        .map_or(0, |h| h.thawed_ns);
         let mut group = mission.vms().to_vec();
         group.sort();
         Report {
@@ -186,8 +196,15 @@ impl Report {
             group,
             order: mission.vms().to_vec(),
             why: mission.plan.why.clone(),
-            mode: Mode { freeze: mission.freeze, switchover: "atomic".to_owned() },
-            blackout_ms: if all_resumed { span_ms(first_stop, last_resume) } else { None },
+            mode: Mode {
+                freeze: mission.freeze,
+                switchover: "atomic".to_owned(),
+            },
+            blackout_ms: if all_resumed {
+                span_ms(first_stop, last_resume)
+            } else {
+                None
+            },
             freeze_to_thaw_ms: span_ms(facts.frozen_ns, thaw),
             vms,
             links,
@@ -212,7 +229,9 @@ fn links(facts: &Facts, moved: bool) -> Vec<LinkReport> {
     lanes
         .into_iter()
         .map(|(lane, (source, target))| {
-            let tally = |l: Option<&LaneInfo>, pick: fn(&LaneInfo) -> Tally| l.map(pick).unwrap_or_default();
+            let tally = |l: Option<&LaneInfo>, pick: fn(&LaneInfo) -> Tally| {
+                l.map(pick).unwrap_or_default()
+            };
             let held = tally(source, |l| l.held);
             let shipped = tally(source, |l| l.shipped);
             let received = tally(target, |l| l.held);
@@ -235,7 +254,10 @@ fn links(facts: &Facts, moved: bool) -> Vec<LinkReport> {
                 dropped,
                 digest_source: hex(held),
                 digest_target: hex(received),
-                agree: arrived && flushed.frames == held.frames && flushed.bytes == held.bytes && dropped == 0,
+                agree: arrived
+                    && flushed.frames == held.frames
+                    && flushed.bytes == held.bytes
+                    && dropped == 0,
             }
         })
         .collect()
@@ -245,9 +267,17 @@ fn links(facts: &Facts, moved: bool) -> Vec<LinkReport> {
 pub fn difference(source: &HoldInfo, target: &HoldInfo) -> Option<String> {
     for s in source.lanes.iter().filter(|l| l.sealed) {
         if s.dropped > 0 {
-            return Some(format!("lane {}: {} frames could not be held", s.lane, s.dropped));
+            return Some(format!(
+                "lane {}: {} frames could not be held",
+                s.lane, s.dropped
+            ));
         }
-        let there = target.lanes.iter().find(|t| t.lane == s.lane).map(|t| t.held).unwrap_or_default();
+        let there = target
+            .lanes
+            .iter()
+            .find(|t| t.lane == s.lane)
+            .map(|t| t.held)
+            .unwrap_or_default();
         if there != s.held {
             return Some(format!(
                 "lane {}: the source held {} frames (digest {:016x}), the target has {} ({:016x})",
@@ -263,7 +293,12 @@ fn steps(entries: &[(u64, Entry)]) -> Vec<StepReport> {
     for (at, e) in entries {
         match e {
             Entry::Begin(step) if out.iter().all(|s| s.step != *step) => {
-                out.push(StepReport { step: *step, begin_ns: *at, ms: None, failures: 0 });
+                out.push(StepReport {
+                    step: *step,
+                    begin_ns: *at,
+                    ms: None,
+                    failures: 0,
+                });
             }
             Entry::Done(step) | Entry::Failed(step) => {
                 if let Some(s) = out.iter_mut().find(|s| s.step == *step) {

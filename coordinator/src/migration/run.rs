@@ -47,7 +47,9 @@ impl Interference {
     /// From the environment.
     pub fn from_env() -> Result<Interference, Failure> {
         let point = |key: &str| {
-            let Ok(value) = std::env::var(key) else { return Ok(None) };
+            let Ok(value) = std::env::var(key) else {
+                return Ok(None);
+            };
             let (name, after) = match value.split_once(':') {
                 Some((name, "after")) => (name, true),
                 Some(_) => ("", false),
@@ -55,10 +57,15 @@ impl Interference {
             };
             match Step::named(name) {
                 Some(step) => Ok(Some(Point { step, after })),
-                None => Err(Failure::usage(format!("{key}='{value}' is not STEP or STEP:after"))),
+                None => Err(Failure::usage(format!(
+                    "{key}='{value}' is not STEP or STEP:after"
+                ))),
             }
         };
-        Ok(Interference { pause: point("GANGWAY_PAUSE_AT")?, fail: point("GANGWAY_FAIL_AT")? })
+        Ok(Interference {
+            pause: point("GANGWAY_PAUSE_AT")?,
+            fail: point("GANGWAY_FAIL_AT")?,
+        })
     }
 
     /// Waits for the file `go` in the migration's folder, if this is the place; then fails, if this is the place.
@@ -72,7 +79,10 @@ impl Interference {
             }
         }
         if self.fail == here && attempt == 0 {
-            return Err(StepError::Internal(format!("failed on purpose at {}", step.name())));
+            return Err(StepError::Internal(format!(
+                "failed on purpose at {}",
+                step.name()
+            )));
         }
         Ok(())
     }
@@ -140,7 +150,11 @@ pub async fn drive(
         if let Some(outcome) = shell.ended {
             watcher.abort();
             shell.progress.finish().await;
-            let ended = Ended { outcome, troubles: shell.troubles, cause: shell.cause };
+            let ended = Ended {
+                outcome,
+                troubles: shell.troubles,
+                cause: shell.cause,
+            };
             return Ok((ended, shell.journal));
         }
         match rx.recv().await {
@@ -154,7 +168,9 @@ pub async fn drive(
             Some(News::AbortAsked) => {
                 if !machine.past_return() {
                     shell.note("abort asked for".to_owned());
-                    shell.cause.get_or_insert(Failure::new(Code::RolledBack, "aborted by the operator"));
+                    shell
+                        .cause
+                        .get_or_insert(Failure::new(Code::RolledBack, "aborted by the operator"));
                 }
                 actions.extend(machine.on(Event::Abort));
             }
@@ -186,7 +202,11 @@ async fn terminated() {
 }
 
 impl Shell {
+    /// Says what went wrong, once: a step that is tried again fails for the same reason many times.
     fn note(&mut self, text: String) {
+        if self.troubles.contains(&text) {
+            return;
+        }
         self.progress.line(&text);
         // The trouble itself must not be hidden by a journal that cannot be written.
         let _ = self.journal.append(Record::Trouble(text.clone()), false);
@@ -209,7 +229,10 @@ impl Shell {
                 self.send(Event::Halted(step));
                 Ok(())
             }
-            Action::Undo { undo: what, attempt } => {
+            Action::Undo {
+                undo: what,
+                attempt,
+            } => {
                 self.put_back(what, attempt);
                 Ok(())
             }
@@ -286,7 +309,10 @@ impl Shell {
                 Ok(()) => News::Machine(Event::Undone(what), None),
                 Err(errors) => {
                     let text = format!("{}: {}", what.text(), errors.join("; "));
-                    News::Machine(Event::UndoFailed(what), Some((Failure::failed(text.clone()), text)))
+                    News::Machine(
+                        Event::UndoFailed(what),
+                        Some((Failure::failed(text.clone()), text)),
+                    )
                 }
             };
             let _ = tx.send(news);
@@ -336,7 +362,9 @@ pub async fn check(mission: &Mission, source: &Switch, target: &Switch) -> Resul
     for vm in mission.vms() {
         let Some(s) = src_vms.iter().find(|v| v.name == *vm) else {
             let hint = hint(vm, src_vms.iter().map(|v| v.name.as_str()));
-            return Err(Failure::usage(format!("host '{from}' knows no VM '{vm}'{hint}")));
+            return Err(Failure::usage(format!(
+                "host '{from}' knows no VM '{vm}'{hint}"
+            )));
         };
         if s.status != "running" {
             return Err(Failure::refused(format!(
@@ -363,7 +391,10 @@ pub async fn check(mission: &Mission, source: &Switch, target: &Switch) -> Resul
     }
     for port in &mission.ports {
         let vm = &port.vm;
-        let source_kind = src_ports.iter().find(|p| p.name == port.name).map(|p| p.kind.as_str());
+        let source_kind = src_ports
+            .iter()
+            .find(|p| p.name == port.name)
+            .map(|p| p.kind.as_str());
         match dst_ports.iter().find(|p| p.name == port.name) {
             None => {
                 return Err(Failure::usage(format!(
@@ -375,7 +406,8 @@ pub async fn check(mission: &Mission, source: &Switch, target: &Switch) -> Resul
                 return Err(Failure::usage(format!(
                     "port '{}' belongs to VM '{vm}' on host '{from}', but to {} on host '{to}'",
                     port.name,
-                    p.vm.as_ref().map_or("none".to_owned(), |v| format!("VM '{v}'"))
+                    p.vm.as_ref()
+                        .map_or("none".to_owned(), |v| format!("VM '{v}'"))
                 )));
             }
             Some(p) if p.mac.is_some() && port.mac.is_some() && p.mac != port.mac => {
@@ -410,7 +442,10 @@ pub fn verdict(mission: &Mission, ended: &Ended) -> Result<(), Failure> {
         }),
         Outcome::RolledBack => Err(Failure::new(
             Code::RolledBack,
-            format!("migration {id} was rolled back, all VMs run on '{}': {cause}", mission.from),
+            format!(
+                "migration {id} was rolled back, all VMs run on '{}': {cause}",
+                mission.from
+            ),
         )),
         Outcome::RollbackIncomplete => Err(Failure::failed(format!(
             "migration {id} was rolled back, but not everything could be put back ({}); `gangway abort {id}` tries again",

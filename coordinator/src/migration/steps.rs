@@ -46,7 +46,12 @@ pub enum Undo {
 
 impl Undo {
     /// All, in order.
-    pub const ALL: [Undo; 4] = [Undo::CancelMemory, Undo::EndTargets, Undo::ResumeSources, Undo::ReturnFrames];
+    pub const ALL: [Undo; 4] = [
+        Undo::CancelMemory,
+        Undo::EndTargets,
+        Undo::ResumeSources,
+        Undo::ReturnFrames,
+    ];
 
     /// For people.
     pub fn text(self) -> &'static str {
@@ -98,7 +103,15 @@ const fn row(
     after: &'static [Step],
     in_pause: bool,
 ) -> Row {
-    Row { step, name, actor, forward, undo, after, in_pause }
+    Row {
+        step,
+        name,
+        actor,
+        forward,
+        undo,
+        after,
+        in_pause,
+    }
 }
 
 /// The point of no return: once this has begun there is no undo, only retries.
@@ -114,7 +127,7 @@ pub const TABLE: &[Row] = {
     row(Prepare,      "prepare",       "both switches",   "the target claims the ports, the source reserves the spool, dials",   &[ReturnFrames],  &[Check],            false),
     row(Start,        "start",         "target's VMMs",   "start paused VMs that wait for their memory",                         &[EndTargets],    &[Prepare],          false),
     row(FreezeInside, "freeze-inside", "source's switch", "hold what the VMs send each other (only with --freeze early)",        &[ReturnFrames],  &[Start],            false),
-    row(Precopy,      "precopy",       "source's VMMs",   "copy memory of all VMs while they run, keep each at the brink",       &[CancelMemory, ResumeSources], &[FreezeInside], false),
+    row(Precopy,      "precopy",       "source's VMMs",   "copy memory of all VMs while they run, keep each at the brink",       &[CancelMemory, ResumeSources], &[Start, FreezeInside], false),
     row(Freeze,       "freeze",        "source's switch", "one cut: hold everything towards the group",                          &[ReturnFrames],  &[Precopy],          true),
     row(Stop,         "stop",          "source's VMMs",   "stop all VMs at once",                                                &[ResumeSources], &[Freeze],           true),
     row(Seal,         "seal",          "source's switch", "complete the group's lanes, ship the tail to the target",             &[ReturnFrames],  &[Stop],             true),
@@ -163,7 +176,17 @@ mod tests {
             assert_eq!(r.step as usize, i, "{}", r.name);
             assert_eq!(Step::named(r.name), Some(r.step));
             assert!(r.after.iter().all(|a| *a < r.step), "{}", r.name);
-            assert!(r.step < NO_RETURN || r.undo.is_empty(), "{}: no undo after the point of no return", r.name);
+            let always = |a: &Step| a.in_mode(FreezeMode::Switchover);
+            assert!(
+                r.step == Step::Check || r.after.iter().any(always),
+                "{}: hangs on a step that may be left out",
+                r.name
+            );
+            assert!(
+                r.step < NO_RETURN || r.undo.is_empty(),
+                "{}: no undo after the point of no return",
+                r.name
+            );
         }
     }
 }

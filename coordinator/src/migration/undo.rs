@@ -27,15 +27,26 @@ pub async fn undo(w: &Arc<World>, undo: Undo) -> Result<(), Vec<String>> {
         Undo::EndTargets => {
             let mut errors = Vec::new();
             for vm in w.mission.vms() {
-                let request = Request::VmmStop { vm: vm.clone(), hold: w.mission.id };
+                let request = Request::VmmStop {
+                    vm: vm.clone(),
+                    hold: w.mission.id,
+                };
                 // SIGTERM, a while, SIGKILL.
-                match w.target.call_within(&request, Duration::from_secs(20)).await {
+                match w
+                    .target
+                    .call_within(&request, Duration::from_secs(20))
+                    .await
+                {
                     Ok(_) => {}
                     Err(e) if unknown(&e) => {}
                     Err(e) => errors.push(e.to_string()),
                 }
             }
-            if errors.is_empty() { Ok(()) } else { Err(errors) }
+            if errors.is_empty() {
+                Ok(())
+            } else {
+                Err(errors)
+            }
         }
         Undo::ResumeSources => {
             every(w, |w, vm| async move {
@@ -70,7 +81,11 @@ where
         Ok(errors) => errors.into_iter().flatten().collect(),
         Err(e) => vec![e.to_string()],
     };
-    if errors.is_empty() { Ok(()) } else { Err(errors) }
+    if errors.is_empty() {
+        Ok(())
+    } else {
+        Err(errors)
+    }
 }
 
 fn unknown(e: &ClientError) -> bool {
@@ -81,7 +96,11 @@ async fn return_frames(w: &Arc<World>) -> Result<(), Vec<String>> {
     // The source first: its guests wait for these frames.
     let (source, target) = tokio::join!(abort_hold(&w.source, w), abort_hold(&w.target, w));
     let errors: Vec<String> = [source.err(), target.err()].into_iter().flatten().collect();
-    if errors.is_empty() { Ok(()) } else { Err(errors) }
+    if errors.is_empty() {
+        Ok(())
+    } else {
+        Err(errors)
+    }
 }
 
 async fn abort_hold(switch: &Switch, w: &Arc<World>) -> Result<(), String> {
@@ -102,7 +121,10 @@ async fn abort_hold(switch: &Switch, w: &Arc<World>) -> Result<(), String> {
             HoldState::Aborted | HoldState::Released => return Ok(()),
             _ if Instant::now() >= end => {
                 let why = error.map(|e| format!(": {e}")).unwrap_or_default();
-                return Err(format!("host '{}' is still putting frames back ({state:?}){why}", switch.host()));
+                return Err(format!(
+                    "host '{}' is still putting frames back ({state:?}){why}",
+                    switch.host()
+                ));
             }
             _ => request = Request::HoldStatus { hold },
         }

@@ -67,7 +67,10 @@ impl Progress {
     fn read(v: &Value) -> Progress {
         let status = v["status"].as_str().unwrap_or_default().to_owned();
         let ram = |k: &str| v["ram"][k].as_u64().unwrap_or(0);
-        let listens = v["socket-address"].as_array().and_then(|a| a.first()).and_then(|a| a["port"].as_str()?.parse().ok());
+        let listens = v["socket-address"]
+            .as_array()
+            .and_then(|a| a.first())
+            .and_then(|a| a["port"].as_str()?.parse().ok());
         Progress {
             sample: Sample {
                 stopped: matches!(status.as_str(), "pre-switchover" | "device" | "completed"),
@@ -88,7 +91,14 @@ impl Progress {
     pub fn under_way(&self) -> bool {
         matches!(
             self.status.as_str(),
-            "setup" | "active" | "pre-switchover" | "device" | "cancelling" | "wait-unplug" | "postcopy-active" | "colo"
+            "setup"
+                | "active"
+                | "pre-switchover"
+                | "device"
+                | "cancelling"
+                | "wait-unplug"
+                | "postcopy-active"
+                | "colo"
         )
     }
 }
@@ -106,18 +116,32 @@ pub struct Qemu {
 impl Qemu {
     /// Connects through the host's switch.
     pub async fn connect(switch: &Switch, vm: &str) -> Result<Qemu, VmmError> {
-        let stream =
-            switch.open_qmp(vm).await.map_err(|error| VmmError::Way { vm: vm.to_owned(), error })?;
+        let stream = switch.open_qmp(vm).await.map_err(|error| VmmError::Way {
+            vm: vm.to_owned(),
+            error,
+        })?;
         let host = switch.host().to_owned();
         match Qmp::connect(stream, Duration::from_secs(5)).await {
-            Ok(qmp) => Ok(Qemu { vm: vm.to_owned(), host, qmp }),
-            Err(error) => Err(VmmError::Qmp { vm: vm.to_owned(), host, error }),
+            Ok(qmp) => Ok(Qemu {
+                vm: vm.to_owned(),
+                host,
+                qmp,
+            }),
+            Err(error) => Err(VmmError::Qmp {
+                vm: vm.to_owned(),
+                host,
+                error,
+            }),
         }
     }
 
     /// Over a stream of the caller's, for tests.
     pub fn over(vm: &str, host: &str, qmp: Qmp) -> Qemu {
-        Qemu { vm: vm.to_owned(), host: host.to_owned(), qmp }
+        Qemu {
+            vm: vm.to_owned(),
+            host: host.to_owned(),
+            qmp,
+        }
     }
 
     /// Its events.
@@ -126,16 +150,27 @@ impl Qemu {
     }
 
     async fn run(&self, command: &str, arguments: Value) -> Result<Value, VmmError> {
-        self.qmp.execute(command, arguments).await.map_err(|error| self.qmp_error(error))
+        self.qmp
+            .execute(command, arguments)
+            .await
+            .map_err(|error| self.qmp_error(error))
     }
 
     fn qmp_error(&self, error: QmpError) -> VmmError {
-        VmmError::Qmp { vm: self.vm.clone(), host: self.host.clone(), error }
+        VmmError::Qmp {
+            vm: self.vm.clone(),
+            host: self.host.clone(),
+            error,
+        }
     }
 
     /// An error about its migration.
     pub fn trouble(&self, what: impl Into<String>) -> VmmError {
-        VmmError::Migration { vm: self.vm.clone(), host: self.host.clone(), what: what.into() }
+        VmmError::Migration {
+            vm: self.vm.clone(),
+            host: self.host.clone(),
+            what: what.into(),
+        }
     }
 
     /// `query-status`.
@@ -155,20 +190,31 @@ impl Qemu {
 
     /// `max-bandwidth`, in bytes per second.
     pub async fn set_bandwidth(&self, bytes_per_s: u64) -> Result<(), VmmError> {
-        self.run("migrate-set-parameters", json!({"max-bandwidth": bytes_per_s})).await.map(drop)
+        self.run(
+            "migrate-set-parameters",
+            json!({"max-bandwidth": bytes_per_s}),
+        )
+        .await
+        .map(drop)
     }
 
     /// `max-bandwidth` and `downtime-limit`.
     pub async fn set_limits(&self, bytes_per_s: u64, downtime_ms: u64) -> Result<(), VmmError> {
-        self.run("migrate-set-parameters", json!({"max-bandwidth": bytes_per_s, "downtime-limit": downtime_ms}))
-            .await
-            .map(drop)
+        self.run(
+            "migrate-set-parameters",
+            json!({"max-bandwidth": bytes_per_s, "downtime-limit": downtime_ms}),
+        )
+        .await
+        .map(drop)
     }
 
     /// QEMU's limits as they are: (`max-bandwidth`, `downtime-limit`).
     pub async fn limits(&self) -> Result<(u64, u64), VmmError> {
         let v = self.run("query-migrate-parameters", Value::Null).await?;
-        Ok((v["max-bandwidth"].as_u64().unwrap_or(UNLIMITED), v["downtime-limit"].as_u64().unwrap_or(300)))
+        Ok((
+            v["max-bandwidth"].as_u64().unwrap_or(UNLIMITED),
+            v["downtime-limit"].as_u64().unwrap_or(300),
+        ))
     }
 
     /// Target: listens on a free port of `address`; answers the URI for the source.
@@ -178,7 +224,8 @@ impl Qemu {
             _ => address.to_owned(),
         };
         if self.progress().await?.listens.is_none() {
-            self.run("migrate-incoming", json!({"uri": format!("tcp:{host}:0")})).await?;
+            self.run("migrate-incoming", json!({"uri": format!("tcp:{host}:0")}))
+                .await?;
         }
         for _ in 0..100 {
             if let Some(port) = self.progress().await?.listens {
@@ -196,15 +243,22 @@ impl Qemu {
 
     /// `query-migrate`.
     pub async fn progress(&self) -> Result<Progress, VmmError> {
-        Ok(Progress::read(&self.run("query-migrate", Value::Null).await?))
+        Ok(Progress::read(
+            &self.run("query-migrate", Value::Null).await?,
+        ))
     }
 
     /// `query-migrate`; a failed or cancelled one is an error.
     pub async fn healthy(&self) -> Result<Progress, VmmError> {
         let p = self.progress().await?;
         match p.status.as_str() {
-            "failed" => Err(self.trouble(format!("its migration failed: {}", p.error.as_deref().unwrap_or("QEMU does not say why")))),
-            "cancelled" | "cancelling" => Err(self.trouble("somebody else cancelled its migration")),
+            "failed" => Err(self.trouble(format!(
+                "its migration failed: {}",
+                p.error.as_deref().unwrap_or("QEMU does not say why")
+            ))),
+            "cancelled" | "cancelling" => {
+                Err(self.trouble("somebody else cancelled its migration"))
+            }
             "" | "none" => Err(self.trouble("it has no migration; was it restarted?")),
             _ => Ok(p),
         }
@@ -247,7 +301,9 @@ impl Qemu {
 
     /// `migrate-continue` from `pre-switchover`.
     pub async fn pass_brink(&self) -> Result<(), VmmError> {
-        self.run("migrate-continue", json!({"state": "pre-switchover"})).await.map(drop)
+        self.run("migrate-continue", json!({"state": "pre-switchover"}))
+            .await
+            .map(drop)
     }
 
     /// `migrate_cancel`, until it is over. Without a migration it does nothing.
@@ -268,7 +324,11 @@ impl Qemu {
     /// `quit`; the connection may break before the answer.
     pub async fn quit(&self) -> Result<(), VmmError> {
         match self.run("quit", Value::Null).await {
-            Err(VmmError::Qmp { error: QmpError::Gone(_), .. }) | Ok(_) => Ok(()),
+            Err(VmmError::Qmp {
+                error: QmpError::Gone(_),
+                ..
+            })
+            | Ok(_) => Ok(()),
             Err(e) => Err(e),
         }
     }

@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader};
+use tokio::io::{
+    AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader,
+};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::timeout;
 
@@ -92,7 +94,9 @@ struct State {
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.state
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     fn gone(&self, why: &str) {
@@ -108,9 +112,19 @@ impl Shared {
             return self.gone("it sent a line that is not JSON");
         };
         if let Some(name) = v.get("event").and_then(Value::as_str) {
-            let stamp = |k: &str| v.pointer(&format!("/timestamp/{k}")).and_then(Value::as_u64).unwrap_or(0);
-            let at_ns = stamp("seconds").saturating_mul(1_000_000_000).saturating_add(stamp("microseconds").saturating_mul(1000));
-            let event = Event { name: name.to_owned(), at_ns, data: v["data"].take() };
+            let stamp = |k: &str| {
+                v.pointer(&format!("/timestamp/{k}"))
+                    .and_then(Value::as_u64)
+                    .unwrap_or(0)
+            };
+            let at_ns = stamp("seconds")
+                .saturating_mul(1_000_000_000)
+                .saturating_add(stamp("microseconds").saturating_mul(1000));
+            let event = Event {
+                name: name.to_owned(),
+                at_ns,
+                data: v["data"].take(),
+            };
             let mut s = self.state();
             if s.events.len() == EVENTS_MAX {
                 s.events.pop_front();
@@ -119,7 +133,11 @@ impl Shared {
             s.events.push_back(event);
             drop(s);
             self.news.notify_waiters();
-        } else if let Some(waiter) = v.get("id").and_then(Value::as_u64).and_then(|id| self.state().waiting.remove(&id)) {
+        } else if let Some(waiter) = v
+            .get("id")
+            .and_then(Value::as_u64)
+            .and_then(|id| self.state().waiting.remove(&id))
+        {
             let answer = match v.pointer("/error/desc").and_then(Value::as_str) {
                 Some(desc) => Err(desc.to_owned()),
                 None => Ok(v["return"].take()),
@@ -138,7 +156,9 @@ impl Qmp {
     {
         let (read, mut write) = tokio::io::split(stream);
         let mut read = BufReader::with_capacity(16 << 10, read);
-        let greeting = timeout(within, read_line(&mut read)).await.map_err(|_| QmpError::NoGreeting)??;
+        let greeting = timeout(within, read_line(&mut read))
+            .await
+            .map_err(|_| QmpError::NoGreeting)??;
         let is_qmp = serde_json::from_str::<Value>(&greeting).is_ok_and(|v| v.get("QMP").is_some());
         if !is_qmp {
             return Err(QmpError::Protocol(greeting.chars().take(60).collect()));
@@ -149,7 +169,12 @@ impl Qmp {
             let shared = shared.clone();
             tokio::spawn(async move {
                 while let Some(line) = outgoing.recv().await {
-                    if let Err(e) = async { write.write_all(line.as_bytes()).await?; write.flush().await }.await {
+                    if let Err(e) = async {
+                        write.write_all(line.as_bytes()).await?;
+                        write.flush().await
+                    }
+                    .await
+                    {
                         return shared.gone(&e.to_string());
                     }
                 }
@@ -167,7 +192,11 @@ impl Qmp {
             })
         };
         let tasks = Arc::new(Tasks(vec![writer.abort_handle(), reader.abort_handle()]));
-        let qmp = Qmp { shared, lines, _tasks: tasks };
+        let qmp = Qmp {
+            shared,
+            lines,
+            _tasks: tasks,
+        };
         qmp.execute("qmp_capabilities", Value::Null).await?;
         Ok(qmp)
     }
@@ -189,13 +218,24 @@ impl Qmp {
         if !arguments.is_null() {
             line["arguments"] = arguments;
         }
-        let why_gone = || QmpError::Gone(self.shared.state().gone.clone().unwrap_or_else(|| "closed".into()));
+        let why_gone = || {
+            QmpError::Gone(
+                self.shared
+                    .state()
+                    .gone
+                    .clone()
+                    .unwrap_or_else(|| "closed".into()),
+            )
+        };
         if self.lines.send(format!("{line}\n")).is_err() {
             return Err(why_gone());
         }
         match timeout(COMMAND, answer).await {
             Ok(Ok(Ok(value))) => Ok(value),
-            Ok(Ok(Err(desc))) => Err(QmpError::Refused { command: command.to_owned(), desc }),
+            Ok(Ok(Err(desc))) => Err(QmpError::Refused {
+                command: command.to_owned(),
+                desc,
+            }),
             Ok(Err(_)) => Err(why_gone()),
             Err(_) => {
                 self.shared.state().waiting.remove(&id);
@@ -232,7 +272,9 @@ impl Qmp {
                 news.await;
             }
         };
-        timeout(within, wait).await.map_err(|_| QmpError::Late(what.to_owned()))?
+        timeout(within, wait)
+            .await
+            .map_err(|_| QmpError::Late(what.to_owned()))?
     }
 
     /// True once the connection has ended.
@@ -242,25 +284,41 @@ impl Qmp {
 
     /// The last event of this name.
     pub fn last(&self, name: &str) -> Option<Event> {
-        self.shared.state().events.iter().rev().find(|e| e.name == name).cloned()
+        self.shared
+            .state()
+            .events
+            .iter()
+            .rev()
+            .find(|e| e.name == name)
+            .cloned()
     }
 
     /// The first event after `mark` that `wanted` accepts, if it is already here.
     pub fn seen(&self, mark: usize, wanted: impl Fn(&Event) -> bool) -> Option<Event> {
         let s = self.shared.state();
-        s.events.iter().skip(mark.saturating_sub(s.forgotten)).find(|e| wanted(e)).cloned()
+        s.events
+            .iter()
+            .skip(mark.saturating_sub(s.forgotten))
+            .find(|e| wanted(e))
+            .cloned()
     }
 }
 
 async fn read_line<R: AsyncRead + Unpin>(read: &mut BufReader<R>) -> Result<String, QmpError> {
     loop {
         let mut line = Vec::new();
-        let n = read.take(LINE_MAX).read_until(b'\n', &mut line).await.map_err(|e| QmpError::Gone(e.to_string()))?;
+        let n = read
+            .take(LINE_MAX)
+            .read_until(b'\n', &mut line)
+            .await
+            .map_err(|e| QmpError::Gone(e.to_string()))?;
         if n == 0 {
             return Err(QmpError::Gone("QEMU or its switch closed it".into()));
         }
         if line.last() != Some(&b'\n') && n as u64 == LINE_MAX {
-            return Err(QmpError::Protocol(format!("a line of more than {LINE_MAX} bytes")));
+            return Err(QmpError::Protocol(format!(
+                "a line of more than {LINE_MAX} bytes"
+            )));
         }
         let text = String::from_utf8_lossy(&line).trim().to_owned();
         if !text.is_empty() {
@@ -298,33 +356,69 @@ mod tests {
             vec![
                 ("qmp_capabilities", "{\"return\": {}, \"id\": 1}\n"),
                 ("query-status", ""),
-                ("stop", "{\"timestamp\": {\"seconds\": 7, \"microseconds\": 5}, \"event\": \"STOP\"}\n{\"id\": 3, \"error\": {\"class\": \"x\", \"desc\": \"no\"}}\n{\"id\": 2, \"return\": {\"status\": \"running\"}}\n"),
+                (
+                    "stop",
+                    "{\"timestamp\": {\"seconds\": 7, \"microseconds\": 5}, \"event\": \"STOP\"}\n{\"id\": 3, \"error\": {\"class\": \"x\", \"desc\": \"no\"}}\n{\"id\": 2, \"return\": {\"status\": \"running\"}}\n",
+                ),
             ],
         ));
         let qmp = Qmp::connect(ours, COMMAND).await.expect("connect");
         let mark = qmp.mark();
-        let (status, stop) = tokio::join!(qmp.execute("query-status", Value::Null), qmp.execute("stop", json!({"a": 1})));
+        let (status, stop) = tokio::join!(
+            qmp.execute("query-status", Value::Null),
+            qmp.execute("stop", json!({"a": 1}))
+        );
         assert_eq!(status.expect("status")["status"], "running");
-        assert_eq!(stop, Err(QmpError::Refused { command: "stop".into(), desc: "no".into() }));
-        let e = qmp.event(mark, COMMAND, "STOP", |e| e.name == "STOP").await.expect("event");
+        assert_eq!(
+            stop,
+            Err(QmpError::Refused {
+                command: "stop".into(),
+                desc: "no".into()
+            })
+        );
+        let e = qmp
+            .event(mark, COMMAND, "STOP", |e| e.name == "STOP")
+            .await
+            .expect("event");
         assert_eq!(e.at_ns, 7_000_005_000);
         drop(p.await.expect("peer"));
-        assert!(matches!(qmp.execute("x", Value::Null).await, Err(QmpError::Gone(_))));
-        assert!(matches!(qmp.event(qmp.mark(), COMMAND, "X", |_| true).await, Err(QmpError::Gone(_))));
+        assert!(matches!(
+            qmp.execute("x", Value::Null).await,
+            Err(QmpError::Gone(_))
+        ));
+        assert!(matches!(
+            qmp.event(qmp.mark(), COMMAND, "X", |_| true).await,
+            Err(QmpError::Gone(_))
+        ));
     }
 
     #[tokio::test]
     async fn garbage_and_silence_are_errors() {
         let (ours, mut theirs) = tokio::io::duplex(64);
-        assert_eq!(Qmp::connect(ours, Duration::from_millis(10)).await.err(), Some(QmpError::NoGreeting));
+        assert_eq!(
+            Qmp::connect(ours, Duration::from_millis(10)).await.err(),
+            Some(QmpError::NoGreeting)
+        );
         assert!(theirs.write_all(b"x").await.is_err() || true);
         let (ours, mut theirs) = tokio::io::duplex(64);
         theirs.write_all(b"SSH-2.0\r\n").await.expect("write");
-        assert!(matches!(Qmp::connect(ours, COMMAND).await.err(), Some(QmpError::Protocol(_))));
+        assert!(matches!(
+            Qmp::connect(ours, COMMAND).await.err(),
+            Some(QmpError::Protocol(_))
+        ));
         let (ours, theirs) = tokio::io::duplex(64);
-        let p = tokio::spawn(peer(theirs, vec![("qmp_cap", "{\"id\":1,\"return\":{}}\n"), ("a", "\u{0}garbage\n")]));
+        let p = tokio::spawn(peer(
+            theirs,
+            vec![
+                ("qmp_cap", "{\"id\":1,\"return\":{}}\n"),
+                ("a", "\u{0}garbage\n"),
+            ],
+        ));
         let qmp = Qmp::connect(ours, COMMAND).await.expect("connect");
-        assert!(matches!(qmp.execute("a", Value::Null).await, Err(QmpError::Gone(_))));
+        assert!(matches!(
+            qmp.execute("a", Value::Null).await,
+            Err(QmpError::Gone(_))
+        ));
         drop(p);
     }
 

@@ -1,7 +1,11 @@
 //! A switch that keeps no frame, for tests of the coordinator alone: it answers the control API over a unix socket,
 //! relays QMP, starts processes or fake VMs, and writes down what it was asked.
 
-#![allow(dead_code, missing_docs, reason = "shared by several tests, each of which uses a part")]
+#![allow(
+    dead_code,
+    missing_docs,
+    reason = "shared by several tests, each of which uses a part"
+)]
 
 pub mod qemu;
 
@@ -53,8 +57,18 @@ struct State {
 }
 
 impl FakeSwitch {
-    pub fn start(host: &str, socket: &Path, vms: Vec<FakeVm>, links: Vec<(String, String, u64)>) -> FakeSwitch {
-        let s = FakeSwitch(Arc::new(Inner { host: host.to_owned(), vms, links, state: Mutex::default() }));
+    pub fn start(
+        host: &str,
+        socket: &Path,
+        vms: Vec<FakeVm>,
+        links: Vec<(String, String, u64)>,
+    ) -> FakeSwitch {
+        let s = FakeSwitch(Arc::new(Inner {
+            host: host.to_owned(),
+            vms,
+            links,
+            state: Mutex::default(),
+        }));
         let listener = UnixListener::bind(socket).expect("bind");
         let me = s.clone();
         tokio::spawn(async move {
@@ -71,11 +85,30 @@ impl FakeSwitch {
     }
 
     pub fn refuse(&self, request: &str, times: u32) {
-        self.0.state.lock().expect("lock").refuse.insert(request.to_owned(), times);
+        self.0
+            .state
+            .lock()
+            .expect("lock")
+            .refuse
+            .insert(request.to_owned(), times);
+    }
+
+    pub fn stop_child(&self, vm: &str) {
+        if let Some(mut c) = self.0.state.lock().expect("lock").children.remove(vm) {
+            let _ = c.kill();
+            let _ = c.wait();
+        }
     }
 
     pub fn hold_states(&self) -> Vec<HoldState> {
-        self.0.state.lock().expect("lock").holds.values().map(|h| h.state).collect()
+        self.0
+            .state
+            .lock()
+            .expect("lock")
+            .holds
+            .values()
+            .map(|h| h.state)
+            .collect()
     }
 
     async fn connection(self, mut stream: UnixStream) {
@@ -129,8 +162,13 @@ impl FakeSwitch {
                 Err(_) => None,
                 Ok(s) => {
                     let ask = async {
-                        let q = gangway::vmm::qmp::Qmp::connect(s, Duration::from_millis(300)).await.ok()?;
-                        let v = q.execute("query-status", serde_json::Value::Null).await.ok()?;
+                        let q = gangway::vmm::qmp::Qmp::connect(s, Duration::from_millis(300))
+                            .await
+                            .ok()?;
+                        let v = q
+                            .execute("query-status", serde_json::Value::Null)
+                            .await
+                            .ok()?;
                         v["status"].as_str().map(str::to_owned)
                     };
                     Some(ask.await.unwrap_or("busy".to_owned()))
@@ -151,7 +189,9 @@ impl FakeSwitch {
         if let Some(refusal) = self.note("VmmStart", &format!("VmmStart {vm}")) {
             return refusal;
         }
-        let Some(v) = self.vm(vm) else { return refused(RefusalCode::Unknown, "no such VM") };
+        let Some(v) = self.vm(vm) else {
+            return refused(RefusalCode::Unknown, "no such VM");
+        };
         if UnixStream::connect(&v.qmp).await.is_ok() {
             return Reply::Started { pid: 1 };
         }
@@ -163,8 +203,17 @@ impl FakeSwitch {
             }
             Incoming::Command(line) => {
                 let _ = std::fs::remove_file(&v.qmp);
-                let child = Command::new("sh").arg("-c").arg(format!("exec {line}")).spawn().expect("spawn");
-                self.0.state.lock().expect("lock").children.insert(vm.to_owned(), child);
+                let child = Command::new("sh")
+                    .arg("-c")
+                    .arg(format!("exec {line}"))
+                    .spawn()
+                    .expect("spawn");
+                self.0
+                    .state
+                    .lock()
+                    .expect("lock")
+                    .children
+                    .insert(vm.to_owned(), child);
             }
         }
         for _ in 0..500 {
@@ -199,7 +248,10 @@ impl FakeSwitch {
             ..PortInfo::default()
         };
         match request {
-            Request::Hello { .. } => Reply::Hello { version: VERSION, host: self.0.host.clone() },
+            Request::Hello { .. } => Reply::Hello {
+                version: VERSION,
+                host: self.0.host.clone(),
+            },
             Request::HostShow => Reply::Host(HostInfo {
                 name: self.0.host.clone(),
                 version: "0".into(),
@@ -235,18 +287,26 @@ impl FakeSwitch {
                 {
                     host.kill(vm);
                 }
-                if let Some(mut c) = self.0.state.lock().expect("lock").children.remove(vm) {
-                    let _ = c.kill();
-                    let _ = c.wait();
-                }
+                self.stop_child(vm);
                 Reply::Ok
             }
-            Request::HoldOpen(o) => self.hold(o.hold, Some((Role::Source, &o.vms)), HoldState::Open),
-            Request::IncomingPrepare(p) => self.hold(p.hold, Some((Role::Target, &p.vms)), HoldState::Prepared),
+            Request::HoldOpen(o) => {
+                self.hold(o.hold, Some((Role::Source, &o.vms)), HoldState::Open)
+            }
+            Request::IncomingPrepare(p) => {
+                self.hold(p.hold, Some((Role::Target, &p.vms)), HoldState::Prepared)
+            }
             Request::Freeze { hold, scope } => {
-                let state = if *scope == Scope::All { HoldState::Frozen } else { HoldState::FrozenInside };
+                let state = if *scope == Scope::All {
+                    HoldState::Frozen
+                } else {
+                    HoldState::FrozenInside
+                };
                 self.hold(*hold, None, state);
-                Reply::Frozen { at_ns: gangway::migration::journal::now_ns(), drained: true }
+                Reply::Frozen {
+                    at_ns: gangway::migration::journal::now_ns(),
+                    drained: true,
+                }
             }
             Request::Seal { hold, .. } => self.hold(*hold, None, HoldState::Sealed),
             Request::IncomingRestore { hold } => self.hold(*hold, None, HoldState::Restored),
@@ -255,25 +315,50 @@ impl FakeSwitch {
             Request::Depart { hold, .. } => self.hold(*hold, None, HoldState::Departed),
             Request::HoldAbort { hold } => self.hold(*hold, None, HoldState::Aborted),
             Request::HoldRelease { hold } => self.hold(*hold, None, HoldState::Released),
-            Request::HoldStatus { hold } => match self.0.state.lock().expect("lock").holds.get(hold) {
-                Some(h) => Reply::Hold(h.clone()),
-                None => refused(RefusalCode::Unknown, "no such hold"),
-            },
-            Request::HoldList => Reply::Holds(self.0.state.lock().expect("lock").holds.values().cloned().collect()),
+            Request::HoldStatus { hold } => {
+                match self.0.state.lock().expect("lock").holds.get(hold) {
+                    Some(h) => Reply::Hold(h.clone()),
+                    None => refused(RefusalCode::Unknown, "no such hold"),
+                }
+            }
+            Request::HoldList => Reply::Holds(
+                self.0
+                    .state
+                    .lock()
+                    .expect("lock")
+                    .holds
+                    .values()
+                    .cloned()
+                    .collect(),
+            ),
             Request::FdbList => Reply::Fdb(Vec::new()),
-            Request::VmList | Request::VmmOpen { .. } | Request::VmmStart { .. } => unreachable!("answered above"),
+            Request::VmList | Request::VmmOpen { .. } | Request::VmmStart { .. } => {
+                unreachable!("answered above")
+            }
         }
     }
 
     fn hold(&self, id: HoldId, new: Option<(Role, &Vec<String>)>, state: HoldState) -> Reply {
         let mut s = self.0.state.lock().expect("lock");
         if let Some((role, vms)) = new {
-            let tally = Tally { frames: 3, bytes: 300, digest: 7 };
+            let tally = Tally {
+                frames: 3,
+                bytes: 300,
+                digest: 7,
+            };
             let lane = |a: &String, b: &String| LaneInfo {
-                lane: LaneKey { from: a.clone(), queue: 0, to: b.clone() },
+                lane: LaneKey {
+                    from: a.clone(),
+                    queue: 0,
+                    to: b.clone(),
+                },
                 sealed: true,
                 held: tally,
-                shipped: if role == Role::Source { tally } else { Tally::default() },
+                shipped: if role == Role::Source {
+                    tally
+                } else {
+                    Tally::default()
+                },
                 flushed: tally,
                 queued_behind: 0,
                 dropped: 0,
@@ -306,5 +391,8 @@ impl FakeSwitch {
 }
 
 fn refused(code: RefusalCode, message: &str) -> Reply {
-    Reply::Refused(Refusal { code, message: message.to_owned() })
+    Reply::Refused(Refusal {
+        code,
+        message: message.to_owned(),
+    })
 }

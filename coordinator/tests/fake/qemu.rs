@@ -66,7 +66,11 @@ impl Vm {
 
     fn run(&mut self, runs: bool) {
         if runs != (self.status == Status::Running) {
-            self.status = if runs { Status::Running } else { Status::Paused };
+            self.status = if runs {
+                Status::Running
+            } else {
+                Status::Paused
+            };
             self.event(if runs { "RESUME" } else { "STOP" }, json!({}));
         }
     }
@@ -75,7 +79,10 @@ impl Vm {
 impl FakeHost {
     /// A second host that can take VMs of this one.
     pub fn peer(&self) -> FakeHost {
-        FakeHost { vms: Arc::default(), ports: self.ports.clone() }
+        FakeHost {
+            vms: Arc::default(),
+            ports: self.ports.clone(),
+        }
     }
 
     pub fn start(&self, name: &str, qmp: &Path, status: Status) {
@@ -104,7 +111,10 @@ impl FakeHost {
                 }
             }
         });
-        self.vms.lock().expect("lock").insert(name.to_owned(), (vm, task.abort_handle()));
+        self.vms
+            .lock()
+            .expect("lock")
+            .insert(name.to_owned(), (vm, task.abort_handle()));
     }
 
     pub fn kill(&self, name: &str) {
@@ -114,7 +124,11 @@ impl FakeHost {
     }
 
     pub fn status(&self, name: &str) -> Option<Status> {
-        self.vms.lock().expect("lock").get(name).map(|(v, _)| v.lock().expect("lock").status)
+        self.vms
+            .lock()
+            .expect("lock")
+            .get(name)
+            .map(|(v, _)| v.lock().expect("lock").status)
     }
 
     /// True if it has quit.
@@ -122,7 +136,11 @@ impl FakeHost {
         let (read, mut write) = stream.into_split();
         let mut lines = BufReader::new(read).lines();
         let mut events = vm.lock().expect("lock").events.subscribe();
-        if write.write_all(b"{\"QMP\": {\"version\": {}, \"capabilities\": []}}\n").await.is_err() {
+        if write
+            .write_all(b"{\"QMP\": {\"version\": {}, \"capabilities\": []}}\n")
+            .await
+            .is_err()
+        {
             return false;
         }
         loop {
@@ -156,8 +174,14 @@ impl FakeHost {
         let mut vm = arc.lock().expect("lock");
         match command {
             "qmp_capabilities" | "migrate-set-capabilities" | "quit" => {}
-            "migrate-set-parameters" => vm.bandwidth = args["max-bandwidth"].as_u64().unwrap_or(vm.bandwidth),
-            "query-status" => return Ok(json!({"status": vm.status.name(), "running": vm.status == Status::Running})),
+            "migrate-set-parameters" => {
+                vm.bandwidth = args["max-bandwidth"].as_u64().unwrap_or(vm.bandwidth)
+            }
+            "query-status" => {
+                return Ok(
+                    json!({"status": vm.status.name(), "running": vm.status == Status::Running}),
+                );
+            }
             "query-migrate" => {
                 let mut v = json!({});
                 if !vm.migration.is_empty() {
@@ -165,7 +189,8 @@ impl FakeHost {
                         "transferred": vm.transferred, "dirty-sync-count": vm.syncs, "dirty-pages-rate": 100}});
                 }
                 if let Some(p) = vm.port {
-                    v["socket-address"] = json!([{"type": "inet", "host": "127.0.0.1", "port": p.to_string()}]);
+                    v["socket-address"] =
+                        json!([{"type": "inet", "host": "127.0.0.1", "port": p.to_string()}]);
                 }
                 return Ok(v);
             }
@@ -178,7 +203,11 @@ impl FakeHost {
             }
             "migrate" => {
                 let uri = args["uri"].as_str().unwrap_or_default();
-                let port = uri.rsplit(':').next().and_then(|p| p.parse().ok()).ok_or("bad uri")?;
+                let port = uri
+                    .rsplit(':')
+                    .next()
+                    .and_then(|p| p.parse().ok())
+                    .ok_or("bad uri")?;
                 vm.peer = Some(port);
                 vm.remaining = 64 << 20;
                 vm.syncs = 1;
@@ -203,7 +232,10 @@ impl FakeHost {
                 if vm.migration != "pre-switchover" {
                     return Err(format!("not in pre-switchover but {}", vm.migration));
                 }
-                let peer = vm.peer.and_then(|p| self.ports.lock().expect("lock").get(&p).cloned()).ok_or("no peer")?;
+                let peer = vm
+                    .peer
+                    .and_then(|p| self.ports.lock().expect("lock").get(&p).cloned())
+                    .ok_or("no peer")?;
                 vm.status = Status::Postmigrate;
                 vm.migration("completed");
                 let mut peer = peer.lock().expect("lock");
