@@ -16,11 +16,11 @@ lab:
 	@sh deploy/lab/setup.sh
 	@sh deploy/lab/image.sh
 
-# All tests: units, and the lab with real VMs
+# All tests: units, and the lab with real VMs. One build serves both
 test: lab
-	cargo build --release -q --workspace --bins
+	cargo build -q --workspace --bins
 	cargo test -q --workspace --exclude gangway-tests
-	cargo test -q --release -p gangway-tests -- --test-threads=1
+	cargo test -q -p gangway-tests -- --test-threads=1
 
 # What a commit must pass
 check:

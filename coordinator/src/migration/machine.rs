@@ -271,7 +271,8 @@ impl Machine {
             }
 
             (Phase::Halting { running }, Event::Halted(step)) => {
-                if running.remove(&step) && running.is_empty() {
+                running.remove(&step);
+                if running.is_empty() {
                     self.roll_back(&mut out);
                 }
             }

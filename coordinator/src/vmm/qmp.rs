@@ -394,12 +394,11 @@ mod tests {
 
     #[tokio::test]
     async fn garbage_and_silence_are_errors() {
-        let (ours, mut theirs) = tokio::io::duplex(64);
+        let (ours, _theirs) = tokio::io::duplex(64);
         assert_eq!(
             Qmp::connect(ours, Duration::from_millis(10)).await.err(),
             Some(QmpError::NoGreeting)
         );
-        assert!(theirs.write_all(b"x").await.is_err() || true);
         let (ours, mut theirs) = tokio::io::duplex(64);
         theirs.write_all(b"SSH-2.0\r\n").await.expect("write");
         assert!(matches!(

@@ -36,9 +36,12 @@ impl Status {
 /// The VMs of a host; all hosts of a test share the ports.
 #[derive(Clone, Default)]
 pub struct FakeHost {
-    vms: Arc<Mutex<HashMap<String, (Arc<Mutex<Vm>>, AbortHandle)>>>,
+    vms: Arc<Mutex<HashMap<String, Running>>>,
     ports: Arc<Mutex<HashMap<u16, Arc<Mutex<Vm>>>>>,
 }
+
+/// A VM and the task that serves its QMP.
+type Running = (Arc<Mutex<Vm>>, AbortHandle);
 
 struct Vm {
     status: Status,

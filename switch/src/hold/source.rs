@@ -15,7 +15,7 @@ use crate::datapath::stats::Drop as Dropped;
 use crate::datapath::worker::{Command, QueueId, now_ns};
 use crate::port::Frame;
 use crate::ship::{Lanes, Outgoing};
-use crate::spool::{Kind, Queue, Writer};
+use crate::spool::{Kind, Queue, Writer, sync_all};
 
 /// How long a TAP's queue may take to run empty after the cut.
 const TAP_EMPTY: Duration = Duration::from_millis(50);
@@ -106,6 +106,12 @@ impl SourceHold {
                 .outgoing
                 .add_lane(l.key.clone(), l.inside, l.queue.clone());
         }
+        // The first sync writes the files' metadata: better now than in the freeze.
+        if let Err(e) = hold.sync(|_| true) {
+            hold.outgoing.abort();
+            hold.forget(host);
+            return Err(e);
+        }
         // A learned address stays believed to be here until the network says otherwise.
         for (&g, mac) in hold.group.iter().zip(&hold.macs) {
             if let Some(mac) = mac {
@@ -153,20 +159,14 @@ impl SourceHold {
                 drained &= host.tap_empty(g, until.saturating_duration_since(Instant::now()));
             }
         }
-        self.sync()?;
+        self.sync(|l| l.held)?;
         Ok((at, drained))
     }
 
-    fn sync(&self) -> Result<(), Refusal> {
-        for l in self.lanes.iter().filter(|l| l.held) {
-            l.queue.sync().map_err(|e| {
-                refuse(
-                    RefusalCode::Resources,
-                    format!("the spool of {}: {e}", l.key),
-                )
-            })?;
-        }
-        Ok(())
+    fn sync(&self, which: impl Fn(&Lane) -> bool) -> Result<(), Refusal> {
+        let lanes = self.lanes.iter().chain(&self.read_back);
+        let queues: Vec<Arc<Queue>> = lanes.filter(|l| which(l)).map(|l| l.queue.clone()).collect();
+        sync_all(&queues).map_err(|e| refuse(RefusalCode::Resources, format!("the spool: {e}")))
     }
 
     /// VMs are stopped: takes what their TAPs still hold, closes the lanes between them, waits for the target.
@@ -183,14 +183,7 @@ impl SourceHold {
             }
         }
         self.close(host, |l| l.inside, || Gate::Blocked)?;
-        for l in self.lanes.iter().filter(|l| l.inside) {
-            l.queue.sync().map_err(|e| {
-                refuse(
-                    RefusalCode::Resources,
-                    format!("the spool of {}: {e}", l.key),
-                )
-            })?;
-        }
+        self.sync(|l| l.inside)?;
         if self.outgoing.wait_complete(
             Lanes::Inside,
             until.saturating_duration_since(Instant::now()),
@@ -310,7 +303,7 @@ impl SourceHold {
                 |l| gone.contains(&l.to),
                 || Gate::Closed(Dropped::Late),
             )?;
-            self.sync()?;
+            self.sync(|l| l.held)?;
         }
         Ok(gone.len() == self.group.len()
             && self.outgoing.wait_complete(Lanes::All, Duration::ZERO))
