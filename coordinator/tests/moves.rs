@@ -376,7 +376,7 @@ async fn bad_input_is_one_clear_line() {
         ("migrate producer --from b --to a", 5, "absent"),
         ("report 0000000000000001", 2, "no migration"),
         ("abort", 2, "no migration"),
-        ("host show x", 2, "there is: a, b"),
+        ("host show xyz", 2, "there is: a, b"),
     ] {
         let out = w.run(line).await;
         let err = String::from_utf8_lossy(&out.stderr).into_owned();

@@ -14,10 +14,10 @@ use crate::control::{Handler, ShipAcceptor, Vmm};
 use crate::datapath::Engine;
 use crate::hold::Manager;
 use crate::hold::manager::Host;
+use crate::port::Attach;
+use crate::port::packet::{self, Fault, Health, Opened};
 use crate::port::tap::{VmTap, open_endpoint};
 use crate::port::vhost::{self, VhostConfig, VhostPort};
-use crate::port::packet::{self, Fault, Health, Opened};
-use crate::port::Attach;
 use crate::ship::Acceptor;
 use crate::spool::Spool;
 
@@ -91,7 +91,13 @@ impl Switch {
             config: cfg.clone(),
         }));
         let watch = tokio::spawn(watch(engine.clone(), devices));
-        Ok(Switch { engine, manager, acceptor, vhost, watch })
+        Ok(Switch {
+            engine,
+            manager,
+            acceptor,
+            vhost,
+            watch,
+        })
     }
 
     /// Answers what concerns ports, links and holds.
@@ -149,9 +155,7 @@ fn open_device(
         PortKind::Tap {
             device,
             role: TapRole::Endpoint,
-        } => {
-            open_endpoint(device)?
-        }
+        } => open_endpoint(device)?,
         PortKind::Tap {
             device,
             role: TapRole::Vm,
@@ -161,9 +165,7 @@ fn open_device(
             taps.insert(slot, tap);
             queues
         }
-        PortKind::Uplink { device } => {
-            packet::open(device)?
-        }
+        PortKind::Uplink { device } => packet::open(device)?,
         PortKind::VhostUser { socket, .. } => anyhow::bail!("{} is no device", socket.display()),
     })
 }

@@ -19,20 +19,35 @@ fn logs(name: &str) -> PathBuf {
 
 fn moves(ports: Ports, freeze: Freeze, name: &str) -> Run {
     let say = &mut |text: &str| eprintln!("{name}: {text}");
-    let run = moved::run(&Group::default(), ports, freeze, Phases::default(), &logs(name), say);
+    let run = moved::run(
+        &Group::default(),
+        ports,
+        freeze,
+        Phases::default(),
+        &logs(name),
+        say,
+    );
     let run = run.unwrap_or_else(|e| panic!("{name}: {e:#}; logs in {}", logs(name).display()));
     for flow in &run.traffic {
         assert!(flow.is_clean(), "{name}: {flow:#?}");
         assert!(flow.sent > 0, "{name}: {} sent nothing", flow.name);
     }
-    assert_eq!(run.order, ["producer", "middle", "consumer"], "senders first");
+    assert_eq!(
+        run.order,
+        ["producer", "middle", "consumer"],
+        "senders first"
+    );
     assert!(!run.links.is_empty());
     run
 }
 
 #[test]
 fn a_group_on_vhost_user_ports_moves_without_losing_a_frame() {
-    moves(Ports::VhostUser, Freeze::Switchover, "vhost-user-switchover");
+    moves(
+        Ports::VhostUser,
+        Freeze::Switchover,
+        "vhost-user-switchover",
+    );
 }
 
 #[test]
@@ -49,16 +64,24 @@ fn the_early_freeze_moves_without_losing_a_frame() {
 fn paused_at(world: &World, step: &str) -> (Process, PathBuf) {
     let mut command = world.coordinator.migrate(&world.group, Freeze::Switchover);
     command.env("GANGWAY_PAUSE_AT", step);
-    let log = world.lab.dir().join(format!("migrate-{}.log", step.replace(':', "-")));
+    let log = world
+        .lab
+        .dir()
+        .join(format!("migrate-{}.log", step.replace(':', "-")));
     let process = Process::start("gangway migrate", command, &log).unwrap();
     let state = world.lab.dir().join("coordinator");
     let mut seen = None;
     let found = until(&format!("pause at {step}"), PATIENCE, || {
         if let Some(status) = process.ended() {
-            anyhow::bail!("it ended with {status}: {}", std::fs::read_to_string(&log).unwrap_or_default());
+            anyhow::bail!(
+                "it ended with {status}: {}",
+                std::fs::read_to_string(&log).unwrap_or_default()
+            );
         }
         let folders = std::fs::read_dir(&state).into_iter().flatten().flatten();
-        seen = folders.map(|f| f.path()).find(|f| f.join("paused").exists());
+        seen = folders
+            .map(|f| f.path())
+            .find(|f| f.join("paused").exists());
         Ok(seen.clone())
     });
     (process, found.unwrap())
@@ -78,10 +101,24 @@ fn an_abort_in_any_phase_and_a_killed_coordinator_lose_nothing() {
     let mut world = World::new(&group, Ports::VhostUser, &logs("aborts")).unwrap();
     world.traffic.start().unwrap();
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        for step in ["start", "precopy:after", "freeze:after", "stop:after", "switchover:after", "restore:after"] {
+        for step in [
+            "start",
+            "precopy:after",
+            "freeze:after",
+            "stop:after",
+            "switchover:after",
+            "restore:after",
+        ] {
             let (migrate, folder) = paused_at(&world, step);
-            world.coordinator.ask(&["abort"]).unwrap_or_else(|e| panic!("abort at {step}: {e:#}"));
-            assert_eq!(migrate.wait(PATIENCE).unwrap().code(), Some(3), "rolled back at {step}");
+            world
+                .coordinator
+                .ask(&["abort"])
+                .unwrap_or_else(|e| panic!("abort at {step}: {e:#}"));
+            assert_eq!(
+                migrate.wait(PATIENCE).unwrap().code(),
+                Some(3),
+                "rolled back at {step}"
+            );
             all_run_on_a(&mut world, step);
             std::fs::remove_file(folder.join("paused")).unwrap();
         }
@@ -90,14 +127,24 @@ fn an_abort_in_any_phase_and_a_killed_coordinator_lose_nothing() {
             migrate.kill();
             // Nobody speaks for the group now; what comes in is held or flows as before.
             thread::sleep(Duration::from_secs(1));
-            world.coordinator.ask(&["abort"]).unwrap_or_else(|e| panic!("abort after a kill at {step}: {e:#}"));
+            world
+                .coordinator
+                .ask(&["abort"])
+                .unwrap_or_else(|e| panic!("abort after a kill at {step}: {e:#}"));
             all_run_on_a(&mut world, step);
             std::fs::remove_file(folder.join("paused")).unwrap();
         }
         let command = world.coordinator.migrate(&group, Freeze::Switchover);
         let log = world.lab.dir().join("migrate-at-last.log");
-        let status = Process::start("gangway migrate", command, &log).unwrap().wait(PATIENCE).unwrap();
-        assert!(status.success(), "{}", std::fs::read_to_string(&log).unwrap_or_default());
+        let status = Process::start("gangway migrate", command, &log)
+            .unwrap()
+            .wait(PATIENCE)
+            .unwrap();
+        assert!(
+            status.success(),
+            "{}",
+            std::fs::read_to_string(&log).unwrap_or_default()
+        );
         thread::sleep(Duration::from_secs(2));
         for flow in world.traffic.stop().unwrap() {
             assert!(flow.is_clean(), "{flow:#?}");
@@ -116,23 +163,36 @@ fn wrong_requests_are_refused_clearly_and_change_nothing() {
     let mut world = World::new(&group, Ports::VhostUser, &logs("refusals")).unwrap();
     let ask = |world: &World, args: &[&str]| {
         let out = world.coordinator.command(args).output().unwrap();
-        (out.status.code(), String::from_utf8_lossy(&out.stderr).into_owned())
+        (
+            out.status.code(),
+            String::from_utf8_lossy(&out.stderr).into_owned(),
+        )
     };
     for (args, code, words) in [
         (&["migrate", "produzer", "--to", "b"][..], 2, "producer"),
         (&["migrate", "producer", "--to", "bb"], 2, "bb"),
         (&["host", "show", "c"], 2, "c"),
-        (&["migrate", "producer", "--from", "b", "--to", "a"], 2, "producer"),
+        (
+            &["migrate", "producer", "--from", "b", "--to", "a"],
+            2,
+            "producer",
+        ),
     ] {
         let (got, text) = ask(&world, args);
-        assert!(got.is_some_and(|c| c != 0 && c != 3), "{args:?}: {got:?} (about {code}): {text}");
+        assert!(
+            got.is_some_and(|c| c != 0 && c != 3),
+            "{args:?}: {got:?} (about {code}): {text}"
+        );
         assert!(text.contains(words), "{args:?}: {text}");
         assert!(!text.contains("panicked"), "{text}");
     }
     // A switch that is down.
     let b = world.lab.b.switch.take().unwrap();
     b.kill();
-    let (got, text) = ask(&world, &["migrate", "producer,middle", "--from", "a", "--to", "b"]);
+    let (got, text) = ask(
+        &world,
+        &["migrate", "producer,middle", "--from", "a", "--to", "b"],
+    );
     assert_eq!(got, Some(4), "{text}");
     assert!(text.contains('b'), "{text}");
     all_run_on_a(&mut world, "refusals");

@@ -57,7 +57,8 @@ impl Mode {
     }
 }
 
-type Tx = Option<Box<dyn TxQueue>>;
+/// A port's transmit side; `None` while it is down.
+pub type Tx = Option<Box<dyn TxQueue>>;
 
 /// A port as all workers see it.
 pub struct Port {

@@ -236,9 +236,9 @@ impl Lane {
     }
 
     /// Any state -> Drain. A writer that is there is sealed: its queue must be the last of `older`.
-    pub fn drain(&mut self, drain: Drain) {
+    pub fn drain(&mut self, drain: Box<Drain>) {
         self.seal();
-        self.gate = Gate::Drain(Box::new(drain));
+        self.gate = Gate::Drain(drain);
     }
 
     /// Hold -> Blocked or Closed: no record will follow on the held queue.
@@ -413,7 +413,7 @@ mod tests {
                     Op::LetGo => if let Some(q) = held.take() {
                         let (writer, local) = spool.create(HoldId(holds), Kind::Local, &key).expect("a queue");
                         let source = |q: &Arc<crate::spool::Queue>| Source { reader: q.reader(), progress: Arc::default() };
-                        lane.drain(Drain { before: None, older: [source(&q)].into(), done: None, wait: None, writer, local: source(&local) });
+                        lane.drain(Box::new(Drain { before: None, older: [source(&q)].into(), done: None, wait: None, writer, local: source(&local) }));
                     },
                     Op::Step => { lane.step(64, &mut send, &mut |_| dropped += 1); }
                 }
@@ -425,7 +425,7 @@ mod tests {
             if let Some(q) = held.take() {
                 let (writer, local) = spool.create(HoldId(9999), Kind::Local, &key).expect("a queue");
                 let source = |q: &Arc<crate::spool::Queue>| Source { reader: q.reader(), progress: Arc::default() };
-                lane.drain(Drain { before: None, older: [source(&q)].into(), done: None, wait: None, writer, local: source(&local) });
+                lane.drain(Box::new(Drain { before: None, older: [source(&q)].into(), done: None, wait: None, writer, local: source(&local) }));
             }
             while lane.step(64, &mut |f| { out.push(number(f)); Sent::Yes }, &mut |_| dropped += 1) == Step::More {}
             prop_assert!(matches!(lane.gate, Gate::Forward));

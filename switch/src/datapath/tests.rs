@@ -264,7 +264,7 @@ fn a_freeze_is_one_cut_over_all_workers_and_a_drain_keeps_order() {
                 writer,
                 local: own,
             };
-            commands.push((id, Command::Drain(id, 2, drain)));
+            commands.push((id, Command::Drain(id, 2, Box::new(drain))));
         }
         w.engine.batch(commands).unwrap();
         eventually("the drain ends under load", || {

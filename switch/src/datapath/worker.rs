@@ -9,11 +9,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use arrayvec::ArrayVec;
 use gangway_shared::config::valid::Poll;
 
-use super::engine::{Mode, Port, Shared};
+use super::engine::{Mode, Port, Shared, Tx};
 use super::lane::{Drain, Gate, Lane, Step};
 use super::parse;
 use super::stats::Drop;
-use crate::port::{BURST, Burst, Frame, RxErrors, RxQueue, Sent, TxQueue};
+use crate::port::{BURST, Burst, Frame, RxErrors, RxQueue, Sent};
 use crate::spool::Writer;
 use crate::sys;
 
@@ -42,7 +42,7 @@ pub enum Command {
     /// Cuts a lane.
     Hold(QueueId, usize, Writer),
     /// Lets a lane drain; an own held queue is sealed first.
-    Drain(QueueId, usize, Drain),
+    Drain(QueueId, usize, Box<Drain>),
     /// Ends a lane's hold; the gate that follows.
     Close(QueueId, usize, Gate),
     /// Reopens a lane.
@@ -93,7 +93,7 @@ pub struct Worker {
 /// The transmit sides in use during a burst: one lock at a time, every one flushed at the end.
 struct Egress<'a> {
     ports: &'a [Arc<Port>],
-    held: Option<(usize, MutexGuard<'a, Option<Box<dyn TxQueue>>>)>,
+    held: Option<(usize, MutexGuard<'a, Tx>)>,
 }
 
 impl<'a> Egress<'a> {

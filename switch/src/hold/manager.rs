@@ -37,6 +37,9 @@ const ANNOUNCE_AGAIN_MS: [u64; 5] = [20, 80, 200, 500, 1000];
 /// Ended holds that are remembered for reports.
 const KEEP: usize = 64;
 
+/// Finds the process behind a VM's QMP socket.
+pub type VmPid = Box<dyn Fn(&str) -> Option<u32> + Send + Sync>;
+
 /// What holds are carried out on.
 pub struct Host {
     /// Workers, ports, FDB.
@@ -52,7 +55,7 @@ pub struct Host {
     /// TAPs of VMs, by port index.
     pub taps: HashMap<usize, Arc<VmTap>>,
     /// The process behind a VM's QMP socket.
-    pub vm_pid: Box<dyn Fn(&str) -> Option<u32> + Send + Sync>,
+    pub vm_pid: VmPid,
     /// The configuration.
     pub config: HostConfig,
 }

@@ -165,7 +165,10 @@ impl SourceHold {
 
     fn sync(&self, which: impl Fn(&Lane) -> bool) -> Result<(), Refusal> {
         let lanes = self.lanes.iter().chain(&self.read_back);
-        let queues: Vec<Arc<Queue>> = lanes.filter(|l| which(l)).map(|l| l.queue.clone()).collect();
+        let queues: Vec<Arc<Queue>> = lanes
+            .filter(|l| which(l))
+            .map(|l| l.queue.clone())
+            .collect();
         sync_all(&queues).map_err(|e| refuse(RefusalCode::Resources, format!("the spool: {e}")))
     }
 
@@ -363,7 +366,7 @@ impl SourceHold {
             writer,
             local,
         };
-        Ok((l.id, Command::Drain(l.id, l.to, drain)))
+        Ok((l.id, Command::Drain(l.id, l.to, Box::new(drain))))
     }
 
     /// After an abort: true once everything is delivered; the ports are as before then.

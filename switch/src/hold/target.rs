@@ -235,7 +235,7 @@ impl TargetHold {
                 writer,
                 local: own,
             };
-            commands.push((id, Command::Drain(id, to, drain)));
+            commands.push((id, Command::Drain(id, to, Box::new(drain))));
         }
         self.flushed.extend(flushed);
     }

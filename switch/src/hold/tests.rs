@@ -142,7 +142,7 @@ impl Scene {
             place: Arc::default(),
             done: Arc::default(),
             threads: Vec::new(),
-            w: w,
+            w,
         };
         scene.start()
     }
