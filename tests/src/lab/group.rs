@@ -77,7 +77,11 @@ impl Group {
     pub fn cmdline(&self, vm: &VmSpec) -> String {
         // What the last one sends outside only shows the chain's silence on the host's clock.
         let hop = self.vms.iter().any(|other| other.name == vm.next.0);
-        let udp_rate = if hop { self.udp_rate } else { self.udp_rate / 10 };
+        let udp_rate = if hop {
+            self.udp_rate
+        } else {
+            self.udp_rate / 10
+        };
         let mut line = format!(
             "console=ttyS0 quiet tsc=reliable no_timer_check panic=1 mitigations=off apparmor=0 gw.name={} gw.addr={}/24 gw.next={}@{} \
              gw.udp_rate={} gw.tcp_rate={} gw.dirty_mb={}",
