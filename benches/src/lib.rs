@@ -1,1 +1,1 @@
-//! Placeholder while the crate is laid out.
+//! Measurements beside peers. Empty so far: what has been measured comes from `make demo` (docs/benchmarks.md).
