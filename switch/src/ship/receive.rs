@@ -198,6 +198,14 @@ async fn make_lane(
         let _one = i.making.lock().unwrap_or_else(PoisonError::into_inner);
         let known = i.lock().lanes.iter().position(|l| l.key == key);
         if let Some(n) = known {
+            // What an earlier connection said of the lane's end is said again, or was wrong.
+            i.update(|s| {
+                if let Some(l) = s.lanes.get_mut(n).filter(|l| !l.complete)
+                    && l.end.take().is_some()
+                {
+                    l.mismatch = None;
+                }
+            });
             return Ok(n);
         }
         if i.lock().lanes.len() >= LANES_MAX {
