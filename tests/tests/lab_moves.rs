@@ -146,8 +146,10 @@ fn an_abort_in_any_phase_and_a_killed_coordinator_lose_nothing() {
             std::fs::read_to_string(&log).unwrap_or_default()
         );
         thread::sleep(Duration::from_secs(2));
-        for flow in world.traffic.stop().unwrap() {
-            assert!(flow.is_clean(), "{flow:#?}");
+        let flows = world.traffic.stop().unwrap();
+        let ports = ["a", "b"].map(|h| world.coordinator.ask(&["host", "show", h, "-o", "json"]).unwrap_or_default());
+        for flow in flows {
+            assert!(flow.is_clean(), "{flow:#?}\nports: {ports:#?}");
         }
     }));
     if let Err(panic) = result {

@@ -4,8 +4,9 @@
 use std::net::{TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 
-/// Room for half a second of a flow that comes back all at once: what a guest's own socket drops is no loss of the network.
-const RECEIVE_BYTES: usize = 4 << 20;
+/// Room for ten seconds of a flow that comes back all at once (after `kill -9` of the coordinator in the pause, a hold lasts
+/// six): what a guest's own socket drops is no loss of the network. A small datagram takes more than 2 KiB of it.
+const RECEIVE_BYTES: usize = 16 << 20;
 
 /// A UDP socket with a large receive buffer.
 pub fn roomy(socket: &UdpSocket) {
