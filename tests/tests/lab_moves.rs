@@ -147,7 +147,12 @@ fn an_abort_in_any_phase_and_a_killed_coordinator_lose_nothing() {
         );
         thread::sleep(Duration::from_secs(2));
         let flows = world.traffic.stop().unwrap();
-        let ports = ["a", "b"].map(|h| world.coordinator.ask(&["host", "show", h, "-o", "json"]).unwrap_or_default());
+        let ports = ["a", "b"].map(|h| {
+            world
+                .coordinator
+                .ask(&["host", "show", h, "-o", "json"])
+                .unwrap_or_default()
+        });
         for flow in flows {
             assert!(flow.is_clean(), "{flow:#?}\nports: {ports:#?}");
         }

@@ -129,6 +129,11 @@ impl Port {
         self.armed.load(Ordering::Acquire)
     }
 
+    /// Its VM is stopped only for the move: what is sent to it meanwhile waits.
+    pub fn awaited(&self) -> bool {
+        self.armed() || self.mode() == Mode::Held
+    }
+
     /// See [`Port::armed`].
     pub fn set_armed(&self, yes: bool) {
         self.armed.store(yes, Ordering::Release);

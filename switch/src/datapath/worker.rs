@@ -111,7 +111,7 @@ impl<'a> Egress<'a> {
             return Sent::Down;
         };
         let mut sent = guard.as_mut().map_or(Sent::Down, |tx| tx.send(frame));
-        if sent == Sent::Down && self.ports[to].armed() {
+        if sent == Sent::Down && self.ports[to].awaited() {
             sent = Sent::Full;
         }
         if sent == Sent::Yes {
@@ -445,6 +445,8 @@ impl Targets {
             Targets::Nowhere(_) => (None, None),
         };
         let from_uplink = shared.ports[from].uplink;
+        // What anybody but the arriving group floods reaches the source, too, until the announcement.
+        let from_deaf = !shared.ports[from].hears_uplink();
         let all = if flood.is_some() {
             shared.ports.len()
         } else {
@@ -455,7 +457,8 @@ impl Targets {
             let p = &shared.ports[to];
             to != from
                 && Some(to) != own
-                && !(from_uplink && (p.uplink || !p.hears_uplink()))
+                && !(from_uplink && p.uplink)
+                && (p.hears_uplink() || from_deaf)
                 && match p.mode() {
                     Mode::Live => p.is_up() || p.armed(),
                     // What comes from a VM that has moved already reaches the others of its group where they are now.

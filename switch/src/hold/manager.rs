@@ -30,6 +30,8 @@ use crate::spool::Spool;
 const CONNECT: Duration = Duration::from_secs(5);
 /// How long a restore waits for the last acknowledgements.
 const RESTORE: Duration = Duration::from_secs(5);
+/// How long frames wait for a VM that is stopped when its hold was put back.
+const AWAIT_VM: Duration = Duration::from_secs(30);
 /// How often a hold that moves by itself is looked at.
 const TICK: Duration = Duration::from_millis(1);
 /// When an announcement is repeated, after the first.
@@ -273,8 +275,9 @@ impl Manager {
             }
             group.extend(mine);
         }
-        for h in lock(&self.holds).values() {
-            let h = lock(h);
+        let all: Vec<_> = lock(&self.holds).values().cloned().collect();
+        for h in all {
+            let h = lock(&h);
             let over = matches!(h.info.state, HoldState::Released | HoldState::Aborted);
             if let Some(p) = group.iter().find(|p| !over && h.group().contains(p)) {
                 let what = format!(
@@ -555,18 +558,21 @@ impl Manager {
             Ok(None)
         })?;
         if follow {
-            self.follow(hold, |host, h| {
+            let until = Instant::now() + AWAIT_VM;
+            self.follow(hold, move |host, h| {
                 let End::Source(s) = &mut h.end else {
                     return true;
                 };
-                let done = s.put_back_done(host);
-                if done {
+                if h.info.state == HoldState::Aborted {
+                    return s.disarm(host, Instant::now() > until);
+                }
+                if s.put_back_done(host) {
                     h.info.lanes = s.lanes();
                     s.forget(host);
                     h.info.state = HoldState::Aborted;
                     h.info.drained_ns = now_ns();
                 }
-                done
+                false
             });
         }
         Ok(reply)

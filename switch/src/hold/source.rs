@@ -52,6 +52,13 @@ impl SourceHold {
     pub fn open(host: &Host, args: &HoldOpen, group: Vec<usize>) -> Result<SourceHold, Refusal> {
         let ports = &host.engine.shared().ports;
         let now_s = host.engine.shared().now_s();
+        if !host.spool.queues(args.hold).is_empty() {
+            let what = format!(
+                "frames of hold {} are in the spool from an earlier run",
+                args.hold
+            );
+            return Err(refuse(RefusalCode::Busy, what));
+        }
         let outgoing = host.dial(args)?;
         let mut hold = SourceHold {
             id: args.hold,
@@ -384,10 +391,22 @@ impl SourceHold {
 
     fn live(&self, host: &Host) {
         for &g in &self.group {
-            let p = &host.engine.shared().ports[g];
-            p.set_armed(false);
-            p.set_mode(Mode::Live);
+            host.engine.shared().ports[g].set_mode(Mode::Live);
         }
+    }
+
+    /// After the end: what waits for a VM that is not up yet keeps waiting. True when all are up.
+    pub fn disarm(&self, host: &Host, give_up: bool) -> bool {
+        let ports = &host.engine.shared().ports;
+        let mut all = true;
+        for &g in &self.group {
+            let up = ports[g].is_up() || give_up;
+            all &= up;
+            if up {
+                ports[g].set_armed(false);
+            }
+        }
+        all
     }
 
     /// Frees everything; the ports are open for a new VM.
@@ -401,6 +420,7 @@ impl SourceHold {
             .collect();
         host.batch(ids)?;
         self.live(host);
+        self.disarm(host, true);
         host.free_spool(self.id);
         Ok(())
     }

@@ -53,6 +53,13 @@ impl TargetHold {
     ) -> Result<TargetHold, Refusal> {
         let shared = host.engine.shared();
         let ports = &shared.ports;
+        if !host.spool.queues(args.hold).is_empty() {
+            let what = format!(
+                "frames of hold {} are in the spool from an earlier run",
+                args.hold
+            );
+            return Err(refuse(RefusalCode::Busy, what));
+        }
         let mut local = Vec::new();
         for &to in &group {
             for from in 0..ports.len() {
@@ -111,6 +118,7 @@ impl TargetHold {
     /// All lanes that must be complete before a VM may run are here, and agree with the source.
     pub fn restore(&self, timeout: Duration) -> Result<(), Refusal> {
         let until = Instant::now() + timeout;
+        self.not_put_back()?;
         loop {
             let lanes = self.incoming.lanes();
             if let Some(l) = lanes.iter().find(|l| l.mismatch.is_some()) {
@@ -143,8 +151,19 @@ impl TargetHold {
         }
     }
 
+    fn not_put_back(&self) -> Result<(), Refusal> {
+        if self.incoming.is_aborted() {
+            return Err(refuse(
+                RefusalCode::State,
+                "the source has put everything back; abort here, too",
+            ));
+        }
+        Ok(())
+    }
+
     /// The ports go live; lanes drain as the guests take frames.
     pub fn commit(&mut self, host: &Host) -> Result<(), Refusal> {
+        self.not_put_back()?;
         let shared = host.engine.shared();
         let uplink = shared.ports.iter().position(|p| p.uplink);
         let shipped = self.incoming.lanes();
@@ -262,10 +281,13 @@ impl TargetHold {
 
     /// True once every lane forwards; the ports are plain ports then.
     pub fn drained(&self, host: &Host) -> bool {
-        let done = self.local.iter().all(|l| l.progress.finished());
+        let ports = &host.engine.shared().ports;
+        let done = self.local.iter().all(|l| l.progress.finished())
+            && self.group.iter().all(|&g| ports[g].is_up());
         if done {
             for &g in &self.group {
-                host.engine.shared().ports[g].set_mode(Mode::Live);
+                ports[g].set_hears_uplink(true);
+                ports[g].set_mode(Mode::Live);
             }
         }
         done
