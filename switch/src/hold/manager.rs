@@ -330,7 +330,8 @@ impl Manager {
         let group = self.claim(&args.vms)?;
         let end = SourceHold::open(&self.host, &args, group)?;
         tracing::info!(hold = %args.hold, "opened towards {}: {}", args.target_host, args.vms.join(", "));
-        Ok(self.keep(
+        let id = args.hold;
+        let reply = self.keep(
             info(
                 args.hold,
                 Role::Source,
@@ -339,7 +340,27 @@ impl Manager {
                 args.target_host,
             ),
             End::Source(end),
-        ))
+        );
+        // A VM that stops before the freeze (its migration converged by itself, its coordinator died): what comes for it
+        // is held from then on, as if the coordinator had asked.
+        self.follow(id, |host, h| {
+            let early = matches!(h.info.state, HoldState::Open | HoldState::FrozenInside);
+            let End::Source(s) = &mut h.end else {
+                return true;
+            };
+            if early && s.stopped(host) {
+                match s.freeze(host, gangway_shared::api::Scope::All) {
+                    Ok((at, _)) => {
+                        h.info.frozen_ns = at;
+                        h.info.state = HoldState::Frozen;
+                        tracing::info!(hold = %h.info.hold, "a VM has stopped by itself: frozen");
+                    }
+                    Err(e) => tracing::error!("{e}"),
+                }
+            }
+            !early
+        });
+        Ok(reply)
     }
 
     fn prepare(&self, args: IncomingPrepare) -> Answer {

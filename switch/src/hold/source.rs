@@ -40,6 +40,8 @@ pub struct SourceHold {
     id: HoldId,
     group: Vec<usize>,
     macs: Vec<Option<MacAddr>>,
+    /// Which of them were up when the hold was opened.
+    ran: Vec<bool>,
     lanes: Vec<Lane>,
     read_back: Vec<Lane>,
     outgoing: Arc<Outgoing>,
@@ -63,6 +65,7 @@ impl SourceHold {
         let mut hold = SourceHold {
             id: args.hold,
             macs: group.iter().map(|&g| host.mac_of(g)).collect(),
+            ran: group.iter().map(|&g| ports[g].is_up()).collect(),
             lanes: Vec::new(),
             read_back: Vec::new(),
             outgoing,
@@ -128,6 +131,15 @@ impl SourceHold {
             host.adopt_tap(g);
         }
         Ok(hold)
+    }
+
+    /// One of the VMs that ran when the hold was opened has stopped.
+    pub fn stopped(&self, host: &Host) -> bool {
+        let ports = &host.engine.shared().ports;
+        self.group
+            .iter()
+            .zip(&self.ran)
+            .any(|(&g, &ran)| ran && !ports[g].is_up())
     }
 
     /// The cut. Returns its time and whether all TAP queues ran empty.
