@@ -22,6 +22,8 @@ use crate::hosts::{Host, Hosts, Way};
 /// Time for a call that has no time-out of its own.
 pub const CALL: Duration = Duration::from_secs(10);
 const CONNECT: Duration = Duration::from_secs(5);
+/// How long the end of a command waits for its last words to go out.
+const GOODBYE: Duration = Duration::from_millis(100);
 
 /// A call did not end well, and whose fault that is.
 #[derive(Debug, thiserror::Error)]
@@ -400,7 +402,9 @@ fn explain(e: &quinn::ConnectionError, name: &str) -> String {
         format!(
             ": its certificate is not for '{name}', issue one with `gangway pki issue DIR NAME --host`"
         )
-    } else if text.contains("UnknownIssuer")
+    } else if ["UnknownIssuer", "BadSignature"]
+        .iter()
+        .any(|e| text.contains(e))
         || text.contains("UnknownCa")
         || text.contains("unknown ca")
     {
@@ -414,9 +418,19 @@ fn explain(e: &quinn::ConnectionError, name: &str) -> String {
 }
 
 /// One endpoint per address family for the whole process.
+static V4: OnceLock<quinn::Endpoint> = OnceLock::new();
+static V6: OnceLock<quinn::Endpoint> = OnceLock::new();
+
+/// Closes all connections, so that switches need not wait until they have timed out. At the end of a command.
+pub async fn goodbye() {
+    for endpoint in [&V4, &V6].into_iter().filter_map(OnceLock::get) {
+        endpoint.close(quinn::VarInt::from_u32(0), b"");
+        // A switch that does not listen any more finds out by itself.
+        let _ = timeout(GOODBYE, endpoint.wait_idle()).await;
+    }
+}
+
 fn endpoint(peer: SocketAddr) -> io::Result<quinn::Endpoint> {
-    static V4: OnceLock<quinn::Endpoint> = OnceLock::new();
-    static V6: OnceLock<quinn::Endpoint> = OnceLock::new();
     let (cell, any) = match peer {
         SocketAddr::V4(_) => (&V4, SocketAddr::from(([0, 0, 0, 0], 0))),
         SocketAddr::V6(_) => (&V6, SocketAddr::from(([0u16; 8], 0))),

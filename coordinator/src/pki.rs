@@ -20,7 +20,10 @@ use crate::hosts::NAME_RULE;
 pub fn init(dir: &Path) -> Result<Vec<PathBuf>, Failure> {
     std::fs::create_dir_all(dir).map_err(|e| io("make", dir, &e))?;
     let key = KeyPair::generate().map_err(broken)?;
-    let mut params = base("Gangway authority", 3650)?;
+    // Each authority has its own name: a foreign certificate is then one of an unknown issuer, not one with a bad signature.
+    let tail = key.public_key_raw().iter().rev().take(4);
+    let tail: String = tail.map(|b| format!("{b:02x}")).collect();
+    let mut params = base(&format!("Gangway authority {tail}"), 3650)?;
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let cert = params.self_signed(&key).map_err(broken)?;

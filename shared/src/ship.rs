@@ -44,6 +44,11 @@ pub enum ToTarget {
     },
     /// The source has put everything back; forget the shipment.
     Abort,
+    /// All lanes of the hold were named.
+    Named {
+        /// So many.
+        lanes: u32,
+    },
 }
 
 /// From the target's switch.

@@ -79,7 +79,6 @@ impl Switch {
             Some(q) => Some((q.endpoint.clone(), q.ship_client()?)),
             None => None,
         };
-        let pids = vmm.clone();
         let manager = Arc::new(Manager::new(Host {
             engine: engine.clone(),
             spool,
@@ -87,7 +86,7 @@ impl Switch {
             dialer,
             runtime: tokio::runtime::Handle::current(),
             taps,
-            vm_pid: Box::new(move |vm| pids.qmp_peer_pid(vm)),
+            vms: vmm.clone(),
             config: cfg.clone(),
         }));
         let watch = tokio::spawn(watch(engine.clone(), devices));

@@ -68,7 +68,11 @@ pub fn main() -> ExitCode {
         Ok(r) => r,
         Err(e) => return fail(&Failure::failed(format!("cannot start: {e}"))),
     };
-    let result = runtime.block_on(run(cli));
+    let result = runtime.block_on(async {
+        let result = run(cli).await;
+        crate::client::goodbye().await;
+        result
+    });
     runtime.shutdown_timeout(std::time::Duration::from_millis(200));
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -7,6 +7,10 @@ use crate::port::{Frame, VnetHdr};
 pub const BACKLOG_BYTES: usize = 1 << 20;
 const HEADER: usize = 16;
 
+fn need(len: u32) -> usize {
+    HEADER + (len as usize).next_multiple_of(8)
+}
+
 /// See the module.
 #[derive(Default)]
 pub struct Backlog {
@@ -29,29 +33,43 @@ impl Backlog {
         self.frames
     }
 
+    /// Whether [`Backlog::push`] would take a frame of this length.
+    pub fn has_room(&self, len: u32) -> bool {
+        self.place(len).is_some()
+    }
+
+    /// Where a frame would go, and whether that is behind a wrap.
+    fn place(&self, len: u32) -> Option<(usize, bool)> {
+        let need = need(len);
+        let (head, tail) = match self.frames {
+            0 => (0, 0),
+            _ => (self.head, self.tail),
+        };
+        if self.frames > 0 && tail <= head {
+            (head - tail >= need).then_some((tail, false))
+        } else if BACKLOG_BYTES - tail >= need {
+            Some((tail, false))
+        } else {
+            (head >= need).then_some((0, true))
+        }
+    }
+
     /// Copies the frame to the end; false if there is no room.
     #[must_use]
     pub fn push(&mut self, f: &Frame<'_>) -> bool {
         if self.ring.is_empty() {
             self.ring = vec![0; BACKLOG_BYTES].into_boxed_slice();
         }
-        let need = HEADER + (f.len as usize).next_multiple_of(8);
-        if self.frames == 0 {
-            (self.head, self.tail) = (0, 0);
-        }
-        let at = if self.frames > 0 && self.tail <= self.head {
-            if self.head - self.tail < need {
-                return false;
-            }
-            self.tail
-        } else if self.ring.len() - self.tail >= need {
-            self.tail
-        } else if self.head >= need {
-            self.end = self.tail;
-            0
-        } else {
+        let Some((at, wraps)) = self.place(f.len) else {
             return false;
         };
+        let need = need(f.len);
+        if self.frames == 0 {
+            self.head = 0;
+        }
+        if wraps {
+            self.end = self.tail;
+        }
         let r = &mut self.ring[at..at + need];
         r[..4].copy_from_slice(&f.len.to_le_bytes());
         r[4..14].copy_from_slice(&f.vnet.0);
@@ -114,7 +132,6 @@ mod tests {
                     let got = b.front().expect("a frame");
                     let mut out = vec![0; got.len as usize];
                     got.copy_to(&mut out);
-                    drop(got);
                     prop_assert_eq!(out, want);
                     b.pop();
                 }

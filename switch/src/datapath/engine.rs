@@ -1,7 +1,7 @@
 //! What control and the ports' own threads see of the data path: ports, batches of commands, counters.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::mpsc::{self, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -17,6 +17,8 @@ use super::worker::{Batch, Command, Outcome, QueueId, Worker, seconds_since};
 use crate::port::{Attach, RxQueue, TxQueue};
 use crate::sys;
 
+/// Flows that a worker remembers.
+const FLOWS: usize = 1 << 16;
 /// Batches that may wait for a worker.
 const BATCHES: usize = 64;
 
@@ -60,6 +62,12 @@ impl Mode {
 /// A port's transmit side; `None` while it is down.
 pub type Tx = Option<Box<dyn TxQueue>>;
 
+/// Taken for a burst at most, and given back by a plain store: a locked instruction would make the worker wait until all it
+/// has copied is out.
+type TxLock = spin::mutex::SpinMutex<Tx, spin::relax::Yield>;
+/// The transmit side, ours for now.
+pub type TxGuard<'a> = spin::mutex::SpinMutexGuard<'a, Tx>;
+
 /// A port as all workers see it.
 pub struct Port {
     /// Configured name.
@@ -76,12 +84,12 @@ pub struct Port {
     pub counters: PortCounters,
     /// Departing: a frame of this VM came in from the network, so the network knows its new place.
     pub marker: AtomicBool,
-    tx: Mutex<Tx>,
+    tx: TxLock,
     up: AtomicBool,
     mode: AtomicU8,
     deaf: AtomicBool,
     fixed: AtomicBool,
-    armed: AtomicBool,
+    armed: AtomicU32,
     error: Mutex<Option<String>>,
 }
 
@@ -91,8 +99,8 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Port {
     /// The transmit side, for the time of a burst.
-    pub fn tx(&self) -> MutexGuard<'_, Tx> {
-        lock(&self.tx)
+    pub fn tx(&self) -> TxGuard<'_> {
+        self.tx.lock()
     }
 
     /// How it takes part.
@@ -126,7 +134,7 @@ impl Port {
     /// A hold on its VM is open: should the VM stop before the freeze (a migration that converged by itself), frames for it
     /// wait in their lanes' backlogs, from where the freeze takes them.
     pub fn armed(&self) -> bool {
-        self.armed.load(Ordering::Acquire)
+        self.armed.load(Ordering::Acquire) > 0
     }
 
     /// Its VM is stopped only for the move: what is sent to it meanwhile waits.
@@ -134,9 +142,14 @@ impl Port {
         self.armed() || self.mode() == Mode::Held
     }
 
-    /// See [`Port::armed`].
-    pub fn set_armed(&self, yes: bool) {
-        self.armed.store(yes, Ordering::Release);
+    /// See [`Port::armed`]. A hold that has ended may still wait for its VM when the next one is opened: they count.
+    pub fn arm(&self) {
+        self.armed.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Takes one [`Port::arm`] back.
+    pub fn disarm(&self) {
+        self.armed.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// True once after the port came (back) to life: its own address should be fixed in the FDB.
@@ -216,12 +229,12 @@ impl Engine {
                 uplink: matches!(p.kind, PortKind::Uplink { .. }),
                 counters: PortCounters::default(),
                 marker: AtomicBool::new(false),
-                tx: Mutex::new(None),
+                tx: TxLock::new(None),
                 up: AtomicBool::new(false),
                 mode: AtomicU8::new(Mode::Live as u8),
                 deaf: AtomicBool::new(false),
                 fixed: AtomicBool::new(false),
-                armed: AtomicBool::new(false),
+                armed: AtomicU32::new(0),
                 error: Mutex::new(None),
             })
         });
@@ -243,6 +256,7 @@ impl Engine {
                 waker.clone(),
                 asleep.clone(),
                 cfg.workers.poll,
+                FLOWS,
             )?;
             let cpu = cfg.workers.cpus.get(n).copied();
             let body = move || {

@@ -7,7 +7,10 @@
 //! Invariant: bounded work for any input. A look-up that races with a learning gives the old or the new port.
 
 use std::hash::BuildHasher;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicU32, AtomicU64,
+    Ordering::{AcqRel, Acquire, Relaxed},
+};
 
 use gangway_shared::id::MacAddr;
 
@@ -21,6 +24,7 @@ pub struct Fdb {
     mask: usize,
     hash: foldhash::fast::RandomState,
     ageing_s: u32,
+    generation: AtomicU32,
 }
 
 /// One entry, for listings.
@@ -57,7 +61,19 @@ impl Fdb {
             mask: buckets - 1,
             hash: foldhash::fast::RandomState::default(),
             ageing_s,
+            generation: AtomicU32::new(0),
         }
+    }
+
+    /// Changes whenever an address that was known is said to be somewhere else (not when a new one is learned, so that
+    /// a flood of new addresses does not make everybody look up again).
+    #[inline]
+    pub fn generation(&self) -> u32 {
+        self.generation.load(Acquire)
+    }
+
+    fn changed(&self) {
+        self.generation.fetch_add(1, AcqRel);
     }
 
     fn bucket(&self, mac: MacAddr) -> usize {
@@ -99,6 +115,7 @@ impl Fdb {
                     return Some(port_of(v));
                 }
                 self.entries[at].store(pack(mac, port, false), Relaxed);
+                self.changed();
             }
             if self.seen[at].load(Relaxed) != now_s {
                 self.seen[at].store(now_s, Relaxed);
@@ -141,6 +158,7 @@ impl Fdb {
             }
             None => self.insert(mac, port, fixed, now_s),
         }
+        self.changed();
     }
 
     /// Forgets what points to `port`.
@@ -151,6 +169,7 @@ impl Fdb {
                 let _ = e.compare_exchange(v, 0, Relaxed, Relaxed);
             }
         }
+        self.changed();
     }
 
     /// All entries that have not aged.

@@ -11,8 +11,9 @@
 //! ```
 //! * Forward: straight to the receiver; behind a non-empty backlog, to its end.
 //! * Hold: into the lane's spool queue. The backlog went there first, so order stays.
-//! * Drain: what was shipped, then what was queued here meanwhile, goes to the receiver as it takes it; newer frames
-//!   line up behind in the local spool queue. When all is delivered the lane forwards again.
+//! * Drain: what is older (on the target: what was shipped), then what was queued here, goes to the receiver as it takes
+//!   it; newer frames line up behind. When all is delivered the lane forwards again. After an abort a held lane drains
+//!   its own queue, which it goes on to fill: putting back needs no room that is not there already.
 //! * Blocked: nothing is accepted; frames stay with their sender. Closed: frames are counted and dropped.
 //!
 //! Invariant: a frame is accepted by exactly one place, and places are emptied in the order in which they were filled.
@@ -78,7 +79,13 @@ pub struct Drain {
     pub done: Option<Arc<AtomicBool>>,
     /// Another lane's `done` that must be set before anything local goes.
     pub wait: Option<Arc<AtomicBool>>,
-    /// What comes meanwhile.
+    /// Where frames that come meanwhile wait; without one they stay with their sender.
+    pub behind: Option<Behind>,
+}
+
+/// A queue that is filled at one end while it is delivered at the other.
+pub struct Behind {
+    /// What comes.
     pub writer: Writer,
     /// Its delivery.
     pub local: Source,
@@ -126,12 +133,20 @@ impl Default for Lane {
 }
 
 impl Lane {
-    /// False: the frame has to stay with its sender for now.
-    pub fn accepts(&self, len: u32) -> bool {
+    /// It forwards, and nothing waits: a frame may go straight to the receiver.
+    #[inline]
+    pub fn is_plain(&self) -> bool {
+        matches!(self.gate, Gate::Forward) && self.backlog.is_empty()
+    }
+
+    /// False: the frame has to stay with its sender for now. A backlog that is full is a reason only if the receiver is
+    /// `awaited`; otherwise the newest frame is dropped, as at any full queue.
+    pub fn accepts(&self, len: u32, awaited: impl FnOnce() -> bool) -> bool {
         match &self.gate {
-            Gate::Forward | Gate::Closed(_) => true,
+            Gate::Forward => self.backlog.is_empty() || self.backlog.has_room(len) || !awaited(),
+            Gate::Closed(_) => true,
             Gate::Hold(w) => w.has_room(len),
-            Gate::Drain(d) => d.writer.has_room(len),
+            Gate::Drain(d) => d.behind.as_ref().is_some_and(|b| b.writer.has_room(len)),
             Gate::Blocked => false,
         }
     }
@@ -162,7 +177,10 @@ impl Lane {
             Gate::Closed(why) => return Err(*why),
             Gate::Blocked => return Err(Drop::Full),
             Gate::Hold(w) => w,
-            Gate::Drain(d) => &mut d.writer,
+            Gate::Drain(d) => match &mut d.behind {
+                Some(b) => &mut b.writer,
+                None => return Err(Drop::Full),
+            },
         };
         writer
             .append(now_ns, frame.vnet, frame)
@@ -174,7 +192,11 @@ impl Lane {
     pub fn commit(&mut self) {
         match &mut self.gate {
             Gate::Hold(w) => w.commit(),
-            Gate::Drain(d) => d.writer.commit(),
+            Gate::Drain(d) => {
+                if let Some(b) = &mut d.behind {
+                    b.writer.commit();
+                }
+            }
             _ => {}
         }
     }
@@ -198,8 +220,7 @@ impl Lane {
                 Step::Idle => self.gate = Gate::Forward,
             }
         }
-        loop {
-            let Some(f) = self.backlog.front() else { break };
+        while let Some(f) = self.backlog.front() {
             if left == 0 {
                 return Step::More;
             }
@@ -209,7 +230,6 @@ impl Lane {
                 Sent::Down => count(Drop::Down),
                 Sent::Full => return Step::More,
             }
-            drop(f);
             left -= 1;
             self.backlog.pop();
         }
@@ -223,11 +243,9 @@ impl Lane {
             return Err(writer);
         }
         let mut lost = 0;
-        loop {
-            let Some(f) = self.backlog.front() else { break };
+        while let Some(f) = self.backlog.front() {
             lost +=
                 u64::from(!writer.has_room(f.len) || writer.append(now_ns, f.vnet, &f).is_err());
-            drop(f);
             self.backlog.pop();
         }
         writer.commit();
@@ -241,6 +259,26 @@ impl Lane {
         self.gate = Gate::Drain(drain);
     }
 
+    /// Hold -> Drain of its own queue, which takes what comes meanwhile. In any other state nothing changes: false.
+    #[must_use]
+    pub fn put_back(&mut self, before: Option<Arc<AtomicBool>>, progress: Arc<Progress>) -> bool {
+        if !matches!(self.gate, Gate::Hold(_)) {
+            return false;
+        }
+        if let Gate::Hold(writer) = std::mem::replace(&mut self.gate, Gate::Blocked) {
+            let reader = writer.queue().reader();
+            let local = Source { reader, progress };
+            self.gate = Gate::Drain(Box::new(Drain {
+                before,
+                older: VecDeque::new(),
+                done: None,
+                wait: None,
+                behind: Some(Behind { writer, local }),
+            }));
+        }
+        true
+    }
+
     /// Hold -> Blocked or Closed: no record will follow on the held queue.
     pub fn close(&mut self, gate: Gate) {
         self.seal();
@@ -249,13 +287,11 @@ impl Lane {
 
     fn seal(&mut self) {
         match &mut self.gate {
-            Gate::Hold(w) => {
-                w.commit();
-                w.seal();
-            }
+            Gate::Hold(w) => w.seal(),
             Gate::Drain(d) => {
-                d.writer.commit();
-                d.writer.seal();
+                if let Some(b) = &mut d.behind {
+                    b.writer.seal();
+                }
             }
             _ => {}
         }
@@ -292,12 +328,14 @@ impl Drain {
         if closed(&self.wait) {
             return Step::More;
         }
-        self.writer.commit();
-        if !self.local.step(left, send, count) {
-            return Step::More;
+        if let Some(b) = &mut self.behind {
+            b.writer.commit();
+            if !b.local.step(left, send, count) {
+                return Step::More;
+            }
+            b.writer.seal();
+            b.local.progress.finished.store(true, Ordering::Release);
         }
-        self.writer.seal();
-        self.local.progress.finished.store(true, Ordering::Release);
         Step::Idle
     }
 }
@@ -366,6 +404,34 @@ mod tests {
         ]
     }
 
+    #[test]
+    fn a_full_backlog_stops_the_sender_if_the_receiver_is_awaited_and_drops_otherwise() {
+        let mut lane = Lane::default();
+        let bytes = frame(1, 1500);
+        let f = Frame::from_slice(VnetHdr::default(), &bytes);
+        let mut full = |_: &Frame<'_>| Sent::Full;
+        let mut n = 0;
+        while lane.accepts(f.len, || true) {
+            assert_eq!(
+                lane.take(&f, 1, &mut full),
+                Ok(()),
+                "what it accepts it keeps"
+            );
+            n += 1;
+        }
+        assert!(n > 500);
+        assert!(lane.accepts(f.len, || false));
+        assert_eq!(lane.take(&f, 1, &mut full), Err(Drop::Full));
+        let mut out = 0;
+        let mut send = |_: &Frame<'_>| {
+            out += 1;
+            Sent::Yes
+        };
+        assert_eq!(lane.step(1000, &mut send, &mut |_| {}), Step::Idle);
+        assert_eq!(out, n);
+        assert!(lane.accepts(f.len, || true));
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(48))]
         /// Whatever the receiver does and whenever control holds and lets go: what the lane accepted comes out once, in
@@ -396,7 +462,7 @@ mod tests {
                     Op::Frames(n, len) => for _ in 0..n {
                         next += 1;
                         let bytes = frame(next, usize::from(len));
-                        if !lane.accepts(bytes.len() as u32) { continue; }
+                        if !lane.accepts(bytes.len() as u32, || false) { continue; }
                         if lane.take(&Frame::from_slice(VnetHdr::default(), &bytes), 1, &mut send).is_ok() {
                             accepted.push(next);
                         } else { dropped += 1; }
@@ -411,9 +477,13 @@ mod tests {
                         }
                     }
                     Op::LetGo => if let Some(q) = held.take() {
+                        if holds % 2 == 0 {
+                            prop_assert!(lane.put_back(None, Arc::default()));
+                            continue;
+                        }
                         let (writer, local) = spool.create(HoldId(holds), Kind::Local, &key).expect("a queue");
                         let source = |q: &Arc<crate::spool::Queue>| Source { reader: q.reader(), progress: Arc::default() };
-                        lane.drain(Box::new(Drain { before: None, older: [source(&q)].into(), done: None, wait: None, writer, local: source(&local) }));
+                        lane.drain(Box::new(Drain { before: None, older: [source(&q)].into(), done: None, wait: None, behind: Some(Behind { writer, local: source(&local) }) }));
                     },
                     Op::Step => { lane.step(64, &mut send, &mut |_| dropped += 1); }
                 }
@@ -422,10 +492,13 @@ mod tests {
                     prop_assert_eq!(before, out.len(), "a held lane delivered");
                 }
             }
-            if let Some(q) = held.take() {
+            if held.is_some() && holds % 2 == 0 {
+                prop_assert!(lane.put_back(None, Arc::default()));
+                prop_assert!(!lane.put_back(None, Arc::default()), "it is not held any more");
+            } else if let Some(q) = held.take() {
                 let (writer, local) = spool.create(HoldId(9999), Kind::Local, &key).expect("a queue");
                 let source = |q: &Arc<crate::spool::Queue>| Source { reader: q.reader(), progress: Arc::default() };
-                lane.drain(Box::new(Drain { before: None, older: [source(&q)].into(), done: None, wait: None, writer, local: source(&local) }));
+                lane.drain(Box::new(Drain { before: None, older: [source(&q)].into(), done: None, wait: None, behind: Some(Behind { writer, local: source(&local) }) }));
             }
             while lane.step(64, &mut |f| { out.push(number(f)); Sent::Yes }, &mut |_| dropped += 1) == Step::More {}
             prop_assert!(matches!(lane.gate, Gate::Forward));

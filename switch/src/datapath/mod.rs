@@ -12,6 +12,7 @@
 pub mod backlog;
 pub mod engine;
 pub mod fdb;
+pub mod flow;
 pub mod lane;
 pub mod parse;
 pub mod stats;

@@ -69,6 +69,11 @@ pub struct PortCounters {
 }
 
 impl PortCounters {
+    /// Frames that the port's socket had dropped before we saw them.
+    pub fn overruns(&self) -> u64 {
+        self.rx_errors[2].load(Relaxed)
+    }
+
     /// Counts one dropped frame.
     pub fn drop(&self, why: Drop) {
         self.drops[why as usize].fetch_add(1, Relaxed);
@@ -86,6 +91,17 @@ pub struct LinkCounters {
     pub payload: AtomicU64,
     /// The engine's second in which the last frame came.
     pub last_s: AtomicU32,
+}
+
+/// Frames one after the other on the same way.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Run {
+    /// Frames.
+    pub frames: u64,
+    /// Bytes of whole frames.
+    pub bytes: u64,
+    /// Bytes of payload.
+    pub payload: u64,
 }
 
 /// All pairs of ports.
@@ -108,12 +124,21 @@ impl Links {
         &self.cells[from * self.n + to]
     }
 
-    /// Counts a frame.
-    pub fn count(&self, from: usize, to: usize, bytes: u32, payload: u32, now_s: u32) {
+    /// Counts a run that has ended (its port is one) and begins the next.
+    #[must_use]
+    pub fn next(&self, from: usize, run: (usize, Run), to: usize, now_s: u32) -> (usize, Run) {
+        if run.0 != usize::MAX {
+            self.count(from, run.0, &run.1, now_s);
+        }
+        (to, Run::default())
+    }
+
+    /// Counts a run of frames. By the worker that owns the sending queue; another queue's may count at the same time.
+    pub fn count(&self, from: usize, to: usize, run: &Run, now_s: u32) {
         let c = self.get(from, to);
-        c.frames.fetch_add(1, Relaxed);
-        c.bytes.fetch_add(u64::from(bytes), Relaxed);
-        c.payload.fetch_add(u64::from(payload), Relaxed);
+        c.frames.fetch_add(run.frames, Relaxed);
+        c.bytes.fetch_add(run.bytes, Relaxed);
+        c.payload.fetch_add(run.payload, Relaxed);
         c.last_s.store(now_s, Relaxed);
     }
 }

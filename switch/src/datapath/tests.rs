@@ -11,7 +11,7 @@ use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 
 use super::Engine;
 use super::engine::Mode;
-use super::lane::{Drain, Source};
+use super::lane::{Behind, Drain, Progress, Source};
 use super::worker::{Command, QueueId};
 use crate::port::Attach;
 use crate::port::memory::MemoryPort;
@@ -145,6 +145,32 @@ fn learns_floods_and_never_echoes() {
 }
 
 #[test]
+fn a_station_that_moves_is_followed_at_once_also_by_known_flows() {
+    let w = world(&["a", "b", "c"], 1);
+    w.ports["b"].push(frame(2, MacAddr::BROADCAST, 1));
+    eventually("2 is learned", || numbers(&w.ports["a"], 2) == [1]);
+    let mut n = 0;
+    for at in ["c", "b", "c", "b"] {
+        let (to, other) = (&w.ports[at], if at == "b" { "c" } else { "b" });
+        let before = numbers(&w.ports["a"], 2).len();
+        to.push(frame(2, MacAddr::BROADCAST, 1));
+        eventually("2 has moved", || numbers(&w.ports["a"], 2).len() > before);
+        let (had, others) = (numbers(to, 1).len(), numbers(&w.ports[other], 1).len());
+        for _ in 0..100 {
+            n += 1;
+            w.ports["a"].push(frame(1, mac(2), n));
+        }
+        eventually("all arrive", || numbers(to, 1).len() == had + 100);
+        assert_eq!(
+            numbers(&w.ports[other], 1).len(),
+            others,
+            "none to the old place"
+        );
+    }
+    w.engine.stop();
+}
+
+#[test]
 fn a_frame_from_one_uplink_does_not_leave_through_another() {
     let w = world(&["a", "up0", "up1"], 1);
     w.ports["up0"].push(frame(1, MacAddr::BROADCAST, 1));
@@ -248,6 +274,12 @@ fn a_freeze_is_one_cut_over_all_workers_and_a_drain_keeps_order() {
         let mut ends = Vec::new();
         for (id, key, q) in queues {
             eventually("frames are held", || q.tally().frames > 0);
+            if round % 2 == 0 {
+                let progress = Arc::<Progress>::default();
+                ends.push(progress.clone());
+                commands.push((id, Command::PutBack(id, 2, None, progress)));
+                continue;
+            }
             let (writer, local) = w.spool.create(HoldId(round), Kind::Local, &key).unwrap();
             let source = |q: &Arc<crate::spool::Queue>| Source {
                 reader: q.reader(),
@@ -261,8 +293,7 @@ fn a_freeze_is_one_cut_over_all_workers_and_a_drain_keeps_order() {
                 older,
                 done: None,
                 wait: None,
-                writer,
-                local: own,
+                behind: Some(Behind { writer, local: own }),
             };
             commands.push((id, Command::Drain(id, 2, Box::new(drain))));
         }

@@ -1,18 +1,19 @@
 //! A worker: owns receive queues and their lanes, runs every burst to completion.
 
 use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, Sender};
-use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arrayvec::ArrayVec;
 use gangway_shared::config::valid::Poll;
 
-use super::engine::{Mode, Port, Shared, Tx};
-use super::lane::{Drain, Gate, Lane, Step};
+use super::engine::{Mode, Port, Shared, TxGuard};
+use super::flow::{Flow, Flows, Key};
+use super::lane::{Drain, Gate, Lane, Progress, Step};
 use super::parse;
-use super::stats::Drop;
+use super::stats::{Drop, Run};
 use crate::port::{BURST, Burst, Frame, RxErrors, RxQueue, Sent};
 use crate::spool::Writer;
 use crate::sys;
@@ -44,6 +45,8 @@ pub enum Command {
     Hold(QueueId, usize, Writer),
     /// Lets a lane drain; an own held queue is sealed first.
     Drain(QueueId, usize, Box<Drain>),
+    /// Lets a held lane drain its own queue, once `before` is set.
+    PutBack(QueueId, usize, Option<Arc<AtomicBool>>, Arc<Progress>),
     /// Ends a lane's hold; the gate that follows.
     Close(QueueId, usize, Gate),
     /// Reopens a lane.
@@ -63,7 +66,7 @@ pub struct Batch {
 pub struct Outcome {
     /// Detached or replaced queues.
     pub queues: Vec<Box<dyn RxQueue>>,
-    /// Lanes that were not in a state to be held.
+    /// Lanes that were not in a state to be held, or put back.
     pub refused: Vec<(QueueId, usize)>,
     /// Frames of a backlog that found no room in a spool.
     pub lost: u64,
@@ -77,6 +80,10 @@ struct Rx {
     /// Lanes with something to deliver.
     pending: Vec<usize>,
     blocked: bool,
+    /// Where the frame at hand goes.
+    targets: Vec<usize>,
+    /// Lanes that took a frame of this burst, other than by the short way.
+    touched: Vec<usize>,
     errors: RxErrors,
 }
 
@@ -89,56 +96,100 @@ pub struct Worker {
     poller: sys::Poller,
     poll: Poll,
     rx: Vec<Rx>,
+    flows: Flows,
+    /// Ports that got frames in this round.
+    sent_to: Vec<usize>,
 }
 
 /// The transmit sides in use during a burst: one lock at a time, every one flushed at the end.
 struct Egress<'a> {
     ports: &'a [Arc<Port>],
-    held: Option<(usize, MutexGuard<'a, Tx>)>,
+    held: Option<(usize, TxGuard<'a>)>,
+    /// Sent to the port whose lock is held.
+    frames: u64,
+    bytes: u64,
+    sent_to: &'a mut Vec<usize>,
 }
 
 impl<'a> Egress<'a> {
-    fn new(ports: &'a [Arc<Port>]) -> Egress<'a> {
-        Egress { ports, held: None }
+    fn new(ports: &'a [Arc<Port>], sent_to: &'a mut Vec<usize>) -> Egress<'a> {
+        Egress {
+            ports,
+            sent_to,
+            held: None,
+            frames: 0,
+            bytes: 0,
+        }
     }
 
+    #[inline]
     fn send(&mut self, to: usize, frame: &Frame<'_>) -> Sent {
-        if self.held.as_ref().is_none_or(|(p, _)| *p != to) {
-            self.flush();
-            self.held = Some((to, self.ports[to].tx()));
-        }
+        self.turn_to(to);
         let Some((_, guard)) = &mut self.held else {
             return Sent::Down;
         };
-        let mut sent = guard.as_mut().map_or(Sent::Down, |tx| tx.send(frame));
-        if sent == Sent::Down && self.ports[to].awaited() {
-            sent = Sent::Full;
-        }
-        if sent == Sent::Yes {
-            let c = &self.ports[to].counters;
-            c.tx_frames.fetch_add(1, Relaxed);
-            c.tx_bytes.fetch_add(u64::from(frame.len), Relaxed);
+        let sent = guard.as_mut().map_or(Sent::Down, |tx| tx.send(frame));
+        match sent {
+            Sent::Yes => {
+                self.frames += 1;
+                self.bytes += u64::from(frame.len);
+            }
+            Sent::Down if self.ports[to].awaited() => return Sent::Full,
+            _ => {}
         }
         sent
     }
 
+    /// As many of them as simply go, at once.
+    fn send_run(&mut self, to: usize, frames: &[Frame<'_>]) -> usize {
+        self.turn_to(to);
+        let Some((_, guard)) = &mut self.held else {
+            return 0;
+        };
+        let sent = guard.as_mut().map_or(0, |tx| tx.send_run(frames));
+        self.frames += sent as u64;
+        self.bytes += frames[..sent].iter().map(|f| u64::from(f.len)).sum::<u64>();
+        sent
+    }
+
+    fn turn_to(&mut self, to: usize) {
+        if self.held.as_ref().is_none_or(|(p, _)| *p != to) {
+            self.flush();
+            self.held = Some((to, self.ports[to].tx()));
+        }
+    }
+
     fn flush(&mut self) {
-        if let Some((_, mut guard)) = self.held.take()
-            && let Some(tx) = guard.as_mut()
-        {
+        let Some((to, mut guard)) = self.held.take() else {
+            return;
+        };
+        if let Some(tx) = guard.as_mut() {
             tx.flush();
         }
+        drop(guard);
+        if self.frames == 0 {
+            return;
+        }
+        if !self.sent_to.contains(&to) {
+            self.sent_to.push(to);
+        }
+        let c = &self.ports[to].counters;
+        c.tx_frames
+            .fetch_add(std::mem::take(&mut self.frames), Relaxed);
+        c.tx_bytes
+            .fetch_add(std::mem::take(&mut self.bytes), Relaxed);
     }
 }
 
 impl Worker {
-    /// A worker without queues.
+    /// A worker without queues, with room for so many flows.
     pub fn new(
         shared: Arc<Shared>,
         batches: Receiver<Batch>,
         waker: Arc<OwnedFd>,
         asleep: Arc<AtomicBool>,
         poll: Poll,
+        flows: usize,
     ) -> std::io::Result<Worker> {
         let poller = sys::Poller::new()?;
         poller.add(waker.as_fd())?;
@@ -150,6 +201,8 @@ impl Worker {
             poller,
             poll,
             rx: Vec::new(),
+            flows: Flows::new(flows),
+            sent_to: Vec::new(),
         })
     }
 
@@ -164,8 +217,11 @@ impl Worker {
             let now_ns = now_ns();
             let mut work = false;
             for rx in &mut self.rx {
-                work |= rx.poll(&self.shared, now_s, now_ns);
-                work |= rx.drain(&self.shared);
+                work |= rx.poll(&self.shared, &self.flows, now_s, now_ns, &mut self.sent_to);
+                work |= rx.drain(&self.shared, &mut self.sent_to);
+            }
+            if work || self.poll == Poll::Busy {
+                self.settle();
             }
             idle = if work { 0 } else { idle + 1 };
             if idle > SPINS && self.poll == Poll::Adaptive {
@@ -175,7 +231,22 @@ impl Worker {
         }
     }
 
+    /// Signals the peers that want it, behind the round's one barrier.
+    fn settle(&mut self) {
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        for q in self.rx.iter_mut().filter_map(|rx| rx.queue.as_mut()) {
+            q.settle();
+        }
+        for to in self.sent_to.drain(..) {
+            if let Some(tx) = self.shared.ports[to].tx().as_mut() {
+                tx.settle();
+            }
+        }
+    }
+
     fn sleep(&mut self) {
+        // Also for what was given back without being a frame.
+        self.settle();
         // Order matters: first say that we sleep, then look once more (engine::batch does the reverse).
         self.asleep.store(true, std::sync::atomic::Ordering::SeqCst);
         let mut ready = false;
@@ -248,6 +319,14 @@ impl Worker {
                         rx.pending.push(to);
                     }
                 }
+                Command::PutBack(id, to, before, progress) => {
+                    let rx = self.entry(id);
+                    if !rx.lanes[to].put_back(before, progress) {
+                        out.refused.push((id, to));
+                    } else if !rx.pending.contains(&to) {
+                        rx.pending.push(to);
+                    }
+                }
                 Command::Close(id, to, gate) => self.entry(id).lanes[to].close(gate),
                 Command::Open(id, to) => self.entry(id).lanes[to].open(),
             }
@@ -267,6 +346,8 @@ impl Worker {
                 lanes,
                 pending: Vec::new(),
                 blocked: false,
+                targets: Vec::new(),
+                touched: Vec::new(),
                 errors,
             });
             self.rx.len() - 1
@@ -291,31 +372,81 @@ impl Worker {
 }
 
 impl Rx {
-    /// One burst. True if there was one.
-    fn poll(&mut self, shared: &Shared, now_s: u32, now_ns: u64) -> bool {
+    /// One burst: look up, gate, transmit, give back. True if there was one.
+    fn poll(
+        &mut self,
+        shared: &Shared,
+        flows: &Flows,
+        now_s: u32,
+        now_ns: u64,
+        sent_to: &mut Vec<usize>,
+    ) -> bool {
         let Some(queue) = &mut self.queue else {
+            self.blocked = false;
             return false;
         };
-        let from = &shared.ports[self.id.port];
+        let port = self.id.port;
+        let from = &shared.ports[port];
         let mut burst = Burst::new();
         queue.burst(&mut burst);
-        let mut egress = Egress::new(&shared.ports);
-        let mut done = 0;
-        let mut bytes = 0;
-        let mut touched: ArrayVec<usize, { BURST + 1 }> = ArrayVec::new();
+        let generation = shared.fdb.generation();
+        let mut keys: ArrayVec<Key, BURST> = ArrayVec::new();
         for frame in &burst {
-            let Some(targets) = Targets::of(frame, self.id.port, shared, now_s) else {
+            let key = flows.key(frame.head());
+            flows.prefetch(&key, port);
+            keys.push(key);
+        }
+        let mut egress = Egress::new(&shared.ports, sent_to);
+        let (mut done, mut bytes) = (0, 0);
+        let mut run = (usize::MAX, Run::default());
+        self.touched.clear();
+        while done < burst.len() {
+            // What most frames are: several of flows that are known, to one lane that forwards.
+            let known = |at: usize| flows.find(keys.get(at)?, port, generation, now_s);
+            if let Some(first) = known(done)
+                && self.lanes[first.to()].is_plain()
+            {
+                let to = first.to();
+                let mut same: ArrayVec<&Flow, BURST> = ArrayVec::new();
+                same.push(first);
+                while let Some(f) = known(done + same.len()).filter(|f| f.to() == to) {
+                    same.push(f);
+                }
+                let sent = egress.send_run(to, &burst[done..done + same.len()]);
+                if run.0 != to {
+                    run = shared.links.next(port, run, to, now_s);
+                }
+                for (flow, frame) in same.iter().zip(&burst[done..done + sent]) {
+                    flow.count(frame.len);
+                    run.1.bytes += u64::from(frame.len);
+                    run.1.payload += u64::from(frame.len.saturating_sub(flow.overhead()));
+                    bytes += u64::from(frame.len);
+                }
+                run.1.frames += sent as u64;
+                done += sent;
+                if sent == same.len() {
+                    continue;
+                }
+            }
+            // Never out of range: less than all were sent.
+            let (Some(frame), Some(key)) = (burst.get(done), keys.get(done)) else {
+                break;
+            };
+            let Some(targets) = Targets::of(frame, port, shared, now_s) else {
                 from.counters.drop(Drop::Malformed);
                 done += 1;
                 continue;
             };
-            if !targets
-                .iter(shared, self.id.port)
-                .all(|to| self.lanes[to].accepts(frame.len))
+            self.targets.clear();
+            self.targets.extend(targets.iter(shared, port));
+            if !self
+                .targets
+                .iter()
+                .all(|&to| self.lanes[to].accepts(frame.len, || shared.ports[to].awaited()))
             {
                 break;
             }
-            for to in targets.iter(shared, self.id.port) {
+            for &to in &self.targets {
                 let lane = &mut self.lanes[to];
                 match lane.take(frame, now_ns, &mut |f| egress.send(to, f)) {
                     Ok(()) => {}
@@ -324,23 +455,34 @@ impl Rx {
                 if lane.pending() && !self.pending.contains(&to) {
                     self.pending.push(to);
                 }
-                if !touched.contains(&to) && touched.try_push(to).is_err() {
-                    lane.commit();
+                if !self.touched.contains(&to) {
+                    self.touched.push(to);
                 }
             }
-            if let Targets::One(to) = targets {
-                let payload = parse::payload_bytes(frame.head(), frame.len);
-                shared
-                    .links
-                    .count(self.id.port, to, frame.len, payload, now_s);
-            } else if let Targets::Nowhere(why) = targets {
-                from.counters.drop(why);
+            match targets {
+                Targets::One { to, known } => {
+                    let payload = parse::payload_bytes(frame.head(), frame.len);
+                    let overhead = frame.len - payload.min(frame.len);
+                    if known {
+                        let flow = flows.note(key, port, to, overhead, generation, now_s);
+                        flow.count(frame.len);
+                    }
+                    if run.0 != to {
+                        run = shared.links.next(port, run, to, now_s);
+                    }
+                    run.1.frames += 1;
+                    run.1.bytes += u64::from(frame.len);
+                    run.1.payload += u64::from(payload);
+                }
+                Targets::Nowhere(why) => from.counters.drop(why),
+                Targets::Flood { .. } => {}
             }
             done += 1;
             bytes += u64::from(frame.len);
         }
         egress.flush();
-        for to in touched {
+        let _ = shared.links.next(port, run, usize::MAX, now_s);
+        for &to in &self.touched {
             self.lanes[to].commit();
         }
         let got = burst.len();
@@ -367,11 +509,11 @@ impl Rx {
     }
 
     /// Delivers what waits on this queue's lanes. True if something moved or should be tried again at once.
-    fn drain(&mut self, shared: &Shared) -> bool {
+    fn drain(&mut self, shared: &Shared, sent_to: &mut Vec<usize>) -> bool {
         if self.pending.is_empty() {
             return false;
         }
-        let mut egress = Egress::new(&shared.ports);
+        let mut egress = Egress::new(&shared.ports, sent_to);
         let mut moved = false;
         let lanes = &mut self.lanes;
         self.pending.retain(|&to| {
@@ -390,7 +532,12 @@ impl Rx {
 
 /// Where a frame goes.
 enum Targets {
-    One(usize),
+    One {
+        /// The port.
+        to: usize,
+        /// Nothing but the addresses was asked: the next frame like this one goes the same way.
+        known: bool,
+    },
     /// Everywhere but to where it came from; the port whose own address is the source gets no echo.
     Flood {
         own: Option<usize>,
@@ -433,14 +580,17 @@ impl Targets {
                 Targets::Nowhere(Drop::Hairpin)
             }
             Some(to) if shared.ports[to].mode() == Mode::Standby => Targets::Nowhere(Drop::Down),
-            Some(to) => Targets::One(to),
+            Some(to) => Targets::One {
+                to,
+                known: own.is_none(),
+            },
             None => Targets::Flood { own, moved },
         })
     }
 
     fn iter<'a>(&self, shared: &'a Shared, from: usize) -> impl Iterator<Item = usize> + use<'a> {
         let (one, flood) = match self {
-            Targets::One(to) => (Some(*to), None),
+            Targets::One { to, .. } => (Some(*to), None),
             Targets::Flood { own, moved } => (None, Some((*own, *moved))),
             Targets::Nowhere(_) => (None, None),
         };

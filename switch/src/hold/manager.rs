@@ -39,8 +39,13 @@ const ANNOUNCE_AGAIN_MS: [u64; 5] = [20, 80, 200, 500, 1000];
 /// Ended holds that are remembered for reports.
 const KEEP: usize = 64;
 
-/// Finds the process behind a VM's QMP socket.
-pub type VmPid = Box<dyn Fn(&str) -> Option<u32> + Send + Sync>;
+/// What the VMM channel knows of a VM.
+pub trait Vms: Send + Sync {
+    /// The process behind its QMP socket.
+    fn pid(&self, vm: &str) -> Option<u32>;
+    /// As QEMU has said last: `running`, `paused`, ... (qapi/run-state.json, RunState).
+    fn status(&self, vm: &str) -> Option<String>;
+}
 
 /// What holds are carried out on.
 pub struct Host {
@@ -56,8 +61,8 @@ pub struct Host {
     pub runtime: tokio::runtime::Handle,
     /// TAPs of VMs, by port index.
     pub taps: HashMap<usize, Arc<VmTap>>,
-    /// The process behind a VM's QMP socket.
-    pub vm_pid: VmPid,
+    /// For what only QEMU knows.
+    pub vms: Arc<dyn Vms>,
     /// The configuration.
     pub config: HostConfig,
 }
@@ -133,38 +138,37 @@ impl Host {
         })
     }
 
-    pub(super) fn adopt_tap(&self, port: usize) {
+    /// Duplicates the descriptors of a VM's TAP: without them what it has not taken when it stops is lost.
+    pub(super) fn adopt_tap(&self, port: usize) -> Result<(), Refusal> {
         let Some(tap) = self.taps.get(&port) else {
-            return;
+            return Ok(());
         };
         let p = &self.engine.shared().ports[port];
-        let Some(pid) = p.vm.as_deref().and_then(|vm| (self.vm_pid)(vm)) else {
-            tracing::warn!(
-                "port {}: the VM's process is unknown, its TAP queue cannot be watched",
-                p.name
+        let name = &p.name;
+        let pid = p.vm.as_deref().and_then(|vm| self.vms.pid(vm));
+        let Some(pid) = pid else {
+            let what = format!(
+                "port {name}: the process of its VM is unknown; does QEMU run, with the QMP socket of this host's configuration?"
             );
-            return;
+            return Err(refuse(RefusalCode::State, what));
         };
-        if let Err(e) = tap.adopt(pid) {
-            tracing::warn!("port {}: {e}; its TAP queue cannot be watched", p.name);
-        }
+        let adopted = tap.adopt(pid);
+        adopted.map_err(|e| refuse(RefusalCode::State, format!("port {name}: {e}")))
     }
 
     pub(super) fn tap_empty(&self, port: usize, timeout: Duration) -> bool {
         self.taps.get(&port).is_none_or(|t| t.wait_empty(timeout))
     }
 
-    pub(super) fn tap_read_back(&self, port: usize) -> Vec<(VnetHdr, Vec<u8>)> {
+    /// The oldest frame that waits in a stopped VM's TAP.
+    pub(super) fn tap_read_back(&self, port: usize) -> Result<Option<(VnetHdr, Vec<u8>)>, Refusal> {
         let Some(tap) = self.taps.get(&port) else {
-            return Vec::new();
+            return Ok(None);
         };
-        tap.read_back().unwrap_or_else(|e| {
-            tracing::error!(
-                "port {}: reading back its TAP queue: {e}",
-                self.engine.shared().ports[port].name
-            );
-            Vec::new()
-        })
+        let name = &self.engine.shared().ports[port].name;
+        let read = tap.read_back(1);
+        read.map(|mut f| f.pop())
+            .map_err(|e| refuse(RefusalCode::State, format!("port {name}: {e}")))
     }
 
     /// Waits until what a stopped VM has sent through its TAP is taken by the workers. (A vhost-user VM's frames stay
@@ -208,11 +212,11 @@ struct Hold {
 }
 
 impl Hold {
-    fn snapshot(&self) -> HoldInfo {
+    fn snapshot(&self, host: &Host) -> HoldInfo {
         let mut i = self.info.clone();
         if !matches!(i.state, HoldState::Released | HoldState::Aborted) {
             (i.lanes, i.error) = match &self.end {
-                End::Source(s) => (s.lanes(), s.error()),
+                End::Source(s) => (s.lanes(host), s.error()),
                 End::Target(t) => (t.lanes(), t.error()),
             };
         }
@@ -293,8 +297,12 @@ impl Manager {
     fn keep(&self, info: HoldInfo, end: End) -> Reply {
         let mut holds = lock(&self.holds);
         if holds.len() >= KEEP {
+            // One that is busy at the moment, or still waits for a VM, is not over.
             let over = |h: &Arc<Mutex<Hold>>| {
-                matches!(lock(h).info.state, HoldState::Released | HoldState::Aborted)
+                h.try_lock().is_ok_and(|h| {
+                    let waits = matches!(&h.end, End::Source(s) if s.is_armed());
+                    !waits && matches!(h.info.state, HoldState::Released | HoldState::Aborted)
+                })
             };
             if let Some(old) = holds.iter().find(|(_, h)| over(h)).map(|(id, _)| *id) {
                 holds.remove(&old);
@@ -312,7 +320,7 @@ impl Manager {
             if h.info.role == role
                 && !matches!(h.info.state, HoldState::Released | HoldState::Aborted)
             {
-                Ok(Reply::Hold(h.snapshot()))
+                Ok(Reply::Hold(h.snapshot(&self.host)))
             } else {
                 Err(refuse(
                     RefusalCode::Busy,
@@ -424,13 +432,13 @@ impl Manager {
                 );
                 Err(refuse(RefusalCode::State, what))
             }
-            Verdict::Again => Ok(Reply::Hold(h.snapshot())),
+            Verdict::Again => Ok(Reply::Hold(h.snapshot(&self.host))),
             Verdict::Go(next) => {
                 let Hold { info, end } = &mut *h;
                 let reply = act(end, info)?;
                 info.state = next;
                 tracing::info!(hold = %id, "{event:?}: {next:?}");
-                Ok(reply.unwrap_or_else(|| Reply::Hold(h.snapshot())))
+                Ok(reply.unwrap_or_else(|| Reply::Hold(h.snapshot(&self.host))))
             }
         }
     }
@@ -588,7 +596,7 @@ impl Manager {
                     return s.disarm(host, Instant::now() > until);
                 }
                 if s.put_back_done(host) {
-                    h.info.lanes = s.lanes();
+                    h.info.lanes = s.lanes(host);
                     s.forget(host);
                     h.info.state = HoldState::Aborted;
                     h.info.drained_ns = now_ns();
@@ -604,7 +612,7 @@ impl Manager {
         self.advance(hold, Event::Release, |end, info| {
             match end {
                 End::Source(s) => {
-                    info.lanes = s.lanes();
+                    info.lanes = s.lanes(host);
                     s.release(host)?;
                 }
                 End::Target(t) => {
@@ -645,11 +653,13 @@ impl Manager {
             }
             Request::Commit { hold } => self.commit(hold),
             Request::Announce { hold } => self.announce(hold),
-            Request::HoldStatus { hold } => Ok(Reply::Hold(lock(&*self.find(hold)?).snapshot())),
+            Request::HoldStatus { hold } => {
+                Ok(Reply::Hold(lock(&*self.find(hold)?).snapshot(&self.host)))
+            }
             Request::HoldList => {
                 let holds: Vec<_> = lock(&self.holds).values().cloned().collect();
                 Ok(Reply::Holds(
-                    holds.iter().map(|h| lock(h).snapshot()).collect(),
+                    holds.iter().map(|h| lock(h).snapshot(&self.host)).collect(),
                 ))
             }
             Request::HoldAbort { hold } => self.abort(hold),

@@ -13,7 +13,7 @@ pub mod target;
 #[cfg(test)]
 mod tests;
 
-pub use manager::Manager;
+pub use manager::{Manager, Vms};
 
 use gangway_shared::api::{Refusal, RefusalCode};
 

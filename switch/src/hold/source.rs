@@ -10,10 +10,10 @@ use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 use super::manager::Host;
 use super::{READ_BACK, refuse};
 use crate::datapath::engine::Mode;
-use crate::datapath::lane::{Drain, Gate, Progress, Source as Older};
+use crate::datapath::lane::{Behind, Drain, Gate, Progress, Source as Older};
 use crate::datapath::stats::Drop as Dropped;
 use crate::datapath::worker::{Command, QueueId, now_ns};
-use crate::port::Frame;
+use crate::port::{FRAME_MAX, Frame};
 use crate::ship::{Lanes, Outgoing};
 use crate::spool::{Kind, Queue, Writer, sync_all};
 
@@ -26,13 +26,16 @@ struct Lane {
     to: usize,
     inside: bool,
     queue: Arc<Queue>,
-    /// Until the lane is held.
+    /// Until the lane is held; of a TAP's queue: until it is read back.
     writer: Option<Writer>,
+    /// Inside: where frames wait behind a sealed queue that is put back.
+    spare: Option<(Writer, Arc<Queue>)>,
     ship: u32,
     held: bool,
     closed: bool,
     flushed: Option<Arc<Progress>>,
-    behind: Option<Arc<Queue>>,
+    /// Set when it forwards again.
+    back: Option<Arc<Progress>>,
 }
 
 /// Source's end.
@@ -40,17 +43,22 @@ pub struct SourceHold {
     id: HoldId,
     group: Vec<usize>,
     macs: Vec<Option<MacAddr>>,
-    /// Which of them were up when the hold was opened.
+    /// Which of them were seen running since the hold was opened.
     ran: Vec<bool>,
+    /// Of which of them frames still wait for the VM on our behalf.
+    armed: Vec<bool>,
     lanes: Vec<Lane>,
+    /// One for each VM on a TAP.
     read_back: Vec<Lane>,
     outgoing: Arc<Outgoing>,
-    /// Frames that could not be held.
+    /// Frames of backlogs that could not be held.
     lost: u64,
+    /// What sockets had dropped when the hold was opened, by port.
+    overruns: Vec<u64>,
 }
 
 impl SourceHold {
-    /// Reserves and connects; nothing is held yet.
+    /// Reserves everything that freeze, seal and abort will need, and connects; nothing is held yet.
     pub fn open(host: &Host, args: &HoldOpen, group: Vec<usize>) -> Result<SourceHold, Refusal> {
         let ports = &host.engine.shared().ports;
         let now_s = host.engine.shared().now_s();
@@ -61,85 +69,126 @@ impl SourceHold {
             );
             return Err(refuse(RefusalCode::Busy, what));
         }
+        for &g in &group {
+            host.adopt_tap(g)?;
+        }
         let outgoing = host.dial(args)?;
         let mut hold = SourceHold {
             id: args.hold,
             macs: group.iter().map(|&g| host.mac_of(g)).collect(),
-            ran: group.iter().map(|&g| ports[g].is_up()).collect(),
+            ran: vec![false; group.len()],
+            armed: Vec::new(),
             lanes: Vec::new(),
             read_back: Vec::new(),
             outgoing,
             group,
             lost: 0,
+            overruns: ports.iter().map(|p| p.counters.overruns()).collect(),
         };
-        for &to in &hold.group {
-            for from in (0..ports.len()).filter(|&f| f != to) {
-                let key = LaneKey {
-                    from: ports[from].name.clone(),
-                    queue: 0,
-                    to: ports[to].name.clone(),
-                };
-                let inside = hold.group.contains(&from);
-                match host.spool.create(hold.id, Kind::Source, &key) {
-                    Ok((writer, queue)) => {
-                        queue.set_inside(inside);
-                        hold.lanes.push(Lane {
-                            key,
-                            id: QueueId {
-                                port: from,
-                                queue: 0,
-                            },
-                            to,
-                            inside,
-                            queue,
-                            writer: Some(writer),
-                            ship: 0,
-                            held: false,
-                            closed: false,
-                            flushed: None,
-                            behind: None,
-                        });
-                    }
-                    Err(e) => {
-                        hold.outgoing.abort();
-                        host.free_spool(hold.id);
-                        return Err(refuse(
-                            RefusalCode::Resources,
-                            format!("no spool for {key}: {e}"),
-                        ));
-                    }
-                }
-            }
-        }
-        for l in &mut hold.lanes {
-            l.ship = hold
-                .outgoing
-                .add_lane(l.key.clone(), l.inside, l.queue.clone());
-        }
-        // The first sync writes the files' metadata: better now than in the freeze.
-        if let Err(e) = hold.sync(|_| true) {
+        if let Err(e) = hold.reserve(host) {
             hold.outgoing.abort();
             hold.forget(host);
             return Err(e);
         }
+        hold.armed = vec![true; hold.group.len()];
         // A learned address stays believed to be here until the network says otherwise.
         for (&g, mac) in hold.group.iter().zip(&hold.macs) {
             if let Some(mac) = mac {
                 host.engine.shared().fdb.set(*mac, g, true, now_s);
             }
-            host.engine.shared().ports[g].set_armed(true);
-            host.adopt_tap(g);
+            ports[g].arm();
         }
         Ok(hold)
     }
 
-    /// One of the VMs that ran when the hold was opened has stopped.
-    pub fn stopped(&self, host: &Host) -> bool {
+    fn reserve(&mut self, host: &Host) -> Result<(), Refusal> {
         let ports = &host.engine.shared().ports;
-        self.group
-            .iter()
-            .zip(&self.ran)
-            .any(|(&g, &ran)| ran && !ports[g].is_up())
+        for to in self.group.clone() {
+            for from in (0..ports.len()).filter(|&f| f != to) {
+                let inside = self.group.contains(&from);
+                let mut l = self.lane(host, &ports[from].name, from, to, inside)?;
+                if inside {
+                    l.spare = Some(self.queue(host, Kind::Local, &l.key)?);
+                }
+                self.lanes.push(l);
+            }
+            if host.taps.contains_key(&to) {
+                let l = self.lane(host, READ_BACK, to, to, true)?;
+                self.read_back.push(l);
+            }
+        }
+        for l in self.lanes.iter_mut().chain(&mut self.read_back) {
+            l.ship = self
+                .outgoing
+                .add_lane(l.key.clone(), l.inside, l.queue.clone());
+        }
+        self.outgoing.all_added();
+        // The first sync writes the files' metadata: better now than in the freeze.
+        self.sync(|_| true)
+    }
+
+    fn queue(
+        &self,
+        host: &Host,
+        kind: Kind,
+        key: &LaneKey,
+    ) -> Result<(Writer, Arc<Queue>), Refusal> {
+        let made = host.spool.create(self.id, kind, key);
+        made.map_err(|e| refuse(RefusalCode::Resources, format!("no spool for {key}: {e}")))
+    }
+
+    fn lane(
+        &self,
+        host: &Host,
+        name: &str,
+        from: usize,
+        to: usize,
+        inside: bool,
+    ) -> Result<Lane, Refusal> {
+        let key = LaneKey {
+            from: name.into(),
+            queue: 0,
+            to: host.engine.shared().ports[to].name.clone(),
+        };
+        let (writer, queue) = self.queue(host, Kind::Source, &key)?;
+        queue.set_inside(inside);
+        let id = QueueId {
+            port: from,
+            queue: 0,
+        };
+        Ok(Lane {
+            key,
+            id,
+            to,
+            inside,
+            queue,
+            writer: Some(writer),
+            spare: None,
+            ship: 0,
+            held: false,
+            closed: false,
+            flushed: None,
+            back: None,
+        })
+    }
+
+    /// One of the VMs has run since the hold was opened, and does not any more.
+    pub fn stopped(&mut self, host: &Host) -> bool {
+        let ports = &host.engine.shared().ports;
+        let mut stopped = false;
+        for (&g, ran) in self.group.iter().zip(&mut self.ran) {
+            // A TAP stays up whatever its VM does.
+            let runs = match (host.taps.contains_key(&g), &ports[g].vm) {
+                (true, Some(vm)) => match host.vms.status(vm) {
+                    Some(status) => status == "running",
+                    None => *ran,
+                },
+                _ => ports[g].is_up(),
+            };
+            stopped |= *ran && !runs;
+            *ran |= runs;
+        }
+        stopped
     }
 
     /// The cut. Returns its time and whether all TAP queues ran empty.
@@ -199,10 +248,8 @@ impl SourceHold {
             host.settle_rx(g, until)?;
             ports[g].marker.store(false, Ordering::Release);
         }
-        if self.read_back.is_empty() {
-            for g in self.group.clone() {
-                self.take_tap_queue(host, g)?;
-            }
+        for l in &mut self.read_back {
+            read_back(host, self.id, l, until)?;
         }
         self.close(host, |l| l.inside, || Gate::Blocked)?;
         self.sync(|l| l.inside)?;
@@ -220,58 +267,6 @@ impl SourceHold {
             RefusalCode::Peer,
             format!("the target's switch: {why}; the lanes stay held, repeat or abort"),
         ))
-    }
-
-    fn take_tap_queue(&mut self, host: &Host, port: usize) -> Result<(), Refusal> {
-        let frames = host.tap_read_back(port);
-        if frames.is_empty() {
-            return Ok(());
-        }
-        let name = &host.engine.shared().ports[port].name;
-        tracing::info!(
-            "port {name}: {} frames read back from the TAP's queue",
-            frames.len()
-        );
-        let key = LaneKey {
-            from: READ_BACK.into(),
-            queue: 0,
-            to: name.clone(),
-        };
-        let broken = |e: &dyn std::fmt::Display| {
-            refuse(RefusalCode::Resources, format!("no spool for {key}: {e}"))
-        };
-        let (mut writer, queue) = host
-            .spool
-            .create(self.id, Kind::Source, &key)
-            .map_err(|e| broken(&e))?;
-        queue.set_inside(true);
-        for (vnet, bytes) in frames {
-            let frame = Frame::from_slice(vnet, &bytes);
-            let until = Instant::now() + Duration::from_secs(2);
-            while !writer.has_room(frame.len) && Instant::now() < until {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            if writer.append(now_ns(), frame.vnet, &frame).is_err() {
-                self.lost += 1;
-            }
-        }
-        writer.commit();
-        writer.seal();
-        let ship = self.outgoing.add_lane(key.clone(), true, queue.clone());
-        self.read_back.push(Lane {
-            key,
-            id: QueueId { port, queue: 0 },
-            to: port,
-            inside: true,
-            queue,
-            writer: None,
-            ship,
-            held: true,
-            closed: true,
-            flushed: None,
-            behind: None,
-        });
-        Ok(())
     }
 
     fn close(
@@ -331,70 +326,35 @@ impl SourceHold {
             && self.outgoing.wait_complete(Lanes::All, Duration::ZERO))
     }
 
-    /// Everything goes back to where it was: lanes drain to the VMs here.
+    /// Everything goes back to where it was: lanes drain to the VMs here. Needs nothing that is not reserved.
     pub fn abort(&mut self, host: &Host) -> Result<(), Refusal> {
         self.outgoing.abort();
         let mut commands = Vec::new();
-        for i in 0..self.group.len() {
-            let to = self.group[i];
+        for &to in &self.group {
             // What was read back from a TAP's queue is older than the rest: it drains on the port's lane to itself.
-            let before = match self.read_back.iter_mut().find(|l| l.to == to) {
-                Some(rb) => {
-                    let done = Arc::new(AtomicBool::new(false));
-                    commands.push(Self::put_back(host, self.id, rb, None, Some(done.clone()))?);
-                    Some(done)
+            let mut before = None;
+            for l in self.read_back.iter_mut().filter(|l| l.to == to) {
+                if let Some(mut w) = l.writer.take() {
+                    w.seal();
                 }
-                None => None,
-            };
-            for l in self.lanes.iter_mut().filter(|l| l.to == to && l.held) {
-                commands.push(Self::put_back(host, self.id, l, before.clone(), None)?);
+                l.closed = true;
+                if l.queue.tally().frames > 0 {
+                    l.held = true;
+                    let done = Arc::new(AtomicBool::new(false));
+                    commands.push(l.put_back(None, Some(done.clone())));
+                    before = Some(done);
+                }
             }
+            let held = self.lanes.iter_mut().filter(|l| l.to == to && l.held);
+            commands.extend(held.map(|l| l.put_back(before.clone(), None)));
         }
         host.batch(commands).map(drop)
     }
 
-    fn put_back(
-        host: &Host,
-        id: HoldId,
-        l: &mut Lane,
-        before: Option<Arc<AtomicBool>>,
-        done: Option<Arc<AtomicBool>>,
-    ) -> Result<(QueueId, Command), Refusal> {
-        let (writer, behind) = host.spool.create(id, Kind::Local, &l.key).map_err(|e| {
-            refuse(
-                RefusalCode::Resources,
-                format!("no spool to drain {}: {e}", l.key),
-            )
-        })?;
-        let progress = Arc::new(Progress::default());
-        let local = Older {
-            reader: behind.reader(),
-            progress: Arc::new(Progress::default()),
-        };
-        let older = Older {
-            reader: l.queue.reader(),
-            progress: progress.clone(),
-        };
-        l.flushed = Some(progress);
-        l.behind = Some(behind);
-        let drain = Drain {
-            before,
-            older: [older].into(),
-            done,
-            wait: None,
-            writer,
-            local,
-        };
-        Ok((l.id, Command::Drain(l.id, l.to, Box::new(drain))))
-    }
-
     /// After an abort: true once everything is delivered; the ports are as before then.
     pub fn put_back_done(&self, host: &Host) -> bool {
-        let all = self.lanes.iter().chain(&self.read_back).filter(|l| l.held);
-        // The queue behind is sealed by its worker when the lane forwards again.
-        let done = all
-            .clone()
-            .all(|l| l.behind.as_ref().is_none_or(|q| q.is_sealed()));
+        let mut all = self.lanes.iter().chain(&self.read_back).filter(|l| l.held);
+        let done = all.all(|l| l.back.as_ref().is_none_or(|b| b.finished()));
         if done {
             self.live(host);
         }
@@ -408,17 +368,15 @@ impl SourceHold {
     }
 
     /// After the end: what waits for a VM that is not up yet keeps waiting. True when all are up.
-    pub fn disarm(&self, host: &Host, give_up: bool) -> bool {
+    pub fn disarm(&mut self, host: &Host, give_up: bool) -> bool {
         let ports = &host.engine.shared().ports;
-        let mut all = true;
-        for &g in &self.group {
-            let up = ports[g].is_up() || give_up;
-            all &= up;
-            if up {
-                ports[g].set_armed(false);
+        for (&g, armed) in self.group.iter().zip(&mut self.armed) {
+            if *armed && (ports[g].is_up() || give_up) {
+                ports[g].disarm();
+                *armed = false;
             }
         }
-        all
+        !self.armed.contains(&true)
     }
 
     /// Frees everything; the ports are open for a new VM.
@@ -439,8 +397,15 @@ impl SourceHold {
 
     /// After an abort.
     pub fn forget(&mut self, host: &Host) {
-        self.lanes.iter_mut().for_each(|l| l.writer = None);
+        for l in self.lanes.iter_mut().chain(&mut self.read_back) {
+            (l.writer, l.spare) = (None, None);
+        }
         host.free_spool(self.id);
+    }
+
+    /// Frames still wait for one of the VMs on its behalf.
+    pub fn is_armed(&self) -> bool {
+        self.armed.contains(&true)
     }
 
     /// Group's ports.
@@ -448,9 +413,16 @@ impl SourceHold {
         &self.group
     }
 
-    /// For status and report.
-    pub fn lanes(&self) -> Vec<LaneInfo> {
+    /// For status and report. What an uplink's socket has dropped since the opening, for whomever, stands at its first lane.
+    pub fn lanes(&self, host: &Host) -> Vec<LaneInfo> {
         let ships = self.outgoing.status();
+        let ports = &host.engine.shared().ports;
+        let mut overruns: Vec<u64> = ports
+            .iter()
+            .zip(&self.overruns)
+            .map(|(p, then)| p.counters.overruns().saturating_sub(*then))
+            .collect();
+        let mut lost = self.lost;
         let info = |l: &Lane| LaneInfo {
             lane: l.key.clone(),
             sealed: l.queue.is_sealed(),
@@ -460,18 +432,91 @@ impl SourceHold {
                 .find(|s| s.lane == l.ship)
                 .map_or(Tally::default(), |s| s.acked),
             flushed: l.flushed.as_ref().map_or(Tally::default(), |p| p.tally()),
-            queued_behind: l.behind.as_ref().map_or(0, |q| q.tally().frames),
-            dropped: 0,
+            queued_behind: l.spare.as_ref().map_or(0, |(_, q)| q.tally().frames),
+            dropped: std::mem::take(&mut lost) + std::mem::take(&mut overruns[l.id.port]),
         };
-        let mut all: Vec<LaneInfo> = self.lanes.iter().chain(&self.read_back).map(info).collect();
-        if let Some(first) = all.first_mut() {
-            first.dropped = self.lost;
-        }
-        all
+        self.lanes.iter().chain(&self.read_back).map(info).collect()
     }
 
     /// Trouble with the shipment.
     pub fn error(&self) -> Option<String> {
         self.outgoing.error()
     }
+}
+
+impl Lane {
+    /// Held: drains its own queue and goes on filling it. Closed: drains what is sealed, then what comes meanwhile.
+    fn put_back(
+        &mut self,
+        before: Option<Arc<AtomicBool>>,
+        done: Option<Arc<AtomicBool>>,
+    ) -> (QueueId, Command) {
+        let progress = Arc::new(Progress::default());
+        self.flushed = Some(progress.clone());
+        self.back = Some(progress.clone());
+        if !self.closed {
+            return (
+                self.id,
+                Command::PutBack(self.id, self.to, before, progress),
+            );
+        }
+        let reader = self.queue.reader();
+        let behind = self.spare.take().map(|(writer, queue)| {
+            let progress = Arc::new(Progress::default());
+            self.back = Some(progress.clone());
+            let reader = queue.reader();
+            let local = Older { reader, progress };
+            Behind { writer, local }
+        });
+        let drain = Drain {
+            before,
+            older: [Older { reader, progress }].into(),
+            done,
+            wait: None,
+            behind,
+        };
+        (self.id, Command::Drain(self.id, self.to, Box::new(drain)))
+    }
+}
+
+/// Takes what a stopped VM's TAP still holds; again after an error: the rest. Nothing leaves the kernel's queue before the
+/// spool has room for it.
+fn read_back(host: &Host, hold: HoldId, l: &mut Lane, until: Instant) -> Result<(), Refusal> {
+    let Some(writer) = &mut l.writer else {
+        return Ok(());
+    };
+    loop {
+        while !writer.has_room(FRAME_MAX as u32) {
+            if Instant::now() > until {
+                let what = format!(
+                    "the spool has no room for the TAP queue of port {} (hold {hold}); its frames stay where they are: raise spool.quota_bytes, then repeat or abort",
+                    l.key.to
+                );
+                return Err(refuse(RefusalCode::Resources, what));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let Some((vnet, bytes)) = host.tap_read_back(l.to)? else {
+            break;
+        };
+        let frame = Frame::from_slice(vnet, &bytes);
+        if writer.append(now_ns(), vnet, &frame).is_err() {
+            let what = format!(
+                "a frame from the TAP queue of port {} is lost: the spool refuses it although it has room",
+                l.key.to
+            );
+            return Err(refuse(RefusalCode::Internal, what));
+        }
+        writer.commit();
+    }
+    writer.seal();
+    (l.writer, l.held, l.closed) = (None, true, true);
+    match l.queue.tally().frames {
+        0 => {}
+        n => tracing::info!(
+            "port {}: {n} frames read back from the TAP's queue",
+            l.key.to
+        ),
+    }
+    Ok(())
 }

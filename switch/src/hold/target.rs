@@ -17,7 +17,7 @@ use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 use super::manager::Host;
 use super::{READ_BACK, refuse};
 use crate::datapath::engine::Mode;
-use crate::datapath::lane::{Drain, Progress, Source as Older};
+use crate::datapath::lane::{Behind, Drain, Progress, Source as Older};
 use crate::datapath::parse;
 use crate::datapath::worker::{Command, QueueId};
 use crate::port::{Frame, Sent, VnetHdr};
@@ -120,6 +120,8 @@ impl TargetHold {
         let until = Instant::now() + timeout;
         self.not_put_back()?;
         loop {
+            // Before the lanes: those that are named when this is true are all.
+            let named = self.incoming.is_named();
             let lanes = self.incoming.lanes();
             if let Some(l) = lanes.iter().find(|l| l.mismatch.is_some()) {
                 let why = l.mismatch.clone().unwrap_or_default();
@@ -133,12 +135,14 @@ impl TargetHold {
                 .filter(|l| l.inside && !l.complete)
                 .map(|l| l.key.to_string())
                 .collect();
-            if open.is_empty() && !lanes.is_empty() {
+            if open.is_empty() && named {
                 return Ok(());
             }
             if Instant::now() >= until {
                 let what = if lanes.is_empty() {
                     "no shipment".into()
+                } else if open.is_empty() {
+                    "the source has not named all lanes".into()
                 } else {
                     format!("incomplete: {}", open.join(", "))
                 };
@@ -251,8 +255,7 @@ impl TargetHold {
                 older: first,
                 done,
                 wait,
-                writer,
-                local: own,
+                behind: Some(Behind { writer, local: own }),
             };
             commands.push((id, Command::Drain(id, to, Box::new(drain))));
         }
@@ -273,6 +276,8 @@ impl TargetHold {
                 if let Some(tx) = p.tx().as_mut() {
                     sent += usize::from(tx.send(&frame) == Sent::Yes);
                     tx.flush();
+                    std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+                    tx.settle();
                 }
             }
         }

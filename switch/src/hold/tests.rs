@@ -10,16 +10,17 @@ use gangway_shared::api::{
     Scope,
 };
 use gangway_shared::config::valid::{Sync, VmConfig};
-use gangway_shared::id::{HoldId, MacAddr};
+use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 
 use super::Manager;
-use super::manager::Host;
+use super::manager::{Host, Vms};
 use crate::control::Handler;
 use crate::datapath::Engine;
 use crate::datapath::tests::{config, eventually, frame, mac};
 use crate::port::Attach;
 use crate::port::memory::MemoryPort;
 use crate::ship::tests::World;
+use crate::spool::Kind;
 
 const ID: HoldId = HoldId(0xfeed);
 const P: usize = 0;
@@ -28,6 +29,17 @@ const UP: usize = 2;
 const MAC_P: u8 = 1;
 const MAC_M: u8 = 2;
 const MAC_O: u8 = 3;
+
+struct NoVms;
+
+impl Vms for NoVms {
+    fn pid(&self, _: &str) -> Option<u32> {
+        None
+    }
+    fn status(&self, _: &str) -> Option<String> {
+        None
+    }
+}
 
 struct Site {
     manager: Arc<Manager>,
@@ -61,7 +73,7 @@ impl Site {
             dialer: Some((w.endpoint.clone(), w.client.clone())),
             runtime: w.rt.handle().clone(),
             taps: Default::default(),
-            vm_pid: Box::new(|_| None),
+            vms: Arc::new(NoVms),
             config: cfg,
         }));
         let site = Site {
@@ -168,7 +180,11 @@ impl Scene {
                     }
                     a.ports[UP].push(f);
                 }
-                a.ports[UP].take_delivered();
+                for f in a.ports[UP].take_delivered() {
+                    if m_at_b && f[0..6] == mac(MAC_M).0 {
+                        b.ports[UP].push(f);
+                    }
+                }
                 if !ending {
                     n[1] += 1;
                     let up = if m_at_b { &b } else { &a };
@@ -306,7 +322,14 @@ fn move_all(scope_first: Option<Scope>) {
         hold: ID,
         scope: Scope::All,
     });
-    std::thread::sleep(Duration::from_millis(20));
+    for from in ["p", "up0"] {
+        eventually("frames are held", || {
+            let lanes = s.a.status().lanes;
+            lanes
+                .iter()
+                .any(|l| l.lane.from == from && l.held.frames > 0)
+        });
+    }
     let ring = s.stop_vms();
     s.a.ask(Request::Seal {
         hold: ID,
@@ -346,16 +369,6 @@ fn move_all(scope_first: Option<Scope>) {
             l.lane
         );
     }
-    assert!(
-        a.lanes
-            .iter()
-            .any(|l| l.lane.from == "p" && l.held.frames > 0)
-    );
-    assert!(
-        a.lanes
-            .iter()
-            .any(|l| l.lane.from == "up0" && l.held.frames > 0)
-    );
     s.a.ask(Request::HoldRelease { hold: ID });
     s.b.ask(Request::HoldRelease { hold: ID });
     s.verdict();
@@ -411,6 +424,9 @@ fn an_abort_in_any_state_puts_everything_back_in_order() {
             s.a.status().state == HoldState::Aborted
         });
         assert_eq!(s.b.status().state, HoldState::Aborted);
+        eventually("both spools are free again", || {
+            s.w.source.used_bytes() + s.w.target.used_bytes() == 0
+        });
         s.more();
         s.verdict();
     }
@@ -487,5 +503,290 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
     s.a.ask(Request::HoldAbort { hold: ID });
     s.b.ask(Request::HoldAbort { hold: ID });
     s.more();
+    s.verdict();
+}
+
+fn open_args(s: &Scene, vms: &[&str]) -> HoldOpen {
+    HoldOpen {
+        hold: ID,
+        vms: vms.iter().map(|v| v.to_string()).collect(),
+        target_address: s.w.address.to_string(),
+        target_host: "beta".into(),
+        ticket: [5; 32],
+    }
+}
+
+fn refusal(site: &Site, r: Request) -> (RefusalCode, String) {
+    match site.manager.call(r) {
+        Reply::Refused(e) => (e.code, e.message),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Uses up what is left of the source's quota.
+fn use_up(s: &Scene) {
+    for n in 0.. {
+        let key = LaneKey {
+            from: format!("filler{n}"),
+            queue: 0,
+            to: "m".into(),
+        };
+        if s.w.source.create(HoldId(77), Kind::Source, &key).is_err() {
+            return;
+        }
+    }
+}
+
+#[test]
+fn an_abort_needs_no_room_in_the_spool() {
+    for sealed in [false, true] {
+        let s = Scene::new();
+        s.more();
+        s.prepare();
+        s.a.ask(Request::Freeze {
+            hold: ID,
+            scope: Scope::All,
+        });
+        std::thread::sleep(Duration::from_millis(20));
+        use_up(&s);
+        let mut ring = Vec::new();
+        if sealed {
+            ring = s.stop_vms();
+            s.a.ask(Request::Seal {
+                hold: ID,
+                timeout_ms: 5000,
+            });
+        }
+        s.a.ask(Request::HoldAbort { hold: ID });
+        s.b.ask(Request::HoldAbort { hold: ID });
+        if sealed {
+            ring.into_iter().for_each(|f| s.a.ports[P].push(f));
+            s.a.plug(P);
+            s.a.plug(M);
+            s.place.store(0, Ordering::Release);
+        }
+        eventually("it is put back", || {
+            s.a.status().state == HoldState::Aborted
+        });
+        let lanes = s.a.status().lanes;
+        assert!(lanes.iter().any(|l| l.held.frames > 0));
+        for l in lanes {
+            assert_eq!(l.held, l.flushed, "{}", l.lane);
+        }
+        s.more();
+        s.w.source.remove_hold(HoldId(77)).unwrap();
+        s.verdict();
+    }
+}
+
+#[test]
+fn a_vm_that_stops_before_the_freeze_freezes_the_hold() {
+    let s = Scene::new();
+    s.more();
+    s.prepare();
+    s.more();
+    let ring = s.stop_vms();
+    eventually("the hold freezes itself", || {
+        s.a.status().state == HoldState::Frozen
+    });
+    // Longer than any backlog would last.
+    std::thread::sleep(Duration::from_millis(100));
+    s.a.ask(Request::HoldAbort { hold: ID });
+    s.b.ask(Request::HoldAbort { hold: ID });
+    ring.into_iter().for_each(|f| s.a.ports[P].push(f));
+    s.a.plug(P);
+    s.a.plug(M);
+    s.place.store(0, Ordering::Release);
+    eventually("it is put back", || {
+        s.a.status().state == HoldState::Aborted
+    });
+    s.more();
+    s.verdict();
+}
+
+#[test]
+fn one_vm_moves_alone_although_no_lane_of_it_has_to_be_complete() {
+    let s = Scene::new();
+    s.more();
+    s.b.ask(Request::IncomingPrepare(IncomingPrepare {
+        hold: ID,
+        vms: vec!["m".into()],
+        ports: vec![IncomingPort {
+            name: "m".into(),
+            vm: "m".into(),
+            mac: Some(mac(MAC_M)),
+        }],
+        source_host: "alpha".into(),
+        ticket: [5; 32],
+    }));
+    let (code, what) = refusal(&s.b, Request::IncomingRestore { hold: ID });
+    assert_eq!(code, RefusalCode::State, "{what}");
+    s.a.ask(Request::HoldOpen(open_args(&s, &["m"])));
+    s.a.ask(Request::Freeze {
+        hold: ID,
+        scope: Scope::All,
+    });
+    s.a.unplug(M);
+    s.a.ask(Request::Seal {
+        hold: ID,
+        timeout_ms: 5000,
+    });
+    s.b.ask(Request::IncomingRestore { hold: ID });
+    assert_eq!(s.b.status().lanes.len(), 2, "both lanes are known");
+    s.b.ask(Request::Commit { hold: ID });
+    s.b.plug(M);
+    s.a.ask(Request::Depart {
+        hold: ID,
+        grace_ms: 10_000,
+    });
+    s.b.ask(Request::Announce { hold: ID });
+    eventually("the source is done", || {
+        s.a.status().state == HoldState::Departed
+    });
+    eventually("the target is live", || {
+        s.b.status().state == HoldState::Live
+    });
+    s.more();
+    s.verdict();
+}
+
+/// Everything up to the commit, with both VMs stopped.
+fn committed(s: &Scene) -> Vec<Vec<u8>> {
+    s.more();
+    s.prepare();
+    s.a.ask(Request::Freeze {
+        hold: ID,
+        scope: Scope::All,
+    });
+    let ring = s.stop_vms();
+    s.a.ask(Request::Seal {
+        hold: ID,
+        timeout_ms: 5000,
+    });
+    s.b.ask(Request::IncomingRestore { hold: ID });
+    s.b.ask(Request::Commit { hold: ID });
+    ring
+}
+
+#[test]
+fn after_the_commit_frames_wait_for_a_vm_that_is_late_and_a_broadcast_comes_once() {
+    let s = Scene::new();
+    let ring = committed(&s);
+    // Until the announcement the network floods to both hosts.
+    let broadcast = frame(9, MacAddr::BROADCAST, 1);
+    s.a.ports[UP].push(broadcast.clone());
+    s.b.ports[UP].push(broadcast);
+    ring.into_iter().for_each(|f| s.b.ports[P].push(f));
+    s.b.plug(P);
+    s.place.store(2, Ordering::Release);
+    // `m` takes its time, and its device goes away once more.
+    std::thread::sleep(Duration::from_millis(300));
+    s.b.plug(M);
+    std::thread::sleep(Duration::from_millis(5));
+    s.a.ask(Request::Depart {
+        hold: ID,
+        grace_ms: 10_000,
+    });
+    s.b.ask(Request::Announce { hold: ID });
+    eventually("the source is done", || {
+        s.a.status().state == HoldState::Departed
+    });
+    s.more();
+    assert_eq!(s.received(9), 1, "the broadcast");
+    s.verdict();
+}
+
+#[test]
+fn a_shipment_that_the_source_has_put_back_cannot_be_committed() {
+    let s = Scene::new();
+    s.more();
+    s.prepare();
+    s.a.ask(Request::Freeze {
+        hold: ID,
+        scope: Scope::All,
+    });
+    let ring = s.stop_vms();
+    s.a.ask(Request::Seal {
+        hold: ID,
+        timeout_ms: 5000,
+    });
+    s.b.ask(Request::IncomingRestore { hold: ID });
+    s.a.ask(Request::HoldAbort { hold: ID });
+    // The source's word may be on its way.
+    std::thread::sleep(Duration::from_millis(100));
+    let (code, what) = refusal(&s.b, Request::Commit { hold: ID });
+    assert_eq!(code, RefusalCode::State);
+    assert!(what.contains("put everything back"), "{what}");
+    s.b.ask(Request::HoldAbort { hold: ID });
+    ring.into_iter().for_each(|f| s.a.ports[P].push(f));
+    s.a.plug(P);
+    s.a.plug(M);
+    s.place.store(0, Ordering::Release);
+    s.more();
+    s.verdict();
+}
+
+#[test]
+fn frames_of_an_earlier_run_are_not_mixed_with_a_new_hold() {
+    let s = Scene::new();
+    let key = LaneKey {
+        from: "p".into(),
+        queue: 0,
+        to: "m".into(),
+    };
+    let _left = s.w.source.create(ID, Kind::Source, &key).unwrap();
+    let (code, what) = refusal(&s.a, Request::HoldOpen(open_args(&s, &["m"])));
+    assert_eq!(code, RefusalCode::Busy, "{what}");
+    assert!(what.contains("earlier run"), "{what}");
+    s.more();
+    s.verdict();
+}
+
+#[test]
+fn a_hold_that_still_waits_for_its_vm_does_not_disarm_the_next_one() {
+    let s = Scene::new();
+    s.more();
+    s.prepare();
+    s.a.ask(Request::Freeze {
+        hold: ID,
+        scope: Scope::All,
+    });
+    let ring = s.stop_vms();
+    s.a.ask(Request::HoldAbort { hold: ID });
+    s.b.ask(Request::HoldAbort { hold: ID });
+    // Its lanes drain when the VM is there again; so does nothing to the next hold.
+    ring.into_iter().for_each(|f| s.a.ports[P].push(f));
+    s.a.plug(M);
+    eventually("it is put back", || {
+        s.a.status().state == HoldState::Aborted
+    });
+    let next = HoldId(0xbeef);
+    let port = IncomingPort {
+        name: "p".into(),
+        vm: "p".into(),
+        mac: Some(mac(MAC_P)),
+    };
+    s.b.ask(Request::IncomingPrepare(IncomingPrepare {
+        hold: next,
+        vms: vec!["p".into()],
+        ports: vec![port],
+        source_host: "alpha".into(),
+        ticket: [6; 32],
+    }));
+    s.a.ask(Request::HoldOpen(HoldOpen {
+        hold: next,
+        ticket: [6; 32],
+        ..open_args(&s, &["p"])
+    }));
+    s.a.plug(P);
+    s.place.store(0, Ordering::Release);
+    s.more();
+    assert!(s.a.engine.shared().ports[P].armed(), "by the next hold");
+    s.a.ask(Request::HoldAbort { hold: next });
+    s.b.ask(Request::HoldAbort { hold: next });
+    eventually("nobody waits any more", || {
+        let ports = &s.a.engine.shared().ports;
+        !ports[P].armed() && !ports[M].armed()
+    });
     s.verdict();
 }

@@ -239,6 +239,15 @@ impl GuestMem {
         (ptr.as_ptr() as usize).is_multiple_of(align).then_some(ptr)
     }
 
+    /// The guest physical address of a place that [`GuestMem::ring`] gave. Not for every frame.
+    pub fn gpa(&self, at: NonNull<u8>) -> Option<u64> {
+        let at = at.as_ptr() as u64;
+        self.regions.iter().find_map(|r| {
+            let offset = at.wrapping_sub(r.base.as_ptr() as u64);
+            (offset < r.len).then(|| r.gpa + offset)
+        })
+    }
+
     /// The end of the highest region: what a dirty log must cover.
     pub fn end(&self) -> u64 {
         self.regions

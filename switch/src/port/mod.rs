@@ -1,6 +1,9 @@
 //! Data I/O: what a worker sees of a port. A port has receive queues (frames into the switch), each owned by one
 //! worker, and one transmit side, shared behind a lock that is taken once per burst.
 //!
+//! Whether a peer sleeps and wants a signal can only be asked behind a full barrier, which drains the processor's stores:
+//! so there is one per round of a worker, and then [`RxQueue::settle`] and [`TxQueue::settle`] for all it has touched.
+//!
 //! The control side of a kind of port (sockets, devices) lives in its own module and attaches and detaches queues
 //! through [`Attach`].
 //!
@@ -67,43 +70,49 @@ pub struct Frame<'q> {
     pub vnet: VnetHdr,
     /// Length of the whole frame in bytes (Ethernet header to last payload byte).
     pub len: u32,
-    /// How much of `head` is valid: `min(len, HEAD)`.
-    pub head_len: u8,
-    /// The private copy of the frame's start.
-    pub head: [u8; HEAD],
-    /// What follows behind the head; the lengths add up to `len - head_len`.
-    pub rest: ArrayVec<Seg<'q>, SEGS>,
+    head: &'q [u8],
+    rest: &'q [Seg<'q>],
 }
 
 impl<'q> Frame<'q> {
-    /// A frame that lies in our own memory, of `FRAME_MIN` to `FRAME_MAX` bytes.
-    pub fn from_slice(vnet: VnetHdr, bytes: &'q [u8]) -> Frame<'q> {
-        let head_len = bytes.len().min(HEAD);
-        let mut head = [0; HEAD];
-        head[..head_len].copy_from_slice(&bytes[..head_len]);
-        let mut rest = ArrayVec::new();
-        if bytes.len() > head_len {
-            rest.push(Seg::from_slice(&bytes[head_len..]));
-        }
+    /// Of a private copy of its start (at least its first [`HEAD`] bytes, or all of it) and at most [`SEGS`] pieces
+    /// behind that.
+    pub fn new(vnet: VnetHdr, len: u32, head: &'q [u8], rest: &'q [Seg<'q>]) -> Frame<'q> {
+        debug_assert!(rest.len() <= SEGS);
+        debug_assert_eq!(
+            len as usize,
+            head.len() + rest.iter().map(Seg::len).sum::<usize>()
+        );
         Frame {
             vnet,
-            len: bytes.len() as u32,
-            head_len: head_len as u8,
+            len,
             head,
             rest,
         }
     }
 
-    /// The valid part of the head.
+    /// A frame that lies in our own memory, of `FRAME_MIN` to `FRAME_MAX` bytes.
+    pub fn from_slice(vnet: VnetHdr, bytes: &'q [u8]) -> Frame<'q> {
+        Frame::new(vnet, bytes.len() as u32, bytes, &[])
+    }
+
+    /// The private part: its start, or all of it.
+    #[inline]
     pub fn head(&self) -> &[u8] {
-        &self.head[..usize::from(self.head_len)]
+        self.head
+    }
+
+    /// What follows behind the head.
+    #[inline]
+    pub fn rest(&self) -> &[Seg<'q>] {
+        self.rest
     }
 
     /// Copies the whole frame into `out`, which must be exactly `len` long.
     pub fn copy_to(&self, out: &mut [u8]) {
-        let (h, mut out) = out.split_at_mut(usize::from(self.head_len));
-        h.copy_from_slice(self.head());
-        for s in &self.rest {
+        let (h, mut out) = out.split_at_mut(self.head.len());
+        h.copy_from_slice(self.head);
+        for s in self.rest {
             let (a, b) = out.split_at_mut(s.len());
             s.read(0, a);
             out = b;
@@ -122,8 +131,12 @@ pub trait RxQueue: Send {
     fn burst<'q>(&'q mut self, out: &mut Burst<'q>);
 
     /// Gives the first `n` frames of the last burst back to the sender: they are delivered, spooled or counted. The
-    /// others come again with the next burst. Tells the peer at most once.
+    /// others come again with the next burst.
     fn release(&mut self, n: usize);
+
+    /// Tells the peer of what was released since the last time, if it wants to be told; at most once. The caller has
+    /// executed a full memory barrier since.
+    fn settle(&mut self) {}
 
     /// The descriptor that becomes readable when frames wait.
     fn wake_fd(&self) -> Option<RawFd>;
@@ -181,8 +194,17 @@ pub enum NeverReason {
 pub trait TxQueue: Send {
     /// Copies the frame to the receiver.
     fn send(&mut self, frame: &Frame<'_>) -> Sent;
-    /// Publishes what was sent since the last flush and signals the receiver at most once.
+    /// Copies frames to the receiver, as long as that is simple; returns how many. The next one is for [`TxQueue::send`],
+    /// which says what is with it.
+    fn send_run(&mut self, frames: &[Frame<'_>]) -> usize {
+        let sent = |f| self.send(f) == Sent::Yes;
+        frames.iter().map(sent).take_while(|s| *s).count()
+    }
+    /// Publishes what was sent since the last flush.
     fn flush(&mut self);
+    /// Signals the receiver for what was flushed since the last time, if it wants that; at most once. The caller has
+    /// executed a full memory barrier since.
+    fn settle(&mut self) {}
 }
 
 /// How the control side of a port attaches and detaches its queues (implemented by the engine). Called from any

@@ -20,7 +20,7 @@ pub struct Incoming {
     state: Mutex<State>,
     changed: Condvar,
     /// Held while a lane's queue is made.
-    pub(super) making: Mutex<()>,
+    making: Mutex<()>,
     /// One connection at a time has the writers.
     pub(super) turn: tokio::sync::Mutex<()>,
     /// Something was received, or is to be acknowledged.
@@ -36,6 +36,8 @@ pub(super) struct State {
     pub(super) error: Option<String>,
     pub(super) stopped: bool,
     pub(super) aborted: bool,
+    /// The source has named all lanes.
+    pub(super) named: bool,
 }
 
 #[derive(Debug)]
@@ -141,6 +143,11 @@ impl Incoming {
         self.lock().aborted
     }
 
+    /// The source has named all its lanes; the target knows what it has to flush.
+    pub fn is_named(&self) -> bool {
+        self.lock().named
+    }
+
     /// Blocks until these lanes, as far as they were named, are complete (true) or the time is up (false).
     pub fn wait_complete(&self, lanes: Lanes, timeout: Duration) -> bool {
         let end = Instant::now() + timeout;
@@ -162,15 +169,23 @@ impl Incoming {
         }
     }
 
-    /// Ends the connection and takes no other. The queues stay as they are.
+    /// Ends the connection and takes no other; no queue is made from here on. The queues stay as they are. Blocks.
     pub fn stop(&self) {
         let conn = self.update(|s| {
             s.stopped = true;
+            // The spool has its room back once nobody can write.
+            s.lanes.iter_mut().for_each(|l| l.writer = None);
             s.conn.take()
         });
         if let Some(c) = conn {
             c.close(quinn::VarInt::from_u32(0), b"stopped");
         }
+        drop(self.making());
+    }
+
+    /// Held while a lane's queue is made.
+    pub(super) fn making(&self) -> MutexGuard<'_, ()> {
+        self.making.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {

@@ -38,6 +38,8 @@ pub struct Outgoing {
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) lanes: Vec<Lane>,
+    /// No lane will be added.
+    pub(super) named: bool,
     pub(super) connected: bool,
     /// Was connected at least once.
     pub(super) welcomed: bool,
@@ -142,6 +144,12 @@ impl Outgoing {
         drop(state);
         self.poke.notify_one();
         n as u32
+    }
+
+    /// No lane will be added: the target may open its ports once it knows them all.
+    pub fn all_added(&self) {
+        self.lock().named = true;
+        self.poke.notify_one();
     }
 
     /// All lanes, in the order of their numbers.

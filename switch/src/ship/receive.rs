@@ -162,6 +162,14 @@ async fn messages(
                 }
                 numbers.named.notify_waiters();
             }
+            Some(ToTarget::Named { lanes }) => {
+                let known = numbers.lock().len();
+                if known != lanes as usize {
+                    let what = format!("{lanes} lanes were named, {known} are known");
+                    return Err(ShipError::Protocol(what));
+                }
+                incoming.update(|s| s.named = true);
+            }
             Some(ToTarget::End { lane, tally }) => {
                 let place = numbers.lock().get(&lane).copied();
                 incoming.update(|s| match place.and_then(|p| s.lanes.get_mut(p)) {
@@ -195,7 +203,10 @@ async fn make_lane(
     let i = incoming.clone();
     // What was begun is ended even if this task is aborted meanwhile: no queue is made and then forgotten.
     let made = tokio::task::spawn_blocking(move || {
-        let _one = i.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = i.making();
+        if i.lock().stopped {
+            return Err("this host takes no shipment of the hold any more".into());
+        }
         let known = i.lock().lanes.iter().position(|l| l.key == key);
         if let Some(n) = known {
             // What an earlier connection said of the lane's end is said again, or was wrong.
@@ -263,9 +274,10 @@ impl Drop for Borrowed {
             w.commit();
             w
         });
-        if let Some(l) = self.incoming.lock().lanes.get_mut(self.place) {
-            l.writer = writer;
-        }
+        self.incoming.update(|s| match s.lanes.get_mut(self.place) {
+            Some(l) if !s.stopped => l.writer = writer,
+            _ => drop(writer),
+        });
         self.incoming.received.notify_one();
         self.incoming.urgent.notify_one();
     }

@@ -133,10 +133,12 @@ async fn connected(
     let mut tasks = JoinSet::new();
     tasks.spawn(acknowledgements(out.clone(), answers));
     let mut started = 0;
+    let mut named = false;
     loop {
-        let (fresh, end) = {
+        let (fresh, end, all) = {
             let s = out.lock();
-            (s.lanes.get(started..).unwrap_or_default().to_vec(), s.end)
+            let fresh = s.lanes.get(started..).unwrap_or_default().to_vec();
+            (fresh, s.end, s.named)
         };
         match end {
             Some(Ending::Abort) => {
@@ -170,6 +172,11 @@ async fn connected(
                 });
             }
             tasks.spawn(pump(conn.clone(), lane, l.queue, safe, ends.clone()));
+        }
+        if all && !named {
+            let lanes = started as u32;
+            wire::to_target(&mut control, &ToTarget::Named { lanes }).await?;
+            named = true;
         }
         tokio::select! {
             Some(e) = ended.recv() => {

@@ -3,7 +3,8 @@
 //! Segments live in `pool/` until a queue gets them by a rename. `ready` ones are zeroed and faulted in; `stale` ones
 //! were used before and are zeroed when needed; `waiting` ones belong to a removed hold and somebody still looks.
 //!
-//! Invariant: the sum of all segment files (held, pooled, being made) stays within the quota.
+//! Invariant: the sum of all segment files (held, pooled, being made) stays within the quota, and the last quarter of it
+//! is not for growing [`Kind::Local`] queues.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,9 +16,9 @@ use std::time::Duration;
 use gangway_shared::config::valid::Sync as SyncPolicy;
 use gangway_shared::id::HoldId;
 
-use super::SpoolError;
 use super::map::Segment;
 use super::queue::{Queue, lock};
+use super::{Kind, SpoolError};
 
 /// While something can't be done: how long until it is tried again.
 const RETRY: Duration = Duration::from_millis(50);
@@ -115,11 +116,8 @@ impl Host {
                 .and_then(|seg| self.place(Pooled { seg, path }, &to, false))
         } else {
             state.held -= 1;
-            return Err(SpoolError::Quota {
-                quota_bytes: self.quota_bytes,
-                used_bytes: state.held * self.segment_bytes,
-                segment_bytes: self.segment_bytes,
-            });
+            drop(state);
+            return Err(self.used_up());
         };
         if r.is_err() {
             let mut state = lock(&self.state);
@@ -127,6 +125,19 @@ impl Host {
             state.total -= 1;
         }
         r
+    }
+
+    /// What waits behind a shipment must not take the last room from the shipment: neither would ever get on.
+    fn spare_for_local(&self) -> bool {
+        lock(&self.state).held * self.segment_bytes * 4 < self.quota_bytes * 3
+    }
+
+    fn used_up(&self) -> SpoolError {
+        SpoolError::Quota {
+            quota_bytes: self.quota_bytes,
+            used_bytes: lock(&self.state).held * self.segment_bytes,
+            segment_bytes: self.segment_bytes,
+        }
     }
 
     fn set_scarce(&self, state: &State) {
@@ -232,6 +243,9 @@ impl Host {
 
     /// One more segment for a queue.
     fn provide(&self, q: &Queue) -> Result<(), SpoolError> {
+        if q.kind() == Kind::Local && !self.spare_for_local() {
+            return Err(self.used_up());
+        }
         let path = q.dir().join(segment_name(q.segment_count()));
         let seg = match self.take(path.clone()) {
             // Its directory is gone, or going.

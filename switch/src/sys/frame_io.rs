@@ -124,8 +124,8 @@ impl Gather {
             used: 0,
         };
         g.push(frame.vnet.0.as_ptr(), VNET_BYTES);
-        g.push(frame.head.as_ptr(), frame.head().len());
-        for s in &frame.rest {
+        g.push(frame.head().as_ptr(), frame.head().len());
+        for s in frame.rest() {
             g.push(s.as_ptr(), s.len());
         }
         g

@@ -10,11 +10,12 @@ pub mod netdev;
 pub mod packet;
 pub mod poll;
 pub mod process;
+pub mod spawn;
 pub mod tun;
 
 pub use frame_io::FrameBuf;
 pub use poll::{Poller, drain_event, signal_event};
-pub use process::{eventfd, peer_pid, pin_thread};
+pub use process::{barrier_everywhere, eventfd, peer_pid, pin_thread};
 
 use std::io;
 

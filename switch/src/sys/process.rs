@@ -101,6 +101,22 @@ pub fn readable(fd: impl AsFd, timeout: Duration) -> io::Result<bool> {
     }
 }
 
+/// Makes every thread of this process execute a full memory barrier before this returns: membarrier(2),
+/// `MEMBARRIER_CMD_PRIVATE_EXPEDITED`. On a kernel without it (before 4.14) it waits long enough for any store to get out.
+pub fn barrier_everywhere() {
+    const EXPEDITED: libc::c_int = 1 << 3;
+    const REGISTER_EXPEDITED: libc::c_int = 1 << 4;
+    let call = |command: libc::c_int| {
+        // SAFETY: takes numbers only.
+        unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) == 0 }
+    };
+    static REGISTERED: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+    if !(*REGISTERED.get_or_init(|| call(REGISTER_EXPEDITED)) && call(EXPEDITED)) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// Moves the calling thread into a fresh network namespace, so that a test cannot touch the machine's devices.
 ///
 /// # Errors

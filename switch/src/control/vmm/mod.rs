@@ -9,7 +9,6 @@
 mod process;
 mod qmp;
 mod relay;
-mod spawn;
 mod start;
 
 #[cfg(test)]
@@ -152,6 +151,16 @@ impl Vmm {
             let message = format!("this host's configuration has no VM '{short}'; {hint}");
             refusal(RefusalCode::Unknown, message)
         })
+    }
+}
+
+impl crate::hold::Vms for Vmm {
+    fn pid(&self, vm: &str) -> Option<u32> {
+        self.qmp_peer_pid(vm)
+    }
+
+    fn status(&self, vm: &str) -> Option<String> {
+        self.vms.get(vm)?.seen().status
     }
 }
 

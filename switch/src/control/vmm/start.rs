@@ -13,7 +13,8 @@ use tokio::process::Child;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::process::{Process, start_time};
-use super::{Connect, Vm, Vmm, refusal, spawn};
+use super::{Connect, Vm, Vmm, refusal};
+use crate::sys::spawn;
 
 /// How long a VM may take until its QMP socket greets.
 const START: Duration = Duration::from_secs(20);

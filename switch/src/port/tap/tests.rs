@@ -184,11 +184,9 @@ fn a_frame_gathered_from_pieces_arrives_whole() {
     in_namespace(|| {
         let (mut e, mut u) = pair();
         let bytes = numbered(1, 1500);
-        let mut frame = Frame::from_slice(VnetHdr::default(), &bytes);
-        frame.rest.clear();
-        for piece in bytes[crate::port::HEAD..].chunks(100) {
-            frame.rest.push(crate::mem::Seg::from_slice(piece));
-        }
+        let (head, rest) = bytes.split_at(crate::port::HEAD);
+        let rest: Vec<_> = rest.chunks(100).map(crate::mem::Seg::from_slice).collect();
+        let frame = Frame::new(VnetHdr::default(), bytes.len() as u32, head, &rest);
         assert_eq!(u.tx.send(&frame), Sent::Yes);
         assert_eq!(receive(&mut *e.rx, 1, is_numbered)[0].1, bytes);
         assert_eq!(e.tx.send(&frame), Sent::Yes);
@@ -363,7 +361,10 @@ fn without_a_reader_a_vm_tap_is_down() {
             tap.adopt(std::process::id()),
             Err(TapError::NotTheReader { .. })
         ));
-        assert!(matches!(tap.read_back(), Err(TapError::NoReader { .. })));
+        assert!(matches!(
+            tap.read_back(usize::MAX),
+            Err(TapError::NoReader { .. })
+        ));
 
         let qemu = tun::open_tap("v0", false).expect("open");
         tap.adopt(std::process::id()).expect("adopt");
@@ -403,10 +404,10 @@ fn read_back_returns_what_was_queued_in_order() {
             }
             assert_eq!(tap.queue_empty(), Some(false));
             assert!(!tap.wait_empty(Duration::from_millis(5)));
-            assert_eq!(tap.read_back().expect("read back"), want);
+            assert_eq!(tap.read_back(usize::MAX).expect("read back"), want);
             assert_eq!(tap.queue_empty(), Some(true));
             assert!(tap.wait_empty(Duration::ZERO));
-            assert_eq!(tap.read_back().expect("nothing"), []);
+            assert_eq!(tap.read_back(usize::MAX).expect("nothing"), []);
             tap.delete().expect("delete");
         }
     });
@@ -469,7 +470,7 @@ fn a_reader_that_stands_still_gets_no_more_than_the_credit() {
         let yes = answers.iter().filter(|s| **s == Sent::Yes).count();
         assert!(answers[yes..].iter().all(|s| *s == Sent::Full));
         assert_eq!(yes, CREDIT as usize);
-        assert_eq!(tap.read_back().expect("read back").len(), yes);
+        assert_eq!(tap.read_back(usize::MAX).expect("read back").len(), yes);
     });
 }
 
@@ -481,7 +482,7 @@ fn a_guest_without_tso_gets_segments() {
         let (vnet, frame) = tso(10_000, 1448);
         for _ in 0..3 {
             assert_eq!(send(&mut *q.tx, vnet, &frame), Sent::Yes);
-            let back = tap.read_back().expect("read back");
+            let back = tap.read_back(usize::MAX).expect("read back");
             assert_eq!(back.len(), 7);
             let mut payload = Vec::<u8>::new();
             for (v, f) in &back {
@@ -528,7 +529,7 @@ fn what_the_vm_sends_comes_in_and_the_host_keeps_out() {
         assert_eq!(got, [(VnetHdr::default(), arp), (vnet, big)]);
         std::thread::sleep(Duration::from_millis(100));
         assert_eq!(
-            tap.read_back().expect("read back"),
+            tap.read_back(usize::MAX).expect("read back"),
             [],
             "the host has answered"
         );

@@ -272,7 +272,7 @@ fn a_vm_talks_through_its_tap_and_what_a_pause_leaves_is_read_back() {
         assert!(tap.wait_empty(Duration::from_secs(5)));
         let drained = start.elapsed();
         vm.qmp("stop");
-        assert!(tap.read_back().expect("read back").is_empty());
+        assert!(tap.read_back(usize::MAX).expect("read back").is_empty());
 
         // Fresh queues with the whole credit.
         drop((rx, tx));
@@ -285,7 +285,7 @@ fn a_vm_talks_through_its_tap_and_what_a_pause_leaves_is_read_back() {
             );
         }
         thread::sleep(Duration::from_millis(200));
-        let back = tap.read_back().expect("read back");
+        let back = tap.read_back(usize::MAX).expect("read back");
         let numbers: Vec<u32> = back.iter().filter_map(|f| number(&f.1)).collect();
         eprintln!(
             "drained in {drained:?}; read back {} of 400; GSO frames {gso:?}",

@@ -263,19 +263,18 @@ impl VmTap {
         }
     }
 
-    /// Takes back what the queue of a paused (or ended) VM still holds, oldest first, and leaves it empty. On a running
-    /// VM it would steal from it: the caller knows that the VM stands still. One frame that QEMU had read and the guest
-    /// not received stays behind in QEMU.
+    /// Takes back what the queue of a paused (or ended) VM still holds, oldest first, at most `max` frames: the caller
+    /// has room for so many. On a running VM it would steal from it: the caller knows that the VM stands still. One frame
+    /// that QEMU had read and the guest not received stays behind in QEMU.
     ///
     /// # Errors
     /// No reader was adopted, or the device was deleted.
-    pub fn read_back(&self) -> Result<Vec<(VnetHdr, Vec<u8>)>, TapError> {
+    pub fn read_back(&self, max: usize) -> Result<Vec<(VnetHdr, Vec<u8>)>, TapError> {
         let guard = self.reader();
         let reader = guard.as_ref().ok_or_else(|| TapError::NoReader {
             device: self.device.clone(),
         })?;
-        // Twice the queue bounds the loop even if somebody keeps sending.
-        let read = reader.read_back(2 * QUEUE_LEN as usize);
+        let read = reader.read_back(max);
         read.map_err(|e| self.host("read back the TAP's queue", reader.pid, e))
     }
 

@@ -7,6 +7,10 @@ use virtio_bindings::{virtio_config, virtio_net, virtio_ring};
 pub const LOG_ALL: u64 = 1 << 26;
 /// `VHOST_USER_F_PROTOCOL_FEATURES`.
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// `VIRTIO_F_RING_PACKED` (virtio 1.2, 2.8).
+pub const RING_PACKED: u64 = 1 << virtio_config::VIRTIO_F_RING_PACKED;
+/// We give buffers back in the order in which they came, always.
+const IN_ORDER: u64 = 1 << virtio_config::VIRTIO_F_IN_ORDER;
 const VERSION_1: u64 = 1 << virtio_config::VIRTIO_F_VERSION_1;
 const INDIRECT: u64 = 1 << virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 const EVENT_IDX: u64 = 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -25,6 +29,8 @@ const GUEST_ANNOUNCE: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_ANNOUNCE;
 /// The virtio features of a port. QEMU 7.2 passes through what is not in its list for vhost-user (CTRL_VQ, MAC, STATUS
 /// and other things that it does itself).
 pub const OFFERED: u64 = VERSION_1
+    | RING_PACKED
+    | IN_ORDER
     | INDIRECT
     | EVENT_IDX
     | MRG_RXBUF

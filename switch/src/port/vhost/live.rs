@@ -6,25 +6,27 @@
 //!
 //! The control thread swaps a snapshot in and raises the generation; a ring looks at the generation when it enters a
 //! section in which it writes to guest memory (once per burst), and takes the new snapshot then. The control thread
-//! waits until a section that was open at the swap is left. Both do "write mine, then read the other's" in sequentially
-//! consistent order, so one of them sees the other.
+//! waits until a section that was open at the swap is left. Both do "write mine, then read the other's"; the full barrier
+//! that this needs between the two is made by the control thread for both sides ([`sys::barrier_everywhere`]), so that a
+//! ring pays nothing for what happens once a minute.
 //!
 //! ```text
-//!   ring:     turn := odd      | generation?  -> new snapshot if raised | write, mark | turn := even
-//!   control:  generation += 1  | turn odd?    -> wait until it changes                | answer
+//!   ring:     turn := odd      | generation?         -> new snapshot if raised | write, mark | turn := even
+//!   control:  generation += 1  | barrier on all CPUs | turn odd? -> wait until it changes    | answer
 //! ```
 //!
 //! Invariant: a ring takes the lock only after a change.
 
 use std::fs::File;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, compiler_fence};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::dirty::DirtyLog;
 use super::ring::Broken;
 use crate::mem::guest::GuestMem;
+use crate::sys;
 
 /// Where a ring's three areas lie (virtio 1.2, 2.7), valid for its size.
 #[derive(Debug, Clone, Copy)]
@@ -38,7 +40,7 @@ pub struct Areas {
 }
 
 /// The changeable part of a ring.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Live {
     /// The memory table; keeps what `areas` points to.
     pub mem: Arc<GuestMem>,
@@ -108,6 +110,7 @@ impl Control {
     pub fn swap(&self, live: Option<Live>) -> bool {
         *self.slot() = live.map(Arc::new);
         self.generation.fetch_add(1, Ordering::SeqCst);
+        sys::barrier_everywhere();
         let seen = self.turn.load(Ordering::SeqCst);
         if seen.is_multiple_of(2) {
             return true;
@@ -176,7 +179,9 @@ impl Gate {
     pub fn enter(&mut self) {
         if self.turn.is_multiple_of(2) {
             self.turn += 1;
-            self.control.turn.swap(self.turn, Ordering::SeqCst);
+            self.control.turn.store(self.turn, Ordering::Relaxed);
+            // The processor's barrier is the control thread's; the compiler shall keep the order, too.
+            compiler_fence(Ordering::SeqCst);
         }
     }
 

@@ -3,18 +3,17 @@
 //! guest memory again, and so does the target of a migration.
 #![allow(unsafe_code)]
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use arrayvec::ArrayVec;
 
 use super::features::{Offloads, RingFeatures, gso};
 use super::live::{Gate, clear, signal};
-use super::ring::{Broken, Chain, Direction, Pieces, Pos, Ring};
+use super::ring::{Broken, Chain, Direction, Piece, Pieces, Plain, Plains, Pos, Ring};
 use crate::mem::Seg;
 use crate::port::{
     BURST, Burst, FRAME_MAX, FRAME_MIN, Frame, HEAD, RxErrors, RxQueue, SEGS, VnetHdr,
@@ -30,18 +29,50 @@ struct Seen {
     is_frame: bool,
 }
 
+/// A frame of the last burst: its head is in the slot of the same number.
+struct Shown {
+    vnet: VnetHdr,
+    len: u32,
+    head_len: u8,
+    /// First and behind the last of `segs`.
+    segs: (u16, u16),
+}
+
+/// A frame's private start, in cache lines of its own.
+#[repr(align(64))]
+struct Head([u8; HEAD]);
+
+/// Pieces behind heads.
+struct Segs(Vec<Seg<'static>>);
+
+// SAFETY: the pieces point into mappings that are the same for all threads; they are made anew for each burst and
+// followed only as long as the queue is borrowed.
+unsafe impl Send for Segs {}
+
+const _: () = assert!(BURST * SEGS < u16::MAX as usize && HEAD <= u8::MAX as usize);
+
 /// See the module's text.
-pub struct Rx<R> {
+pub struct Rx<R: Ring> {
     ring: R,
     gate: Gate,
     kick: Option<Arc<File>>,
     features: RingFeatures,
     /// The first chain that is not given back.
     next: Pos,
-    seen: VecDeque<Seen>,
-    /// Up to here malformed chains were counted (a burst may look at one twice).
-    counted: Pos,
+    /// Something was given back, and nobody has asked whether the driver wants a signal.
+    owes: bool,
+    seen: ArrayVec<Seen, BURST>,
+    /// How many of `seen` were given back.
+    given: usize,
+    /// Chains given back so far.
+    taken: u64,
+    /// Up to this chain malformed ones were counted (a burst may look at one twice).
+    counted: u64,
     pieces: Pieces,
+    plains: Plains,
+    shown: ArrayVec<Shown, BURST>,
+    heads: Box<[Head; BURST]>,
+    segs: Segs,
     /// For one frame per burst that has more pieces than a [`Frame`] holds.
     bounce: Box<[u8]>,
     errors: RxErrors,
@@ -69,9 +100,16 @@ impl<R: Ring> Rx<R> {
             kick,
             features,
             next: Pos(next),
-            seen: VecDeque::with_capacity(BURST),
-            counted: Pos(next),
+            owes: false,
+            seen: ArrayVec::new(),
+            given: 0,
+            taken: 0,
+            counted: 0,
             pieces: Pieces::default(),
+            plains: Plains::default(),
+            shown: ArrayVec::new(),
+            heads: Box::new([const { Head([0; HEAD]) }; BURST]),
+            segs: Segs(Vec::with_capacity(BURST * SEGS)),
             bounce: vec![0; FRAME_MAX].into_boxed_slice(),
             errors: RxErrors::default(),
         }
@@ -99,6 +137,19 @@ impl<R: Ring> Rx<R> {
         live
     }
 
+    /// Counts the chain behind those that were seen, once.
+    fn count_malformed(&mut self) {
+        let this = self.taken + self.seen.len() as u64 + 1;
+        if self.counted < this {
+            self.counted = this;
+            self.errors.malformed += 1;
+            self.gate
+                .counters()
+                .malformed
+                .fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
     fn set_broken(&mut self, why: Broken) {
         // Memory that was added while we looked: the next burst sees it.
         if matches!(why, Broken::Address(_)) && self.gate.is_stale() {
@@ -110,8 +161,8 @@ impl<R: Ring> Rx<R> {
 
     /// Gives back `frames` frames, and what was no frame before and behind them.
     fn give_back(&mut self, mut frames: usize) {
-        let mut given = false;
-        while let Some(s) = self.seen.front() {
+        let first = self.given;
+        for s in &self.seen[first..] {
             if s.is_frame {
                 if frames == 0 {
                     break;
@@ -120,27 +171,93 @@ impl<R: Ring> Rx<R> {
             }
             self.ring.complete(s.chain, 0);
             self.next = s.after;
-            given = true;
-            self.seen.pop_front();
+            self.given += 1;
         }
-        if !given {
+        if self.given == first {
             return;
         }
+        self.taken += (self.given - first) as u64;
         match self.ring.publish() {
-            Ok(true) => {
-                if let Some(call) = self.gate.live().and_then(|l| l.call.as_ref()) {
-                    signal(call);
-                }
-            }
-            Ok(false) => (),
+            Ok(_) => self.owes = true,
             Err(why) => self.set_broken(why),
         }
         self.gate.set_next(self.next.0);
     }
 
-    /// Makes a frame of the pieces.
+    /// Makes a frame of a buffer that has header and frame: notes it in `shown`, its head in `heads`, what follows in
+    /// `segs`.
     #[inline]
-    fn parse<'q>(&mut self, bounce_free: &mut bool, out: &mut Burst<'q>) -> Parsed {
+    fn parse_plain(&mut self, p: &Piece) -> Parsed {
+        let hdr_len = usize::from(self.features.hdr_len);
+        let n = self.shown.len();
+        let mut hdr = [0u8; 12];
+        let segs = self.segs.0.len();
+        let len = (p.host.len as usize).wrapping_sub(hdr_len);
+        if !(FRAME_MIN..=FRAME_MAX).contains(&len) {
+            return Parsed::Malformed;
+        }
+        let head_len = len.min(HEAD);
+        // SAFETY: the piece is readable for `hdr_len + len` bytes, `hdr_len` is 10 or 12, `head_len` at most `len` and HEAD.
+        unsafe {
+            let from = p.host.ptr;
+            std::ptr::copy_nonoverlapping(from.as_ptr(), hdr.as_mut_ptr(), 10);
+            let from = from.add(hdr_len);
+            copy_head(from.as_ptr(), self.heads[n].0.as_mut_ptr(), head_len);
+            if len > head_len {
+                let rest = (len - head_len) as u32;
+                // The piece lies in a mapping that the snapshot keeps, which is only changed by a call with `&mut self`,
+                // and so not while a frame borrows this queue.
+                self.segs.0.push(Seg::from_raw(from.add(head_len), rest));
+            }
+        }
+        self.note(&hdr, head_len, len, segs)
+    }
+
+    /// The same of the pieces of a chain.
+    fn parse(&mut self, bounce_free: &mut bool) -> Parsed {
+        let mut hdr = [0u8; 12];
+        let segs = self.segs.0.len();
+        match self.gather(&mut hdr, bounce_free) {
+            Ok((head_len, len)) => self.note(&hdr, head_len, len, segs),
+            Err(parsed) => {
+                self.segs.0.truncate(segs);
+                parsed
+            }
+        }
+    }
+
+    #[inline]
+    fn note(&mut self, hdr: &[u8; 12], head_len: usize, len: usize, segs: usize) -> Parsed {
+        let mut vnet = [0; 10];
+        vnet.copy_from_slice(&hdr[..10]);
+        let vnet = if vnet[0] | vnet[1] == 0 {
+            // Nothing asked for.
+            VnetHdr::default()
+        } else {
+            match checked(VnetHdr(vnet), len, &self.features.host) {
+                Some(v) => v,
+                None => {
+                    self.segs.0.truncate(segs);
+                    return Parsed::Malformed;
+                }
+            }
+        };
+        self.shown.push(Shown {
+            vnet,
+            len: len as u32,
+            head_len: head_len as u8,
+            segs: (segs as u16, self.segs.0.len() as u16),
+        });
+        Parsed::Frame
+    }
+
+    /// The same for a frame of many pieces: lengths of its head and of all of it.
+    fn gather(
+        &mut self,
+        hdr_out: &mut [u8; 12],
+        bounce_free: &mut bool,
+    ) -> Result<(usize, usize), Parsed> {
+        let n = self.shown.len();
         let mut hdr = Fill::<12>::new(usize::from(self.features.hdr_len));
         let mut head = Fill::<HEAD>::new(HEAD);
         let total: u64 = self
@@ -151,9 +268,9 @@ impl<R: Ring> Rx<R> {
             .sum();
         let len = total.saturating_sub(u64::from(self.features.hdr_len)) as usize;
         if !(FRAME_MIN..=FRAME_MAX).contains(&len) {
-            return Parsed::Malformed;
+            return Err(Parsed::Malformed);
         }
-        let mut rest: ArrayVec<Seg<'q>, SEGS> = ArrayVec::new();
+        let first = self.segs.0.len();
         let mut bounced = None;
         for p in self.pieces.all() {
             let (mut ptr, mut left) = (p.host.ptr, p.host.len as usize);
@@ -174,12 +291,12 @@ impl<R: Ring> Rx<R> {
                     bounce_in(&mut self.bounce[*at..], ptr, left);
                     *at += left;
                 }
-                None if rest.is_full() => {
+                None if self.segs.0.len() - first == SEGS => {
                     if !*bounce_free {
-                        return Parsed::Later;
+                        return Err(Parsed::Later);
                     }
                     let mut at = 0;
-                    for s in rest.take() {
+                    for s in self.segs.0.drain(first..) {
                         s.read(0, &mut self.bounce[at..at + s.len()]);
                         at += s.len();
                     }
@@ -187,31 +304,46 @@ impl<R: Ring> Rx<R> {
                     bounced = Some(at + left);
                 }
                 // SAFETY: the piece lies in a mapping that the snapshot keeps, which is only changed by a call with
-                // `&mut self`, and so not during 'q (the borrow of this queue).
-                None => rest.push(unsafe { Seg::from_raw(ptr, left as u32) }),
+                // `&mut self`, and so not while a frame borrows this queue.
+                None => self.segs.0.push(unsafe { Seg::from_raw(ptr, left as u32) }),
             }
         }
         if let Some(filled) = bounced {
             // SAFETY: the bounce buffer lives as long as the queue and is written by a call with `&mut self` only; one
             // frame per burst gets it.
-            rest.push(unsafe {
+            self.segs.0.push(unsafe {
                 Seg::from_raw(NonNull::from(&mut *self.bounce).cast(), filled as u32)
             });
         }
-        let mut vnet = [0; 10];
-        vnet.copy_from_slice(&hdr.bytes[..10]);
-        let Some(vnet) = checked(VnetHdr(vnet), len, &self.features.host) else {
-            return Parsed::Malformed;
-        };
         *bounce_free &= bounced.is_none();
-        out.push(Frame {
-            vnet,
-            len: len as u32,
-            head_len: head.filled as u8,
-            head: head.bytes,
-            rest,
-        });
-        Parsed::Frame
+        *hdr_out = hdr.bytes;
+        self.heads[n].0 = head.bytes;
+        Ok((head.filled, len))
+    }
+}
+
+/// Copies `len` bytes, at most [`HEAD`], mostly 60 or more: in pieces of a fixed size that may overlap.
+///
+/// # Safety
+/// `from` is readable and `to` writable for `len` bytes; they do not overlap.
+#[inline(always)]
+pub(super) unsafe fn copy_head(from: *const u8, to: *mut u8, len: usize) {
+    // SAFETY: both parts lie within `len` bytes in each case.
+    unsafe {
+        match len {
+            HEAD => std::ptr::copy_nonoverlapping(from, to, HEAD),
+            64.. => {
+                std::ptr::copy_nonoverlapping(from, to, 64);
+                let last = len - 64;
+                std::ptr::copy_nonoverlapping(from.add(last), to.add(last), 64);
+            }
+            32.. => {
+                std::ptr::copy_nonoverlapping(from, to, 32);
+                let last = len - 32;
+                std::ptr::copy_nonoverlapping(from.add(last), to.add(last), 32);
+            }
+            _ => std::ptr::copy_nonoverlapping(from, to, len),
+        }
     }
 }
 
@@ -289,10 +421,45 @@ impl<R: Ring> RxQueue for Rx<R> {
             return;
         }
         self.seen.clear();
+        self.given = 0;
+        self.shown.clear();
+        self.segs.0.clear();
         let mut at = self.next;
         let mut bounce_free = true;
         let mut walked = 0;
         while self.seen.len() < BURST && walked < PIECES_PER_BURST {
+            let max = BURST - self.seen.len();
+            self.ring
+                .peek_plain(at, max, Direction::Read, &mut self.plains);
+            for p in &self.plains.0 {
+                // Header and the start of the frame.
+                crate::mem::prefetch(p.piece.host.ptr.as_ptr());
+                crate::mem::prefetch(p.piece.host.ptr.as_ptr().wrapping_add(64));
+            }
+            for i in 0..self.plains.0.len() {
+                let Plain {
+                    chain,
+                    after,
+                    piece,
+                } = self.plains.0[i];
+                let is_frame = match self.parse_plain(&piece) {
+                    Parsed::Malformed => {
+                        self.count_malformed();
+                        false
+                    }
+                    _ => true,
+                };
+                self.seen.push(Seen {
+                    chain,
+                    after,
+                    is_frame,
+                });
+                at = after;
+            }
+            walked += 2 * self.plains.0.len();
+            if self.seen.len() == BURST {
+                break;
+            }
             self.pieces.clear();
             let (chain, after) = match self.ring.peek(at, Direction::Read, &mut self.pieces) {
                 Ok(Some(found)) => found,
@@ -306,30 +473,22 @@ impl<R: Ring> RxQueue for Rx<R> {
                 }
             };
             walked += self.pieces.all().len() + 1;
-            let is_frame = match self.parse(&mut bounce_free, out) {
+            let is_frame = match self.parse(&mut bounce_free) {
                 Parsed::Frame => true,
                 Parsed::Malformed => {
-                    let behind = at.0.wrapping_sub(self.counted.0);
-                    if behind < 0x8000 {
-                        self.counted = after;
-                        self.errors.malformed += 1;
-                        self.gate
-                            .counters()
-                            .malformed
-                            .fetch_add(1, Ordering::Relaxed);
-                    }
+                    self.count_malformed();
                     false
                 }
                 Parsed::Later => break,
             };
-            self.seen.push_back(Seen {
+            self.seen.push(Seen {
                 chain,
                 after,
                 is_frame,
             });
             at = after;
         }
-        if self.seen.front().is_some_and(|s| !s.is_frame) && self.gate.live().is_some() {
+        if self.seen.first().is_some_and(|s| !s.is_frame) && self.gate.live().is_some() {
             self.gate.enter();
             // A snapshot that came meanwhile waits for us, or sees us; ours still keeps what the frames point to.
             if self.gate.is_stale() {
@@ -339,19 +498,34 @@ impl<R: Ring> RxQueue for Rx<R> {
                 self.gate.leave();
             }
         }
+        let this: &'q Self = self;
+        for (s, head) in this.shown.iter().zip(this.heads.iter()) {
+            let head = &head.0[..usize::from(s.head_len)];
+            let segs = &this.segs.0[usize::from(s.segs.0)..usize::from(s.segs.1)];
+            out.push(Frame::new(s.vnet, s.len, head, segs));
+        }
     }
 
     fn release(&mut self, n: usize) {
         if n == 0 || !self.enter() {
             return;
         }
-        let had = self.seen.iter().filter(|s| s.is_frame).count();
+        let had = self.shown.len();
         self.gate
             .counters()
             .frames
             .fetch_add(n.min(had) as u64, Ordering::Relaxed);
         self.give_back(n);
         self.gate.leave();
+    }
+
+    fn settle(&mut self) {
+        if std::mem::take(&mut self.owes)
+            && self.ring.wants_signal()
+            && let Some(call) = self.gate.live().and_then(|l| l.call.as_ref())
+        {
+            signal(call);
+        }
     }
 
     fn wake_fd(&self) -> Option<RawFd> {
@@ -384,6 +558,15 @@ impl<R: Ring> RxQueue for Rx<R> {
 
     fn errors(&self) -> RxErrors {
         self.errors
+    }
+}
+
+impl<R: Ring> Drop for Rx<R> {
+    fn drop(&mut self) {
+        if self.owes {
+            fence(Ordering::SeqCst);
+            self.settle();
+        }
     }
 }
 

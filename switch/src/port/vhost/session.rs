@@ -30,8 +30,10 @@ use vhost::vhost_user::{Error, Result, VhostUserBackendReqHandlerMut};
 
 use super::Shared;
 use super::dirty::DirtyLog;
-use super::features::{self, LOG_ALL, OFFERED, PROTOCOL_FEATURES, RingFeatures};
+use super::features::{self, LOG_ALL, OFFERED, PROTOCOL_FEATURES, RING_PACKED, RingFeatures};
 use super::live::{Control, Gate, Live, signal};
+use super::ring::Ring;
+use super::ring::packed::Packed;
 use super::ring::split::Split;
 use super::rx::Rx;
 use super::tx::Tx;
@@ -42,7 +44,7 @@ const RING_TX: usize = 0;
 /// The guest's transmit ring: we receive.
 const RING_RX: usize = 1;
 const RINGS: usize = 2;
-/// virtio 1.2, 2.7: the largest split ring.
+/// virtio 1.2, 2.7 and 2.8.1: the largest ring.
 const NUM_MAX: u32 = 32_768;
 
 #[derive(Debug, Clone, Copy)]
@@ -112,6 +114,10 @@ impl Session {
         self.features.is_some_and(|f| f & LOG_ALL != 0)
     }
 
+    fn is_packed(&self) -> bool {
+        self.features.is_some_and(|f| f & RING_PACKED != 0)
+    }
+
     /// The snapshot of a ring, if it has valid addresses.
     fn live(&self, i: usize) -> Option<Live> {
         let v = &self.vrings[i];
@@ -119,7 +125,16 @@ impl Session {
         if v.num == 0 {
             return None;
         }
-        let areas = Split::areas(mem, v.num, addr.desc, addr.avail, addr.used)?;
+        let (desc, avail, used) = (addr.desc, addr.avail, addr.used);
+        // A size that was set for a packed ring may be none for a split one.
+        if !self.is_packed() && !v.num.is_power_of_two() {
+            return None;
+        }
+        let areas = if self.is_packed() {
+            Packed::areas(mem, v.num, desc, avail, used)?
+        } else {
+            Split::areas(mem, v.num, desc, avail, used)?
+        };
         Some(Live {
             mem: mem.clone(),
             areas,
@@ -141,32 +156,39 @@ impl Session {
         let Some(live) = self.live(i) else {
             return;
         };
-        // What lies between the used index and the front-end's idea of our position was taken by somebody who never
-        // gave it back (a back-end that was killed). We take it again: rather twice than never.
-        let next = Split::used_idx(&live.areas);
+        let packed = self.is_packed();
         let v = &mut self.vrings[i];
+        let next = if packed {
+            // The ring itself does not tell how far it is; what the front-end says must at least lie in it.
+            if v.base & 0x7fff >= v.num {
+                let why = format!(
+                    "ring {i} cannot start at {:#x}, it has {} slots",
+                    v.base, v.num
+                );
+                self.shared.attach.port_error(self.shared.slot, Some(why));
+                return;
+            }
+            v.base
+        } else {
+            // What lies between the used index and the front-end's idea of our position was taken by somebody who never
+            // gave it back (a back-end that was killed). We take it again: rather twice than never.
+            Split::used_idx(&live.areas)
+        };
         if next != v.base {
             self.shared.state(|s| s.resumed += 1);
         }
         v.base = next;
         v.reported = false;
         let features = RingFeatures::new(features);
-        let ring = Split::new(&live, v.num, next, &features);
-        let control = Control::new(live, next, self.shared.alarm.clone());
-        let gate = Gate::new(control.clone());
-        v.running = Some(control.clone());
-        let (attach, slot) = (&self.shared.attach, self.shared.slot);
-        if i == RING_RX {
-            let rx = Rx::new(ring, gate, next, kick.clone(), features);
-            attach.attach_rx(slot, 0, Box::new(rx));
-            // The guest may have kicked long before, or may never.
-            if let Some(kick) = kick {
-                signal(&kick);
-            }
+        let control = if packed {
+            let ring = Packed::new(&live, v.num, next, &features);
+            self.attach(i, ring, live, kick, features)
         } else {
-            let tx = Tx::new(ring, gate, next, v.num, features);
-            attach.set_tx(slot, Some(Box::new(tx)));
-        }
+            let ring = Split::new(&live, v.num, next, &features);
+            self.attach(i, ring, live, kick, features)
+        };
+        self.vrings[i].running = Some(control.clone());
+        let (attach, slot) = (&self.shared.attach, self.shared.slot);
         self.shared.set_control(i, Some(control));
         if self
             .vrings
@@ -175,6 +197,33 @@ impl Session {
         {
             attach.port_error(slot, None);
         }
+    }
+
+    /// Gives a ring to the data path.
+    fn attach<R: Ring + 'static>(
+        &self,
+        i: usize,
+        ring: R,
+        live: Live,
+        kick: Option<Arc<File>>,
+        features: RingFeatures,
+    ) -> Arc<Control> {
+        let v = &self.vrings[i];
+        let control = Control::new(live, v.base, self.shared.alarm.clone());
+        let gate = Gate::new(control.clone());
+        let (attach, slot) = (&self.shared.attach, self.shared.slot);
+        if i == RING_RX {
+            let rx = Rx::new(ring, gate, v.base, kick.clone(), features);
+            attach.attach_rx(slot, 0, Box::new(rx));
+            // The guest may have kicked long before, or may never.
+            if let Some(kick) = kick {
+                signal(&kick);
+            }
+        } else {
+            let tx = Tx::new(ring, gate, v.base, v.num, features);
+            attach.set_tx(slot, Some(Box::new(tx)));
+        }
+        control
     }
 
     /// Stops a ring at a burst boundary and keeps its position.
@@ -337,7 +386,8 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
-        if !num.is_power_of_two() || num > NUM_MAX {
+        // A packed ring may have any size (virtio 1.2, 2.8.10.1).
+        if num == 0 || num > NUM_MAX || !(num.is_power_of_two() || self.is_packed()) {
             return Err(Error::InvalidParam);
         }
         self.vring(index)?;
@@ -382,11 +432,15 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         self.vring(index)?;
         self.stop(index as usize);
+        let packed = self.is_packed();
         let v = &mut self.vrings[index as usize];
         // It starts again with new descriptors only.
         v.kick = None;
         v.call = None;
-        Ok(VhostUserVringState::new(index, u32::from(v.base)))
+        // Packed: where we take, and where we give back, which are the same between bursts ("Packed virtqueues").
+        let base = u32::from(v.base);
+        let both = if packed { base | base << 16 } else { base };
+        Ok(VhostUserVringState::new(index, both))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {

@@ -4,13 +4,14 @@
 //! does not fit.
 #![allow(unsafe_code)]
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use super::csum;
 use super::features::{RingFeatures, gso};
 use super::live::{Gate, signal};
-use super::ring::{Broken, Chain, Direction, Piece, Pieces, Pos, Ring};
-use crate::port::{FRAME_MAX, Frame, NeverReason, Sent, TxQueue, VnetHdr};
+use super::ring::{Broken, Chain, Direction, Piece, Pieces, Plain, Plains, Pos, Ring};
+use super::rx::copy_head;
+use crate::port::{FRAME_MAX, Frame, HEAD, NeverReason, Sent, TxQueue, VnetHdr};
 
 /// See the module's text.
 pub struct Tx<R: Ring> {
@@ -20,12 +21,15 @@ pub struct Tx<R: Ring> {
     num: u16,
     next: Pos,
     pieces: Pieces,
+    plains: Plains,
     /// The chains of one frame, with their bytes.
     chains: Vec<(Chain, u32)>,
     /// For checksums in software.
     bounce: Box<[u8]>,
     /// Sent since the last flush.
     unflushed: u64,
+    /// Something was flushed, and nobody has asked whether the driver wants a signal.
+    owes: bool,
 }
 
 /// Why a frame was not sent.
@@ -51,9 +55,11 @@ impl<R: Ring> Tx<R> {
             num,
             next: Pos(next),
             pieces: Pieces::default(),
+            plains: Plains::default(),
             chains: Vec::with_capacity(usize::from(num)),
             bounce: vec![0; FRAME_MAX].into_boxed_slice(),
             unflushed: 0,
+            owes: false,
         };
         // Nobody listens to the kicks for new buffers: a frame that found none is tried again by the worker.
         if tx.enter() {
@@ -120,6 +126,49 @@ impl<R: Ring> Tx<R> {
         Ok(at)
     }
 
+    /// Writes a frame of which nothing is asked into a buffer that takes it whole.
+    #[inline]
+    fn write_plain(&mut self, frame: &Frame<'_>, p: &Plain) -> Result<(), Broken> {
+        let hdr_len = usize::from(self.features.hdr_len);
+        let need = hdr_len + frame.len as usize;
+        debug_assert!(need <= p.piece.host.len as usize);
+        // SAFETY: the piece is writable for `need` bytes (by the callers' check): the header's 10 or 12 and the frame's.
+        // The head is our own memory; the other pieces may be the guest's own and overlap, for which `copy` is defined.
+        unsafe {
+            let to = p.piece.host.ptr.as_ptr();
+            to.cast::<u64>().write_unaligned(0);
+            // num_buffers, where there is one (virtio 1.2, 5.1.6.4).
+            match hdr_len {
+                12 => to
+                    .add(8)
+                    .cast::<u32>()
+                    .write_unaligned((1u32 << 16).to_le()),
+                _ => to.add(8).cast::<u16>().write_unaligned(0),
+            }
+            let mut to = to.add(hdr_len);
+            let head = frame.head();
+            if head.len() <= HEAD {
+                copy_head(head.as_ptr(), to, head.len());
+            } else {
+                std::ptr::copy_nonoverlapping(head.as_ptr(), to, head.len());
+            }
+            to = to.add(head.len());
+            for s in frame.rest() {
+                std::ptr::copy(s.as_ptr(), to, s.len());
+                to = to.add(s.len());
+            }
+        }
+        if let Some(log) = self.gate.live().and_then(|l| l.log.as_ref())
+            && !log.mark(p.piece.gpa, need as u64)
+        {
+            return Err(Broken::Log(p.piece.gpa));
+        }
+        self.ring.complete(p.chain, need as u32);
+        self.next = p.after;
+        self.unflushed += 1;
+        Ok(())
+    }
+
     fn try_send(&mut self, frame: &Frame<'_>) -> Result<(), Not> {
         let guest = &self.features.guest;
         let len = frame.len as usize;
@@ -162,8 +211,8 @@ impl<R: Ring> Tx<R> {
             if csum_here {
                 to.put(self.bounce.as_ptr(), len);
             } else {
-                to.put(frame.head.as_ptr(), usize::from(frame.head_len));
-                for s in &frame.rest {
+                to.put(frame.head().as_ptr(), frame.head().len());
+                for s in frame.rest() {
                     to.put(s.as_ptr(), s.len());
                 }
             }
@@ -237,6 +286,34 @@ impl<'a> Cursor<'a> {
 }
 
 impl<R: Ring> TxQueue for Tx<R> {
+    fn send_run(&mut self, frames: &[Frame<'_>]) -> usize {
+        if self.gate.is_broken() || !self.enter() {
+            return 0;
+        }
+        self.ring
+            .peek_plain(self.next, frames.len(), Direction::Write, &mut self.plains);
+        let hdr_len = u32::from(self.features.hdr_len);
+        let mut done = 0;
+        for (i, frame) in frames.iter().enumerate() {
+            let Some(&p) = self.plains.0.get(i) else {
+                break;
+            };
+            let fits = p.piece.host.len >= hdr_len + frame.len;
+            if !fits || frame.vnet != VnetHdr::default() {
+                break;
+            }
+            if let Err(why) = self.write_plain(frame, &p) {
+                self.set_broken(why);
+                break;
+            }
+            done += 1;
+        }
+        if self.unflushed == 0 {
+            self.gate.leave();
+        }
+        done
+    }
+
     fn send(&mut self, frame: &Frame<'_>) -> Sent {
         if self.gate.is_broken() {
             return Sent::Never(NeverReason::RingBroken);
@@ -272,12 +349,7 @@ impl<R: Ring> TxQueue for Tx<R> {
             return;
         }
         match self.ring.publish() {
-            Ok(true) => {
-                if let Some(call) = self.gate.live().and_then(|l| l.call.as_ref()) {
-                    signal(call);
-                }
-            }
-            Ok(false) => (),
+            Ok(_) => self.owes = true,
             Err(why) => self.set_broken(why),
         }
         self.gate.set_next(self.next.0);
@@ -288,10 +360,23 @@ impl<R: Ring> TxQueue for Tx<R> {
         self.unflushed = 0;
         self.gate.leave();
     }
+
+    fn settle(&mut self) {
+        if std::mem::take(&mut self.owes)
+            && self.ring.wants_signal()
+            && let Some(call) = self.gate.live().and_then(|l| l.call.as_ref())
+        {
+            signal(call);
+        }
+    }
 }
 
 impl<R: Ring> Drop for Tx<R> {
     fn drop(&mut self) {
         self.flush();
+        if self.owes {
+            fence(Ordering::SeqCst);
+            self.settle();
+        }
     }
 }

@@ -1,12 +1,16 @@
-//! What a ring loop ([`super::rx`], [`super::tx`]) needs of a ring layout. There is one layout so far ([`split`]); a
-//! packed ring (virtio 1.2, 2.8) fits behind the same trait.
+//! What a ring loop ([`super::rx`], [`super::tx`]) needs of a ring layout: [`split`] or [`packed`].
 //!
 //! Invariant: no method allocates, and each does bounded work whatever the guest wrote.
 
 use crate::mem::guest::Host;
 
-use super::live::Live;
+use arrayvec::ArrayVec;
 
+use super::live::Live;
+use crate::port::BURST;
+
+mod common;
+pub mod packed;
 pub mod split;
 
 /// Descriptors of one chain at most (QEMU's and Linux's own limit).
@@ -41,15 +45,17 @@ pub enum Broken {
     Log(u64),
 }
 
-/// A place in the ring: where a chain waits, or will.
+/// A place in the ring: where a chain waits, or will. Its bits are the layout's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pos(pub u16);
 
 /// What gives a chain back.
 #[derive(Debug, Clone, Copy)]
 pub struct Chain {
-    /// Index of its first descriptor.
+    /// Split: index of its first descriptor. Packed: the driver's own number for it.
     pub id: u16,
+    /// Slots of the ring that it takes.
+    pub slots: u16,
 }
 
 /// A piece of a chain's memory.
@@ -70,6 +76,21 @@ pub enum Direction {
     Write,
 }
 
+/// A chain of one descriptor in one region: what nearly all are.
+#[derive(Debug, Clone, Copy)]
+pub struct Plain {
+    /// To give it back.
+    pub chain: Chain,
+    /// The position behind it.
+    pub after: Pos,
+    /// Its memory.
+    pub piece: Piece,
+}
+
+/// Plain chains, one behind the other.
+#[derive(Debug, Default)]
+pub struct Plains(pub ArrayVec<Plain, BURST>);
+
 /// A ring layout.
 pub trait Ring: Send {
     /// Takes over a new snapshot.
@@ -82,11 +103,18 @@ pub trait Ring: Send {
         direction: Direction,
         pieces: &mut Pieces,
     ) -> Result<Option<(Chain, Pos)>, Broken>;
+    /// The plain chains from `at` on, at most `max`, up to the first that is anything else or not there. Their loads do
+    /// not wait for each other, as those of one [`Ring::peek`] after the other do.
+    fn peek_plain(&mut self, at: Pos, max: usize, direction: Direction, out: &mut Plains);
     /// Gives a chain back with `written` bytes in it; chains must come in the order of their positions. The driver sees
     /// it after [`Ring::publish`].
     fn complete(&mut self, chain: Chain, written: u32);
-    /// Shows the driver what was given back. True if it wants a signal.
+    /// Shows the driver what was given back. True if there was anything.
     fn publish(&mut self) -> Result<bool, Broken>;
+    /// Whether the driver wants a signal for what was published since it was last asked. Only behind a full barrier after
+    /// [`Ring::publish`]: what was published must be out before we look whether the driver sleeps (virtio 1.2, 2.7.7.2
+    /// and 2.8.10); the driver does the same the other way round.
+    fn wants_signal(&mut self) -> bool;
     /// Asks for a signal when the driver fills `at`. True if it has done so already.
     fn arm(&mut self, at: Pos) -> Result<bool, Broken>;
     /// Asks for no signals, as far as the layout can.
@@ -99,10 +127,12 @@ pub struct Pieces(Vec<Piece>);
 
 #[allow(unsafe_code)]
 mod threads {
-    use super::Pieces;
+    use super::{Pieces, Plains};
     // SAFETY: a piece points into shared mappings, which are the same for all threads; a ring clears its pieces before
     // it drops the table that keeps the mappings, and never follows old ones.
     unsafe impl Send for Pieces {}
+    // SAFETY: as above.
+    unsafe impl Send for Plains {}
 }
 
 impl Default for Pieces {

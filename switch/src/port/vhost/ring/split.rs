@@ -15,18 +15,19 @@
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
 use super::super::dirty::DirtyLog;
 use super::super::features::RingFeatures;
 use super::super::live::{Areas, Live};
-use super::{Broken, CHAIN_MAX, Chain, Direction, Piece, Pieces, Pos, Ring};
+use super::common::{DESC_BYTES, atomic, buffer, words};
+use super::{Broken, CHAIN_MAX, Chain, Direction, Piece, Pieces, Plain, Plains, Pos, Ring};
 use crate::mem::guest::GuestMem;
+use crate::port::BURST;
 
 const DESC_NEXT: u16 = 1;
 const DESC_WRITE: u16 = 2;
 const DESC_INDIRECT: u16 = 4;
-const DESC_BYTES: u32 = 16;
 const AVAIL_NO_INTERRUPT: u16 = 1;
 const USED_NO_NOTIFY: u16 = 1;
 /// Where the rings start behind flags and index.
@@ -148,43 +149,14 @@ impl Split {
     /// `table` is mapped for `16 * (i + 1)` bytes.
     #[inline]
     unsafe fn desc(table: NonNull<u8>, i: u32) -> Desc {
-        // SAFETY: within the table by the contract of this function.
-        let at = unsafe { table.as_ptr().add((i * DESC_BYTES) as usize) };
-        let (addr, rest) = if at.cast::<u64>().is_aligned() {
-            let at = at.cast::<u64>();
-            // SAFETY: aligned, within the table. Volatile: the driver may write meanwhile, we look once.
-            unsafe { (at.read_volatile(), at.add(1).read_volatile()) }
-        } else {
-            // Only an indirect table can be that odd.
-            let mut b = [0u8; 16];
-            for (k, b) in b.iter_mut().enumerate() {
-                // SAFETY: within the table.
-                *b = unsafe { at.add(k).read_volatile() };
-            }
-            let both = u128::from_ne_bytes(b);
-            (both as u64, (both >> 64) as u64)
-        };
+        // SAFETY: by the contract of this function.
+        let [addr, rest] = unsafe { words(table, i) };
         Desc {
-            addr: u64::from_le(addr),
-            len: u64::from_le(rest) as u32,
-            flags: (u64::from_le(rest) >> 32) as u16,
-            next: (u64::from_le(rest) >> 48) as u16,
+            addr,
+            len: rest as u32,
+            flags: (rest >> 32) as u16,
+            next: (rest >> 48) as u16,
         }
-    }
-
-    #[inline]
-    fn buffer(&mut self, mut gpa: u64, mut len: u32, pieces: &mut Pieces) -> Result<(), Broken> {
-        while len > 0 {
-            let host = self
-                .mem
-                .at(&mut self.region, gpa, len)
-                .ok_or(Broken::Address(gpa))?;
-            pieces.push(Piece { host, gpa })?;
-            // No wrap: the region ends below 2^64.
-            gpa += u64::from(host.len);
-            len -= host.len;
-        }
-        Ok(())
     }
 
     /// Writes an u16 of the used area and marks it.
@@ -214,14 +186,6 @@ impl Split {
         self.flags = Some(flags);
         self.store_used(0, flags, Ordering::Relaxed)
     }
-}
-
-/// # Safety
-/// `base + offset` is mapped and aligned to 2 as long as the result lives.
-#[inline]
-unsafe fn atomic<'a>(base: NonNull<u8>, offset: usize) -> &'a AtomicU16 {
-    // SAFETY: by the contract of this function; the driver uses atomic-sized accesses too.
-    unsafe { &*base.as_ptr().add(offset).cast::<AtomicU16>() }
 }
 
 impl Ring for Split {
@@ -278,13 +242,56 @@ impl Ring for Split {
             if (d.flags & DESC_WRITE != 0) != (direction == Direction::Write) {
                 return Err(Broken::Direction);
             }
-            self.buffer(d.addr, d.len, pieces)?;
+            buffer(&self.mem, &mut self.region, d.addr, d.len, pieces)?;
             if d.flags & DESC_NEXT == 0 {
                 break;
             }
             i = u32::from(d.next);
         }
-        Ok(Some((Chain { id }, Pos(at.0.wrapping_add(1)))))
+        Ok(Some((Chain { id, slots: 1 }, Pos(at.0.wrapping_add(1)))))
+    }
+
+    fn peek_plain(&mut self, at: Pos, max: usize, direction: Direction, out: &mut Plains) {
+        out.0.clear();
+        let here = |ring: &Split| usize::from(ring.avail.wrapping_sub(at.0));
+        // The one that looks without need pays for a line that the driver is writing.
+        if here(self) < max && self.look().is_err() {
+            return;
+        }
+        let n = here(self).min(max).min(BURST);
+        let mut ids = [0u16; BURST];
+        for (i, id) in ids[..n].iter_mut().enumerate() {
+            let slot = self.slot(at.0.wrapping_add(i as u16));
+            *id = u16::from_le(self.read_avail(RING + 2 * slot));
+        }
+        let want = match direction {
+            Direction::Read => 0,
+            Direction::Write => DESC_WRITE,
+        };
+        for (i, &id) in ids[..n].iter().enumerate() {
+            if id >= self.num {
+                return;
+            }
+            // SAFETY: `id < num`, and the table was checked for `num` descriptors.
+            let d = unsafe { Self::desc(self.areas.desc, u32::from(id)) };
+            if d.flags & (DESC_NEXT | DESC_INDIRECT | DESC_WRITE) != want || d.len == 0 {
+                return;
+            }
+            let Some(host) = self.mem.at(&mut self.region, d.addr, d.len) else {
+                return;
+            };
+            if host.len != d.len {
+                return;
+            }
+            let piece = Piece { host, gpa: d.addr };
+            let after = Pos(at.0.wrapping_add(i as u16 + 1));
+            let chain = Chain { id, slots: 1 };
+            out.0.push(Plain {
+                chain,
+                after,
+                piece,
+            });
+        }
     }
 
     #[inline]
@@ -313,15 +320,16 @@ impl Ring for Split {
             self.mark(RING + 8 * first, 8 * up)?;
             self.mark(RING, 8 * (count - up))?;
         }
-        // The index must be out before we look whether the driver sleeps (virtio 1.2, 2.7.7.2); the driver does the
-        // same the other way round.
-        fence(Ordering::SeqCst);
-        let before = self.signalled.replace(self.used);
+        Ok(true)
+    }
+
+    fn wants_signal(&mut self) -> bool {
+        let before = self.signalled.replace(self.published);
         if !self.event_idx {
-            return Ok(u16::from_le(self.read_avail(0)) & AVAIL_NO_INTERRUPT == 0);
+            return u16::from_le(self.read_avail(0)) & AVAIL_NO_INTERRUPT == 0;
         }
         let event = u16::from_le(self.read_avail(RING + 2 * usize::from(self.num)));
-        Ok(before.is_none_or(|b| passed(event, self.used, b)))
+        before.is_none_or(|b| passed(event, self.published, b))
     }
 
     fn arm(&mut self, at: Pos) -> Result<bool, Broken> {

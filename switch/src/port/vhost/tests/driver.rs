@@ -1,8 +1,9 @@
-//! The driver's side of a split ring (virtio 1.2, 2.7.13), written from the specification and not from our device.
+//! The driver's side of a split ring (virtio 1.2, 2.7.13) and of a packed one (2.8.21), written from the specification and
+//! not from our device.
 
 use std::collections::HashMap;
 
-use super::{EVENT_IDX, INDIRECT, Memory};
+use super::{EVENT_IDX, INDIRECT, Memory, PACKED};
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -20,6 +21,13 @@ pub struct Driver {
     pub used_idx: u16,
     pub event_idx: bool,
     pub indirect: bool,
+    pub packed: bool,
+    /// Packed: the slots to be filled and reaped next, each with its wrap counter in bit 15.
+    pub avail_pos: u16,
+    used_pos: u16,
+    /// Packed: where each chain started, and how many of them the device was last seen to have given back.
+    starts: Vec<u16>,
+    back: usize,
     free: Vec<u16>,
     /// Head to its descriptors and buffers.
     chains: HashMap<u16, (Vec<u16>, Vec<Buffer>)>,
@@ -40,6 +48,11 @@ impl Driver {
             used_idx: 0,
             event_idx: bits & EVENT_IDX != 0,
             indirect: bits & INDIRECT != 0,
+            packed: bits & PACKED != 0,
+            avail_pos: 1 << 15,
+            used_pos: 1 << 15,
+            starts: Vec::new(),
+            back: 0,
             free: (0..num).rev().collect(),
             chains: HashMap::new(),
             heap,
@@ -73,6 +86,9 @@ impl Driver {
     /// Makes a chain available. None if there are not enough descriptors.
     pub fn add(&mut self, buffers: &[Buffer], write: bool, indirect: bool) -> Option<u16> {
         let w = if write { WRITE } else { 0 };
+        if self.packed {
+            return self.add_packed(buffers, w, indirect);
+        }
         let flags = |i: usize| if i + 1 < buffers.len() { NEXT | w } else { w };
         let descs: Vec<u16> = if indirect && self.indirect {
             let head = self.free.pop()?;
@@ -102,6 +118,116 @@ impl Driver {
         Some(head)
     }
 
+    fn after(&self, pos: u16) -> u16 {
+        match (pos & 0x7fff) + 1 {
+            n if n == self.num => !pos & 0x8000,
+            n => n | (pos & 0x8000),
+        }
+    }
+
+    fn packed_desc(&self, table: u64, i: u16, addr: u64, len: u32, id: u16, flags: u16) {
+        let mut d = addr.to_le_bytes().to_vec();
+        d.extend(len.to_le_bytes());
+        d.extend(id.to_le_bytes());
+        d.extend(flags.to_le_bytes());
+        self.memory.write(table + 16 * u64::from(i), &d);
+    }
+
+    /// The same in a packed ring: `free` counts slots, and its numbers are the chains' ids.
+    fn add_packed(&mut self, buffers: &[Buffer], w: u16, indirect: bool) -> Option<u16> {
+        let indirect = indirect && self.indirect;
+        let slots = if indirect { 1 } else { buffers.len() };
+        if self.free.len() < slots {
+            return None;
+        }
+        let ids: Vec<u16> = (0..slots).map(|_| self.free.pop().unwrap()).collect();
+        let id = ids[0];
+        let start = self.avail_pos;
+        let mut first = None;
+        let mut put = |d: &mut Driver, addr, len, flags: u16| {
+            let avail = if d.avail_pos & 0x8000 != 0 {
+                1 << 7
+            } else {
+                1 << 15
+            };
+            let slot = d.avail_pos & 0x7fff;
+            // The first one's flags come last.
+            match first {
+                None => {
+                    first = Some((slot, flags | avail));
+                    let was = d.memory.u16(d.at[0] + 16 * u64::from(slot) + 14);
+                    d.packed_desc(d.at[0], slot, addr, len, id, was);
+                }
+                Some(_) => d.packed_desc(d.at[0], slot, addr, len, id, flags | avail),
+            }
+            d.avail_pos = d.after(d.avail_pos);
+        };
+        if indirect {
+            let bytes = 16 * buffers.len() as u32;
+            let table = self.alloc(bytes + 16);
+            let table = table.next_multiple_of(if id.is_multiple_of(2) { 16 } else { 1 });
+            for (i, &(gpa, len)) in buffers.iter().enumerate() {
+                // NEXT means nothing here (2.8.7).
+                self.packed_desc(table, i as u16, gpa, len, 0, w);
+            }
+            put(self, table, bytes, INDIRECT_FLAG);
+        } else {
+            for (i, &(gpa, len)) in buffers.iter().enumerate() {
+                let next = if i + 1 < buffers.len() { NEXT } else { 0 };
+                put(self, gpa, len, next | w);
+            }
+        }
+        let (slot, flags) = first.unwrap();
+        let at = self.at[0] + 16 * u64::from(slot) + 14;
+        self.memory.write(at, &flags.to_le_bytes());
+        self.starts.push(start);
+        self.avail_idx = self.avail_idx.wrapping_add(1);
+        self.chains.insert(id, (ids, buffers.to_vec()));
+        Some(id)
+    }
+
+    fn reap_packed(&mut self) -> Vec<(Vec<Buffer>, u32)> {
+        let mut out = Vec::new();
+        loop {
+            let at = self.at[0] + 16 * u64::from(self.used_pos & 0x7fff);
+            let flags = self.memory.u16(at + 14);
+            let (avail, used) = (flags >> 7 & 1, flags >> 15);
+            if avail != used || used != self.used_pos >> 15 {
+                break;
+            }
+            let e = self.memory.read(at + 8, 6);
+            let len = u32::from_le_bytes(e[..4].try_into().unwrap());
+            let id = u16::from_le_bytes(e[4..].try_into().unwrap());
+            // A look at a chain that was never offered would be one at the driver's own descriptor.
+            let Some((ids, buffers)) = self.chains.remove(&id) else {
+                panic!("id {id} was not offered");
+            };
+            for _ in &ids {
+                self.used_pos = self.after(self.used_pos);
+            }
+            self.free.extend(ids.iter().rev());
+            out.push((buffers, len));
+            self.used_idx = self.used_idx.wrapping_add(1);
+        }
+        let word = u32::from(self.used_pos) | if self.event_idx { 2 << 16 } else { 0 };
+        self.memory.write(self.at[1], &word.to_le_bytes());
+        out
+    }
+
+    /// How many chains the device has given back when it stands at `next`. To be asked at least once per lap.
+    pub fn number_of(&mut self, next: u16) -> usize {
+        if !self.packed {
+            return usize::from(next);
+        }
+        while self.starts.get(self.back).is_some_and(|s| *s != next) {
+            self.back += 1;
+        }
+        if self.back == self.starts.len() {
+            assert_eq!(next, self.avail_pos);
+        }
+        self.back
+    }
+
     /// Puts a head into the available ring, whatever it is.
     pub fn offer(&mut self, head: u16) {
         let slot = u64::from(self.avail_idx % self.num);
@@ -117,6 +243,16 @@ impl Driver {
 
     /// Whether the device wants a kick for what came since `old`.
     pub fn wants_kick(&self, old: u16) -> bool {
+        if self.packed {
+            // One chain was added at a time.
+            let word = self.memory.read(self.at[2], 4);
+            let at = u16::from_le_bytes([word[0], word[1]]);
+            return match word[2] {
+                0 => true,
+                1 => false,
+                _ => self.starts.last() == Some(&at),
+            };
+        }
         if self.event_idx {
             let event = self.memory.u16(self.at[2] + 4 + 8 * u64::from(self.num));
             let new = self.avail_idx;
@@ -128,6 +264,9 @@ impl Driver {
 
     /// Takes back what the device has used: the buffers and how many bytes were written.
     pub fn reap(&mut self) -> Vec<(Vec<Buffer>, u32)> {
+        if self.packed {
+            return self.reap_packed();
+        }
         let mut out = Vec::new();
         let idx = self.memory.u16(self.at[2] + 2);
         assert!(idx.wrapping_sub(self.used_idx) <= self.num);

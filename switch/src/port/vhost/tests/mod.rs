@@ -13,10 +13,12 @@ use std::sync::Arc;
 use super::dirty::DirtyLog;
 use super::features::RingFeatures;
 use super::live::{Control, Gate, Live};
+use super::ring::packed::{self, Packed};
 use super::ring::split::Split;
 use super::rx::Rx;
 use super::tx::Tx;
 use crate::mem::guest::{GuestMem, Region};
+use crate::port::{RxQueue, TxQueue};
 use driver::Driver;
 
 /// Two regions of one file, apart in guest memory.
@@ -29,6 +31,7 @@ const LOG_BYTES: u64 = (HIGH + REGION) / 4096 / 8;
 pub const VERSION_1: u64 = 1 << 32;
 pub const INDIRECT: u64 = 1 << 28;
 pub const EVENT_IDX: u64 = 1 << 29;
+pub const PACKED: u64 = super::features::RING_PACKED;
 pub const MRG: u64 = 1 << 15;
 pub const OFFLOADS: u64 = 0b11 | 1 << 7 | 1 << 8 | 1 << 11 | 1 << 12;
 
@@ -95,9 +98,9 @@ struct World {
     memory: Memory,
     log_file: File,
     /// The guest transmits.
-    rx: Side<Rx<Split>>,
+    rx: Side<Box<dyn RxQueue>>,
     /// The guest receives.
-    tx: Side<Tx<Split>>,
+    tx: Side<Box<dyn TxQueue>>,
 }
 
 const NUM: u16 = 64;
@@ -105,7 +108,10 @@ const NUM: u16 = 64;
 fn live(memory: &Memory, driver: &Driver, call: &Arc<File>, log: Option<&File>) -> Live {
     let mem = Arc::new(memory.table());
     let [desc, avail, used] = driver.at.map(|gpa| UVA + Memory::offset(gpa));
-    let areas = Split::areas(&mem, driver.num, desc, avail, used).unwrap();
+    let areas = match driver.packed {
+        true => Packed::areas(&mem, driver.num, desc, avail, used).unwrap(),
+        false => Split::areas(&mem, driver.num, desc, avail, used).unwrap(),
+    };
     Live {
         mem,
         areas,
@@ -125,16 +131,24 @@ impl World {
         let features = RingFeatures::new(bits);
         let log_file = tempfile::tempfile().unwrap();
         log_file.set_len(LOG_BYTES).unwrap();
+        let packed = bits & PACKED != 0;
+        let next = if packed { packed::START } else { 0 };
         let parts = |driver: &Driver| {
             let (call, alarm) = (event(), event());
             let live = live(&memory, driver, &call, log.then_some(&log_file));
-            let ring = Split::new(&live, NUM, 0, &features);
-            let control = Control::new(live, 0, alarm.clone());
-            (ring, control, call, alarm)
+            let control = Control::new(live.clone(), next, alarm.clone());
+            (live, control, call, alarm)
         };
         let driver = Driver::new(&memory, NUM, 0x1000, 0x10_0000, bits);
-        let (ring, control, call, alarm) = parts(&driver);
-        let queue = Rx::new(ring, Gate::new(control.clone()), 0, Some(event()), features);
+        let (live, control, call, alarm) = parts(&driver);
+        let (gate, kick) = (Gate::new(control.clone()), Some(event()));
+        let queue: Box<dyn RxQueue> = if packed {
+            let ring = Packed::new(&live, NUM, next, &features);
+            Box::new(Rx::new(ring, gate, next, kick, features))
+        } else {
+            let ring = Split::new(&live, NUM, next, &features);
+            Box::new(Rx::new(ring, gate, next, kick, features))
+        };
         let rx = Side {
             driver,
             queue,
@@ -143,8 +157,15 @@ impl World {
             alarm,
         };
         let driver = Driver::new(&memory, NUM, HIGH, HIGH + 0x10_0000, bits);
-        let (ring, control, call, alarm) = parts(&driver);
-        let queue = Tx::new(ring, Gate::new(control.clone()), 0, NUM, features);
+        let (live, control, call, alarm) = parts(&driver);
+        let gate = Gate::new(control.clone());
+        let queue: Box<dyn TxQueue> = if packed {
+            let ring = Packed::new(&live, NUM, next, &features);
+            Box::new(Tx::new(ring, gate, next, NUM, features))
+        } else {
+            let ring = Split::new(&live, NUM, next, &features);
+            Box::new(Tx::new(ring, gate, next, NUM, features))
+        };
         let tx = Side {
             driver,
             queue,

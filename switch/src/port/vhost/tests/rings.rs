@@ -1,13 +1,22 @@
 //! What goes in comes out, in every shape of ring.
 
 use super::*;
-use crate::port::{BURST, Burst, FRAME_MAX, Frame, NeverReason, RxQueue, Sent, TxQueue, VnetHdr};
+use crate::port::{BURST, Burst, FRAME_MAX, Frame, NeverReason, Sent, VnetHdr};
 
 fn shapes() -> impl Iterator<Item = u64> {
-    (0..16u64).map(|i| {
+    let shape = |i: u64| {
         let bit = |n: u64, f: u64| if i >> n & 1 == 1 { f } else { 0 };
-        OFFLOADS | bit(0, MRG) | bit(1, EVENT_IDX) | bit(2, INDIRECT) | bit(3, VERSION_1)
-    })
+        OFFLOADS
+            | bit(0, MRG)
+            | bit(1, EVENT_IDX)
+            | bit(2, INDIRECT)
+            | bit(3, VERSION_1)
+            | bit(4, PACKED)
+    };
+    // A packed ring is one of version 1.
+    (0..32u64)
+        .map(shape)
+        .filter(|b| b & PACKED == 0 || b & VERSION_1 != 0)
 }
 
 /// Offers receive buffers until the descriptors are gone.
@@ -170,6 +179,8 @@ fn the_driver_is_woken_when_it_asked_and_only_then() {
                 );
             }
             w.tx.queue.flush();
+            assert_eq!(raised(&w.tx.call), 0, "not before it is settled");
+            w.tx.queue.settle();
             raised(&w.tx.call)
         };
         assert_eq!(send(&mut w, 3), 1, "one for a burst");
@@ -181,7 +192,18 @@ fn the_driver_is_woken_when_it_asked_and_only_then() {
         }
         assert_eq!(send(&mut w, 2), 0);
         w.tx.queue.flush();
+        w.tx.queue.settle();
         assert_eq!(raised(&w.tx.call), 0, "nothing new");
+        // What was not settled is settled when the ring stops.
+        w.memory.write(w.tx.driver.at[1], &[0; 2]);
+        w.tx.driver.reap();
+        assert_eq!(
+            w.tx.queue.send(&Frame::from_slice(VnetHdr::default(), &f)),
+            Sent::Yes
+        );
+        let World { tx, .. } = w;
+        drop(tx.queue);
+        assert_eq!(raised(&tx.call), 1);
     }
 }
 
@@ -276,4 +298,42 @@ fn a_closed_ring_touches_nothing() {
         w.tx.queue.send(&Frame::from_slice(VnetHdr::default(), &f)),
         Sent::Down
     );
+}
+
+#[test]
+fn a_packed_ring_signals_an_event_also_after_more_than_a_lap() {
+    let mut w = World::new(VERSION_1 | EVENT_IDX | PACKED);
+    let f = frame(1, 60);
+    let send = |w: &mut World, n: u16| {
+        for _ in 0..n {
+            let buffer = (w.tx.driver.alloc(100), 100);
+            w.tx.driver.add(&[buffer], true, false);
+            let sent = w.tx.queue.send(&Frame::from_slice(VnetHdr::default(), &f));
+            assert_eq!(sent, Sent::Yes);
+        }
+        w.tx.queue.flush();
+    };
+    let wait_for = |w: &World, pos: u16| {
+        let word = u32::from(pos) | 2 << 16;
+        w.memory.write(w.tx.driver.at[1], &word.to_le_bytes());
+    };
+    send(&mut w, NUM - 1);
+    w.tx.driver.reap();
+    w.tx.queue.settle();
+    raised(&w.tx.call);
+    // From the last slot on, more than a lap before anybody asks; the driver waits for what comes last.
+    send(&mut w, NUM);
+    w.tx.driver.reap();
+    let last = w.tx.driver.avail_pos;
+    send(&mut w, 1);
+    wait_for(&w, last);
+    w.tx.queue.settle();
+    assert_eq!(raised(&w.tx.call), 1);
+    // An event that lies ahead has not been passed.
+    w.tx.driver.reap();
+    let ahead = w.tx.driver.avail_pos + 5;
+    send(&mut w, 1);
+    wait_for(&w, ahead);
+    w.tx.queue.settle();
+    assert_eq!(raised(&w.tx.call), 0);
 }

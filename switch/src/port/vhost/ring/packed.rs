@@ -1,0 +1,380 @@
+//! The packed ring (virtio 1.2, 2.8): one table of descriptors that both sides write, and two small areas by which
+//! each says when it wants to be signalled.
+//!
+//! ```text
+//!   desc           16 bytes each: addr u64, len u32, id u16, flags u16 (AVAIL bit 7, USED bit 15)
+//!   driver, device off_wrap u16, flags u16 (0 enable, 1 disable, 2 at off_wrap)
+//! ```
+//!
+//! A position is a slot (bits 0 to 14) and the wrap counter with which the driver fills it (bit 15). We give chains back in
+//! the order in which they came, so a chain's used element goes into the chain's own first slot, and the position of the
+//! first chain that is still ours is all the state there is.
+//!
+//! Invariant: nothing in the table changes before [`Ring::publish`]: a switch that dies with a burst in its hands leaves the
+//! descriptors as the driver wrote them.
+//! Invariant: every access to the three areas is volatile or atomic, at an offset below the size that was checked when
+//! the ring was set up.
+#![allow(unsafe_code)]
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
+
+use super::super::dirty::DirtyLog;
+use super::super::features::RingFeatures;
+use super::super::live::{Areas, Live};
+use super::common::{DESC_BYTES, atomic, buffer, words};
+use super::{Broken, CHAIN_MAX, Chain, Direction, Piece, Pieces, Plain, Plains, Pos, Ring};
+use crate::mem::guest::GuestMem;
+use crate::port::BURST;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+const AVAIL: u16 = 1 << 7;
+const USED: u16 = 1 << 15;
+const FLAGS: usize = 14;
+
+const WRAP: u16 = 1 << 15;
+/// Where a ring starts: slot 0, wrap counter 1.
+pub const START: u16 = WRAP;
+
+const EVENT_ENABLE: u16 = 0;
+const EVENT_DISABLE: u16 = 1;
+const EVENT_AT: u16 = 2;
+
+/// Bytes of the three areas for a ring of `num`.
+pub fn sizes(num: u16) -> [u64; 3] {
+    [16 * u64::from(num), 4, 4]
+}
+
+/// The alignment of the three areas (virtio 1.2, 2.8.10).
+pub const ALIGN: [usize; 3] = [16, 4, 4];
+
+#[derive(Clone, Copy)]
+struct Desc {
+    addr: u64,
+    len: u32,
+    id: u16,
+    flags: u16,
+}
+
+/// A chain that is given back, and not shown to the driver yet.
+#[derive(Debug, Clone, Copy)]
+struct Done {
+    at: u16,
+    id: u16,
+    slots: u16,
+    written: u32,
+}
+
+/// A packed ring.
+#[derive(Debug)]
+pub struct Packed {
+    mem: Arc<GuestMem>,
+    areas: Areas,
+    log: Option<Arc<DirtyLog>>,
+    num: u16,
+    event_idx: bool,
+    indirect: bool,
+    region: usize,
+    /// Where the next used element goes.
+    used: u16,
+    done: Vec<Done>,
+    /// The first that was shown since the last decision about a signal.
+    unsignalled: Option<u16>,
+    /// Slots shown since then.
+    shown: u32,
+    /// Our event flags as last written.
+    flags: Option<u16>,
+}
+
+// SAFETY: the pointers lead into mappings that `mem` keeps and that are the same for all threads.
+unsafe impl Send for Packed {}
+
+/// `slots` behind `pos` in a ring of `num`.
+#[inline]
+fn behind(pos: u16, slots: u16, num: u16) -> u16 {
+    let slot = (pos & !WRAP) + slots;
+    if slot >= num {
+        (slot - num) | (!pos & WRAP)
+    } else {
+        slot | (pos & WRAP)
+    }
+}
+
+impl Packed {
+    /// A ring of `num` entries whose areas were checked for that size and alignment, at position `next`, which lies in it.
+    pub fn new(live: &Live, num: u16, next: u16, features: &RingFeatures) -> Packed {
+        let mut ring = Packed {
+            mem: live.mem.clone(),
+            areas: live.areas,
+            log: None,
+            num,
+            event_idx: features.event_idx,
+            indirect: features.indirect,
+            region: 0,
+            used: next,
+            done: Vec::with_capacity(usize::from(num)),
+            unsignalled: None,
+            // At first every event counts as passed: a predecessor may have died before it could signal.
+            shown: u32::from(num),
+            flags: None,
+        };
+        ring.rebind(live);
+        ring
+    }
+
+    /// Checks a ring's areas once: in one region each, aligned.
+    pub fn areas(mem: &GuestMem, num: u16, desc: u64, driver: u64, device: u64) -> Option<Areas> {
+        let [d, a, u] = sizes(num);
+        Some(Areas {
+            desc: mem.ring(desc, d, ALIGN[0])?,
+            avail: mem.ring(driver, a, ALIGN[1])?,
+            used: mem.ring(device, u, ALIGN[2])?,
+        })
+    }
+
+    /// The flags of a slot.
+    #[inline]
+    fn flags_of(&self, pos: u16) -> &AtomicU16 {
+        let slot = usize::from(pos & !WRAP);
+        // SAFETY: a position's slot is below `num` (`new`, `behind`), so its flags lie in the table that was checked at
+        // set-up; 14 behind a multiple of 16, so aligned.
+        unsafe { atomic(self.areas.desc, DESC_BYTES as usize * slot + FLAGS) }
+    }
+
+    /// Whether the driver has filled the slot at `pos`.
+    #[inline]
+    fn is_available(&self, pos: u16) -> bool {
+        let flags = u16::from_le(self.flags_of(pos).load(Ordering::Acquire));
+        let wrap = pos & WRAP != 0;
+        (flags & AVAIL != 0) == wrap && (flags & USED != 0) != wrap
+    }
+
+    /// # Safety
+    /// `table` is mapped for `16 * (i + 1)` bytes.
+    #[inline]
+    unsafe fn desc(table: NonNull<u8>, i: u32) -> Desc {
+        // SAFETY: by the contract of this function.
+        let [addr, rest] = unsafe { words(table, i) };
+        Desc {
+            addr,
+            len: rest as u32,
+            id: (rest >> 32) as u16,
+            flags: (rest >> 48) as u16,
+        }
+    }
+
+    #[inline]
+    fn buffer(&mut self, d: &Desc, to: Direction, pieces: &mut Pieces) -> Result<(), Broken> {
+        if (d.flags & WRITE != 0) != (to == Direction::Write) {
+            return Err(Broken::Direction);
+        }
+        buffer(&self.mem, &mut self.region, d.addr, d.len, pieces)
+    }
+
+    /// virtio 1.2, 2.8.7: the table of an indirect descriptor; NEXT has no meaning in it.
+    fn indirect(&mut self, d: &Desc, to: Direction, pieces: &mut Pieces) -> Result<(), Broken> {
+        let whole = d.len > 0 && d.len.is_multiple_of(DESC_BYTES);
+        if !self.indirect || !whole {
+            return Err(Broken::Indirect);
+        }
+        let host = self
+            .mem
+            .at(&mut self.region, d.addr, d.len)
+            .filter(|h| h.len == d.len)
+            .ok_or(Broken::Address(d.addr))?;
+        let count = d.len / DESC_BYTES;
+        if count > CHAIN_MAX {
+            return Err(Broken::Chain);
+        }
+        for i in 0..count {
+            // SAFETY: `i < count`, and the table has `count` descriptors in one region.
+            let e = unsafe { Self::desc(host.ptr, i) };
+            if e.flags & INDIRECT != 0 {
+                return Err(Broken::Indirect);
+            }
+            self.buffer(&e, to, pieces)?;
+        }
+        Ok(())
+    }
+
+    fn mark(&self, at: NonNull<u8>, len: u64) -> Result<(), Broken> {
+        let Some(log) = &self.log else { return Ok(()) };
+        let gpa = self.mem.gpa(at).ok_or(Broken::Log(0))?;
+        log.mark(gpa, len).then_some(()).ok_or(Broken::Log(gpa))
+    }
+
+    fn set_event(&mut self, off_wrap: u16, flags: u16) -> Result<(), Broken> {
+        if flags != EVENT_AT && self.flags == Some(flags) {
+            return Ok(());
+        }
+        self.flags = Some(flags);
+        let word = u32::from(off_wrap) | u32::from(flags) << 16;
+        // SAFETY: the device area has 4 bytes, aligned to 4 and mapped (checked at set-up).
+        let area = unsafe { &*self.areas.used.as_ptr().cast::<AtomicU32>() };
+        area.store(word.to_le(), Ordering::Relaxed);
+        self.mark(self.areas.used, 4)
+    }
+}
+
+impl Ring for Packed {
+    fn rebind(&mut self, live: &Live) {
+        self.mem = live.mem.clone();
+        self.areas = live.areas;
+        self.log = live.log.clone();
+        self.region = 0;
+    }
+
+    #[inline]
+    fn peek(
+        &mut self,
+        at: Pos,
+        direction: Direction,
+        pieces: &mut Pieces,
+    ) -> Result<Option<(Chain, Pos)>, Broken> {
+        // The first descriptor's flags are written last (virtio 1.2, 2.8.14).
+        if !self.is_available(at.0) {
+            return Ok(None);
+        }
+        let mut pos = at.0;
+        let mut slots = 0;
+        loop {
+            slots += 1;
+            if slots > self.num || u32::from(slots) > CHAIN_MAX {
+                return Err(Broken::Chain);
+            }
+            // SAFETY: a position's slot is below `num` (`new`, `behind`), and the table was checked for `num` descriptors.
+            let d = unsafe { Self::desc(self.areas.desc, u32::from(pos & !WRAP)) };
+            pos = behind(pos, 1, self.num);
+            if d.flags & INDIRECT != 0 {
+                if slots > 1 || d.flags & NEXT != 0 {
+                    return Err(Broken::Indirect);
+                }
+                self.indirect(&d, direction, pieces)?;
+            } else {
+                self.buffer(&d, direction, pieces)?;
+            }
+            if d.flags & NEXT == 0 {
+                // The last one has the chain's id.
+                return Ok(Some((Chain { id: d.id, slots }, Pos(pos))));
+            }
+        }
+    }
+
+    fn peek_plain(&mut self, at: Pos, max: usize, direction: Direction, out: &mut Plains) {
+        out.0.clear();
+        let want = match direction {
+            Direction::Read => 0,
+            Direction::Write => WRITE,
+        };
+        let mut pos = at.0;
+        for _ in 0..max.min(BURST) {
+            if !self.is_available(pos) {
+                return;
+            }
+            // SAFETY: a position's slot is below `num` (`new`, `behind`), and the table was checked for `num` descriptors.
+            let d = unsafe { Self::desc(self.areas.desc, u32::from(pos & !WRAP)) };
+            if d.flags & (NEXT | INDIRECT | WRITE) != want || d.len == 0 {
+                return;
+            }
+            let Some(host) = self.mem.at(&mut self.region, d.addr, d.len) else {
+                return;
+            };
+            if host.len != d.len {
+                return;
+            }
+            pos = behind(pos, 1, self.num);
+            out.0.push(Plain {
+                chain: Chain { id: d.id, slots: 1 },
+                after: Pos(pos),
+                piece: Piece { host, gpa: d.addr },
+            });
+        }
+    }
+
+    #[inline]
+    fn complete(&mut self, chain: Chain, written: u32) {
+        self.done.push(Done {
+            at: self.used,
+            id: chain.id,
+            slots: chain.slots,
+            written,
+        });
+        self.used = behind(self.used, chain.slots, self.num);
+    }
+
+    fn publish(&mut self) -> Result<bool, Broken> {
+        let Some(first) = self.done.first().copied() else {
+            return Ok(false);
+        };
+        // The driver reads in order and stops at the first: that one's flags go last.
+        for d in self.done.iter().rev() {
+            let mut flags = if d.at & WRAP != 0 { AVAIL | USED } else { 0 };
+            if d.written > 0 {
+                flags |= WRITE;
+            }
+            let offset = DESC_BYTES as usize * usize::from(d.at & !WRAP);
+            // SAFETY: a position's slot is below `num`; len and id lie 8 and 12 behind a multiple of 16 in the table.
+            unsafe {
+                let at = self.areas.desc.as_ptr().add(offset);
+                at.add(8).cast::<u32>().write_volatile(d.written.to_le());
+                at.add(12).cast::<u16>().write_volatile(d.id.to_le());
+            }
+            self.flags_of(d.at).store(flags.to_le(), Ordering::Release);
+        }
+        if self.log.is_some() {
+            for d in &self.done {
+                let offset = DESC_BYTES as usize * usize::from(d.at & !WRAP);
+                // SAFETY: within the table.
+                let at = unsafe { self.areas.desc.add(offset) };
+                self.mark(at, DESC_BYTES as u64)?;
+            }
+        }
+        self.unsignalled.get_or_insert(first.at);
+        let slots = |d: &Done| u32::from(d.slots);
+        self.shown = self.shown.saturating_add(self.done.iter().map(slots).sum());
+        self.done.clear();
+        Ok(true)
+    }
+
+    fn wants_signal(&mut self) -> bool {
+        let Some(first) = self.unsignalled.take() else {
+            return false;
+        };
+        let shown = std::mem::take(&mut self.shown);
+        // SAFETY: the driver area has 4 bytes, aligned to 4 and mapped (checked at set-up).
+        let area = unsafe { &*self.areas.avail.as_ptr().cast::<AtomicU32>() };
+        let word = u32::from_le(area.load(Ordering::Relaxed));
+        match (word >> 16) as u16 & 3 {
+            EVENT_ENABLE => true,
+            // A whole lap passes every event; the first time we do not know what a predecessor has passed.
+            EVENT_AT if self.event_idx => {
+                let num = u32::from(self.num);
+                // Slots behind `first`, in a circle of two laps.
+                let behind = |p: u16| {
+                    let at = |p: u16| u32::from(p & !WRAP) + if p & WRAP == 0 { num } else { 0 };
+                    (at(p) + 4 * num - at(first)) % (2 * num)
+                };
+                shown >= num || behind(word as u16) < shown
+            }
+            _ => false,
+        }
+    }
+
+    fn arm(&mut self, at: Pos) -> Result<bool, Broken> {
+        if self.event_idx {
+            self.set_event(at.0, EVENT_AT)?;
+        } else {
+            self.set_event(0, EVENT_ENABLE)?;
+        }
+        // Our wish must be out before we look again.
+        fence(Ordering::SeqCst);
+        Ok(self.is_available(at.0))
+    }
+
+    fn quiet(&mut self) -> Result<(), Broken> {
+        self.set_event(0, EVENT_DISABLE)
+    }
+}
