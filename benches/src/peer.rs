@@ -1,0 +1,317 @@
+//! The switches that are measured. Each runs its one worker on the same CPU, so one is stopped while another runs.
+
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::guest::mac;
+use crate::host::{Process, Task, run, until};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A switch with a port for each socket.
+pub trait Switch {
+    /// For messages and the raw results.
+    fn name(&self) -> &'static str;
+    /// Its process.
+    fn process(&mut self) -> &mut Process;
+    /// The thread that moves frames.
+    fn worker(&mut self) -> Result<Task>;
+    /// A connection for each port, as a VMM would have it.
+    fn connect(&mut self) -> Result<Vec<UnixStream>>;
+    /// Its rules for what follows.
+    fn rule(&mut self, rule: Rule) -> Result<()>;
+    /// Its own account of its worker since the last call, if it has one.
+    fn account(&mut self) -> Result<Option<String>>;
+}
+
+/// How a switch finds where a frame goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rule {
+    /// It learns addresses.
+    Normal,
+    /// All that comes in at one port goes out at another.
+    InPort,
+}
+
+/// Ours.
+pub struct Gangway {
+    process: Process,
+    sockets: Vec<PathBuf>,
+}
+
+impl Gangway {
+    /// Starts it with `ports` vhost-user ports.
+    pub fn start(binary: &Path, dir: &Path, ports: usize, cpu: usize) -> Result<Gangway> {
+        ensure!(
+            binary.exists(),
+            "{} is not there: cargo build --release -p gangway-switch",
+            binary.display()
+        );
+        let d = dir.display();
+        let mut config = format!(
+            "[host]\nname = \"bench\"\nstate_dir = \"{d}/gangway\"\n\
+             [control]\nsocket = \"{d}/gangway.sock\"\n\
+             [workers]\ncount = 1\ncpus = [{cpu}]\npoll = \"busy\"\n\
+             [spool]\nquota_bytes = 67108864\nsync = \"none\"\n"
+        );
+        let mut sockets = Vec::new();
+        for i in 0..ports {
+            let m = mac(i).map(|b| format!("{b:02x}")).join(":");
+            config += &format!(
+                "[[port]]\nname = \"p{i}\"\ntype = \"vhost-user\"\nmac = \"{m}\"\n\
+                 socket = \"{d}/gangway-p{i}.sock\"\nmode = \"server\"\n"
+            );
+            sockets.push(dir.join(format!("gangway-p{i}.sock")));
+        }
+        std::fs::create_dir(dir.join("gangway"))?;
+        let file = dir.join("gangway.toml");
+        std::fs::write(&file, config)?;
+        let mut command = Command::new(binary);
+        command.arg("--config").arg(&file);
+        let mut process = Process::start("gangway-switch", command, &dir.join("gangway.log"))?;
+        until("sockets of gangway-switch", PATIENCE, || {
+            process.check()?;
+            Ok(sockets.iter().all(|s| s.exists()).then_some(()))
+        })?;
+        Ok(Gangway { process, sockets })
+    }
+}
+
+impl Switch for Gangway {
+    fn name(&self) -> &'static str {
+        "gangway"
+    }
+
+    fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    fn worker(&mut self) -> Result<Task> {
+        let worker = self.process.thread("worker-");
+        worker.context("gangway-switch has no thread worker-0")
+    }
+
+    fn connect(&mut self) -> Result<Vec<UnixStream>> {
+        let dial = |s: &PathBuf| {
+            until("answer", PATIENCE, || match UnixStream::connect(s) {
+                Ok(stream) => Ok(Some(stream)),
+                // Between two connections the port does not listen for a moment.
+                Err(_) => Ok(None),
+            })
+        };
+        self.sockets.iter().map(dial).collect()
+    }
+
+    fn rule(&mut self, _: Rule) -> Result<()> {
+        Ok(())
+    }
+
+    fn account(&mut self) -> Result<Option<String>> {
+        Ok(None)
+    }
+}
+
+/// OVS-DPDK, with everything of its own: database, sockets, network namespace.
+pub struct Ovs {
+    dir: PathBuf,
+    switch: Process,
+    _database: Process,
+    listeners: Vec<UnixListener>,
+    now: Option<Rule>,
+}
+
+const OVS: &str = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk";
+/// A plug-in of DPDK without which OVS has no packet buffers ("Failed to create mempool": EINVAL); no dependency of it.
+const POOLS: &str = "/usr/lib/x86_64-linux-gnu/dpdk/pmds-23.0/librte_mempool_ring.so.23";
+const PACKAGES: [&str; 2] = ["openvswitch-switch-dpdk", "librte-mempool-ring23"];
+const BRIDGE: &str = "br-pvp";
+
+/// Hugepages of 2 MB that it gets.
+pub const OVS_HUGEPAGES: u64 = 512;
+
+impl Ovs {
+    /// Installs what is missing.
+    pub fn install() -> Result<()> {
+        let there = |path| Path::new(path).exists();
+        if there(OVS) && there(POOLS) {
+            return Ok(());
+        }
+        eprintln!("installing {}", PACKAGES.join(", "));
+        let install = || {
+            run(Command::new("apt-get")
+                .args(["install", "-y", "--no-install-recommends"])
+                .args(["-o", "DPkg::Lock::Timeout=300"])
+                .args(PACKAGES)
+                .env("DEBIAN_FRONTEND", "noninteractive"))
+        };
+        if install().is_err() {
+            run(Command::new("apt-get").arg("update"))?;
+            install()?;
+        }
+        Ok(())
+    }
+
+    /// Starts it with `ports` vhost-user ports that dial us.
+    pub fn start(dir: &Path, ports: usize, cpu: usize, other_cpu: usize) -> Result<Ovs> {
+        let dir = dir.join("ovs");
+        std::fs::create_dir(&dir)?;
+        let at = |name: &str| dir.join(name).display().to_string();
+        run(Command::new("ovsdb-tool").args([
+            "create",
+            &at("conf.db"),
+            "/usr/share/openvswitch/vswitch.ovsschema",
+        ]))?;
+        let db = format!("unix:{}", at("db.sock"));
+        let mut command = Command::new("ovsdb-server");
+        command.arg(at("conf.db"));
+        command.arg(format!("--remote=p{db}"));
+        command.arg(format!("--unixctl={}", at("db.ctl")));
+        let database = Process::start("ovsdb-server", own(command, &dir), &dir.join("db.log"))?;
+        until("database", PATIENCE, || {
+            Ok(dir.join("db.sock").exists().then_some(()))
+        })?;
+        let vsctl = |args: &[&str]| {
+            let mut command = Command::new("ovs-vsctl");
+            command.arg(format!("--db={db}")).args(["--timeout=60"]);
+            run(own(command, &dir).args(args))
+        };
+        vsctl(&["--no-wait", "init"])?;
+        let lcores = format!("other_config:dpdk-lcore-mask={:#x}", 1 << other_cpu);
+        let pmds = format!("other_config:pmd-cpu-mask={:#x}", 1 << cpu);
+        vsctl(&[
+            "--no-wait",
+            "set",
+            "Open_vSwitch",
+            ".",
+            "other_config:dpdk-init=true",
+            "other_config:dpdk-socket-mem=256",
+            "other_config:dpdk-extra=--no-pci --in-memory",
+            &lcores,
+            &pmds,
+        ])?;
+        // The bridge brings a network device of its own: not into the host's namespace.
+        let mut command = Command::new("unshare");
+        command.args(["--net", OVS, &db]);
+        command.arg(format!("--unixctl={}", at("switch.ctl")));
+        command.args(["-vconsole:info", "-vcoverage:off"]);
+        let log = dir.join("switch.log");
+        let mut switch = Process::start("ovs-vswitchd", own(command, &dir), &log)?;
+        until("OVS-DPDK", PATIENCE, || {
+            switch.check()?;
+            Ok(dir.join("switch.ctl").exists().then_some(()))
+        })?;
+        vsctl(&[
+            "add-br",
+            BRIDGE,
+            "--",
+            "set",
+            "bridge",
+            BRIDGE,
+            "datapath_type=netdev",
+        ])?;
+        let mut listeners = Vec::new();
+        for i in 0..ports {
+            let socket = at(&format!("p{i}.sock"));
+            listeners.push(UnixListener::bind(&socket)?);
+            let (port, number) = (format!("p{i}"), format!("ofport_request={}", i + 1));
+            let path = format!("options:vhost-server-path={socket}");
+            vsctl(&[
+                "add-port",
+                BRIDGE,
+                &port,
+                "--",
+                "set",
+                "Interface",
+                &port,
+                "type=dpdkvhostuserclient",
+                &path,
+                &number,
+            ])?;
+        }
+        Ok(Ovs {
+            dir,
+            switch,
+            _database: database,
+            listeners,
+            now: None,
+        })
+    }
+
+    fn ctl(&self, request: &str) -> Result<String> {
+        let mut command = Command::new("ovs-appctl");
+        command.arg("-t").arg(self.dir.join("switch.ctl"));
+        run(own(command, &self.dir).arg(request))
+    }
+}
+
+/// With the folders that OVS's programs look into.
+fn own(mut command: Command, dir: &Path) -> Command {
+    for name in ["OVS_RUNDIR", "OVS_LOGDIR", "OVS_DBDIR", "OVS_SYSCONFDIR"] {
+        command.env(name, dir);
+    }
+    // DPDK's.
+    command.env("RUNTIME_DIRECTORY", dir);
+    command
+}
+
+impl Switch for Ovs {
+    fn name(&self) -> &'static str {
+        "ovs"
+    }
+
+    fn process(&mut self) -> &mut Process {
+        &mut self.switch
+    }
+
+    fn worker(&mut self) -> Result<Task> {
+        // It comes with the first port that is up.
+        until("PMD thread of OVS", PATIENCE, || {
+            Ok(self.switch.thread("pmd-"))
+        })
+    }
+
+    fn connect(&mut self) -> Result<Vec<UnixStream>> {
+        let accept = |l: &UnixListener| -> Result<UnixStream> {
+            l.set_nonblocking(true)?;
+            // It dials once a second.
+            let stream = until("connection of OVS", PATIENCE, || Ok(l.accept().ok()))?.0;
+            stream.set_nonblocking(false)?;
+            Ok(stream)
+        };
+        self.listeners.iter().map(accept).collect()
+    }
+
+    fn rule(&mut self, rule: Rule) -> Result<()> {
+        if self.now == Some(rule) {
+            return Ok(());
+        }
+        let flows = match rule {
+            Rule::Normal => "actions=NORMAL\n".to_owned(),
+            Rule::InPort => (0..self.listeners.len())
+                .map(|i| format!("in_port={} actions=output:{}\n", i + 1, (i ^ 1) + 1))
+                .collect(),
+        };
+        let file = self.dir.join("flows");
+        std::fs::write(&file, flows)?;
+        let bridge = format!("unix:{}", self.dir.join("br-pvp.mgmt").display());
+        let mut command = Command::new("ovs-ofctl");
+        command.args(["--bundle", "replace-flows"]).arg(bridge);
+        run(own(command, &self.dir).arg(&file))?;
+        // A cached flow gets the new actions but keeps the fields that the old rules looked at: after NORMAL, a rule per
+        // in-port would go on comparing addresses and be a third slower than it is.
+        self.ctl("revalidator/purge")?;
+        self.now = Some(rule);
+        Ok(())
+    }
+
+    fn account(&mut self) -> Result<Option<String>> {
+        let text = self.ctl("dpif-netdev/pmd-stats-show")?;
+        self.ctl("dpif-netdev/pmd-stats-clear")?;
+        Ok(Some(text))
+    }
+}
