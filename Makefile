@@ -3,13 +3,25 @@ SHELL := /bin/sh
 PORTS ?= vhost-user
 FREEZE ?= switchover
 BASELINE ?=
+RUNS ?= 5
 
-.PHONY: demo test check lab clean
+.PHONY: demo bench bench-moves test check audit lab clean
 
 # A group of real VMs moves between two hosts. PORTS=vhost-user|tap FREEZE=switchover|early BASELINE=1
 demo: lab
 	cargo build --release -q --workspace --bins
 	target/release/gangway-demo --ports $(PORTS) --freeze $(FREEZE) $(if $(BASELINE),--baseline) --out target/demo
+
+# Many moves, by Gangway and by what it is compared with, in turn: a table of medians. RUNS=5
+bench-moves: lab
+	cargo build --release -q --workspace --bins
+	target/release/gangway-series --runs $(RUNS) --out target/bench/moves
+
+# The switch beside OVS-DPDK, a null guest between them and us: about 10 minutes on two idle processors
+bench:
+	@test -x /usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk || apt-get install -y -q openvswitch-switch-dpdk librte-mempool-ring23
+	cargo build --release -q -p gangway-switch -p gangway-benches
+	target/release/gangway-pvp --out target/bench/pvp.json
 
 # What the lab needs: packages, guest image
 lab:
@@ -27,7 +39,12 @@ check:
 	cargo fmt --all --check
 	cargo clippy -q --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc -q --workspace --no-deps
-	@if command -v cargo-deny >/dev/null; then cargo deny -L error check; else echo "check: cargo-deny is not installed, skipped (cargo install cargo-deny)"; fi
+	@command -v cargo-deny >/dev/null || cargo install --locked -q cargo-deny
+	cargo deny -L error check bans licenses sources
+
+# Known vulnerabilities of dependencies; needs the network
+audit:
+	cargo deny -L error check advisories
 
 clean:
 	cargo clean

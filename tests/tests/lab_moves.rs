@@ -61,8 +61,8 @@ fn the_early_freeze_moves_without_losing_a_frame() {
 }
 
 /// A coordinator that waits at a step. Returns it and the migration's folder.
-fn paused_at(world: &World, step: &str) -> (Process, PathBuf) {
-    let mut command = world.coordinator.migrate(&world.group, Freeze::Switchover);
+fn paused_at(world: &World, freeze: Freeze, step: &str) -> (Process, PathBuf) {
+    let mut command = world.coordinator.migrate(&world.group, freeze);
     command.env("GANGWAY_PAUSE_AT", step);
     let log = world
         .lab
@@ -94,46 +94,13 @@ fn all_run_on_a(world: &mut World, when: &str) {
     }
 }
 
-/// Aborted, or killed and then aborted, in each phase: the VMs run on A and nothing is lost. Then they move all the same.
-#[test]
-fn an_abort_in_any_phase_and_a_killed_coordinator_lose_nothing() {
+/// A world under traffic in which `body` does something, after which the group moves and the traffic must be clean.
+fn in_a_world(ports: Ports, name: &str, body: impl FnOnce(&mut World)) {
     let group = Group::default();
-    let mut world = World::new(&group, Ports::VhostUser, &logs("aborts")).unwrap();
+    let mut world = World::new(&group, ports, &logs(name)).unwrap();
     world.traffic.start().unwrap();
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        for step in [
-            "start",
-            "precopy:after",
-            "freeze:after",
-            "stop:after",
-            "switchover:after",
-            "restore:after",
-        ] {
-            let (migrate, folder) = paused_at(&world, step);
-            world
-                .coordinator
-                .ask(&["abort"])
-                .unwrap_or_else(|e| panic!("abort at {step}: {e:#}"));
-            assert_eq!(
-                migrate.wait(PATIENCE).unwrap().code(),
-                Some(3),
-                "rolled back at {step}"
-            );
-            all_run_on_a(&mut world, step);
-            std::fs::remove_file(folder.join("paused")).unwrap();
-        }
-        for step in ["precopy:after", "seal:after"] {
-            let (migrate, folder) = paused_at(&world, step);
-            migrate.kill();
-            // Nobody speaks for the group now; what comes in is held or flows as before.
-            thread::sleep(Duration::from_secs(1));
-            world
-                .coordinator
-                .ask(&["abort"])
-                .unwrap_or_else(|e| panic!("abort after a kill at {step}: {e:#}"));
-            all_run_on_a(&mut world, step);
-            std::fs::remove_file(folder.join("paused")).unwrap();
-        }
+        body(&mut world);
         let command = world.coordinator.migrate(&group, Freeze::Switchover);
         let log = world.lab.dir().join("migrate-at-last.log");
         let status = Process::start("gangway migrate", command, &log)
@@ -147,19 +114,105 @@ fn an_abort_in_any_phase_and_a_killed_coordinator_lose_nothing() {
         );
         thread::sleep(Duration::from_secs(2));
         let flows = world.traffic.stop().unwrap();
-        let ports = ["a", "b"].map(|h| {
-            world
-                .coordinator
-                .ask(&["host", "show", h, "-o", "json"])
-                .unwrap_or_default()
-        });
-        for flow in flows {
-            assert!(flow.is_clean(), "{flow:#?}\nports: {ports:#?}");
+        if let Some(flow) = flows.iter().find(|flow| !flow.is_clean()) {
+            for host in ["a", "b"] {
+                let shown = world.coordinator.ask(&["host", "show", host, "-o", "json"]);
+                let path = logs(name).join(format!("{host}.json"));
+                std::fs::create_dir_all(logs(name)).unwrap();
+                std::fs::write(&path, shown.unwrap_or_default()).unwrap();
+            }
+            panic!("{flow:#?}\n{}", world.traffic.kernels());
         }
     }));
     if let Err(panic) = result {
-        world.lab.keep_logs(&logs("aborts")).unwrap();
+        world.lab.keep_logs(&logs(name)).unwrap();
         std::panic::resume_unwind(panic);
+    }
+}
+
+fn aborted_at(world: &mut World, freeze: Freeze, step: &str) {
+    let (migrate, folder) = paused_at(world, freeze, step);
+    world
+        .coordinator
+        .ask(&["abort"])
+        .unwrap_or_else(|e| panic!("abort at {step}: {e:#}"));
+    assert_eq!(
+        migrate.wait(PATIENCE).unwrap().code(),
+        Some(3),
+        "rolled back at {step}"
+    );
+    all_run_on_a(world, step);
+    std::fs::remove_file(folder.join("paused")).unwrap();
+}
+
+fn killed_at(world: &mut World, step: &str, silence: Duration) {
+    let (migrate, folder) = paused_at(world, Freeze::Switchover, step);
+    migrate.kill();
+    // Nobody speaks for the group now; what comes in is held or flows as before.
+    thread::sleep(silence);
+    world
+        .coordinator
+        .ask(&["abort"])
+        .unwrap_or_else(|e| panic!("abort after a kill at {step}: {e:#}"));
+    all_run_on_a(world, step);
+    std::fs::remove_file(folder.join("paused")).unwrap();
+}
+
+/// Aborted, or killed and then aborted, in each phase: the VMs run on A and nothing is lost. Then they move all the same.
+#[test]
+fn an_abort_in_any_phase_and_a_killed_coordinator_lose_nothing() {
+    in_a_world(Ports::VhostUser, "aborts", |world| {
+        for step in [
+            "start",
+            "precopy:after",
+            "freeze:after",
+            "stop:after",
+            "switchover:after",
+            "restore:after",
+        ] {
+            aborted_at(world, Freeze::Switchover, step);
+        }
+        aborted_at(world, Freeze::Early, "freeze-inside:after");
+        for step in ["precopy:after", "seal:after"] {
+            killed_at(world, step, Duration::from_secs(1));
+        }
+    });
+}
+
+/// At the brink the VMs converge and stop by themselves once nobody steers them: on TAPs only QEMU's word tells.
+#[test]
+fn on_tap_ports_aborts_and_a_coordinator_killed_at_the_brink_lose_nothing() {
+    in_a_world(Ports::Tap, "tap-aborts", |world| {
+        aborted_at(world, Freeze::Switchover, "freeze:after");
+        aborted_at(world, Freeze::Switchover, "restore:after");
+        killed_at(world, "precopy:after", Duration::from_secs(7));
+    });
+}
+
+/// A switch that gets no processor for a while (a busy host) loses nothing: frames wait in the guests' rings.
+#[test]
+fn a_switch_that_stands_still_for_a_while_loses_nothing() {
+    let group = Group::default();
+    let mut world = World::new(&group, Ports::VhostUser, &logs("stall")).unwrap();
+    world.traffic.start().unwrap();
+    let switch = world.lab.a.switch.as_ref().unwrap().pid() as i32;
+    let pid = rustix::process::Pid::from_raw(switch).unwrap();
+    for _ in 0..6 {
+        thread::sleep(Duration::from_millis(600));
+        for (signal, then) in [
+            (rustix::process::Signal::STOP, 2000),
+            (rustix::process::Signal::CONT, 0),
+        ] {
+            rustix::process::kill_process(pid, signal).unwrap();
+            thread::sleep(Duration::from_millis(then));
+        }
+    }
+    thread::sleep(Duration::from_secs(1));
+    let flows = world.traffic.stop().unwrap();
+    world.lab.keep_logs(&logs("stall")).unwrap();
+    let kernels = world.traffic.kernels();
+    for flow in flows {
+        assert!(flow.is_clean(), "{flow:#?}\n{kernels}");
     }
 }
 
@@ -192,6 +245,11 @@ fn wrong_requests_are_refused_clearly_and_change_nothing() {
         );
         assert!(text.contains(words), "{args:?}: {text}");
         assert!(!text.contains("panicked"), "{text}");
+    }
+    // A command leaves no connection behind: a switch takes 64 at a time.
+    for n in 0..70 {
+        let (got, text) = ask(&world, &["host", "show", "b"]);
+        assert_eq!(got, Some(0), "command {n}: {text}");
     }
     // A switch that is down.
     let b = world.lab.b.switch.take().unwrap();

@@ -20,6 +20,9 @@ struct Args {
     /// Move the group over Linux bridges and do nothing else
     #[arg(long)]
     baseline_only: bool,
+    /// Also pause the group on Linux bridges without moving it, to tell the pause from the cold target
+    #[arg(long)]
+    in_place: bool,
     /// Where report.json and the logs go
     #[arg(long, default_value = "target/demo")]
     out: PathBuf,
@@ -36,6 +39,7 @@ fn main() -> ExitCode {
         freeze: args.freeze,
         baseline: args.baseline,
         baseline_only: args.baseline_only,
+        in_place: args.in_place,
         out: args.out,
     };
     match run(&options) {

@@ -1,7 +1,8 @@
 //! What users have today: VMs on Linux bridges, moved by plain QEMU migration.
 //!
 //! *Gang stop* is the best that plain tools do: pre-copy all, hold them at the brink by starving their bandwidth, stop all, let
-//! them over in order, resume all. *One by one* is what scripts around `migrate` do.
+//! them over in order, resume all. *One by one* is what scripts around `migrate` do. *In place* is a control and moves nothing:
+//! all stop, stay stopped, go on where they are. It tells what a pause alone costs from what a cold target costs.
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
@@ -15,6 +16,7 @@ use super::group::Group;
 use super::net::MGMT_B;
 use super::process::until;
 use super::qemu::{Incoming, Nic, Vm};
+use super::qmp::Event;
 use super::report::{Mode, Run, VmFigures};
 use super::traffic::Traffic;
 
@@ -26,6 +28,8 @@ const STARVED: u64 = 65_536;
 const BRINK_BYTES: u64 = 12_000_000;
 /// What may be left after the catch-up.
 const CAUGHT_UP_BYTES: u64 = 3_000_000;
+/// How long the control keeps the VMs stopped: about as long as the moves do.
+const IN_PLACE: Duration = Duration::from_millis(150);
 /// How long a migration step may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -36,6 +40,19 @@ pub enum Recipe {
     GangStop,
     /// Each as soon as the one before has arrived.
     OneByOne,
+    /// All stop together and resume together on A; nothing moves.
+    InPlace,
+}
+
+impl Recipe {
+    /// As the report has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::GangStop => "gang-stop",
+            Self::OneByOne => "one-by-one",
+            Self::InPlace => "in-place",
+        }
+    }
 }
 
 /// How long traffic runs before and after a migration.
@@ -67,7 +84,7 @@ pub fn run(
     let lab = Lab::new()?;
     let result = run_in(&lab, group, recipe, phases, say);
     lab.keep_logs(logs)?;
-    result
+    lab.blame(result)
 }
 
 fn run_in(
@@ -105,12 +122,11 @@ fn run_in(
     let mut cpu = CpuMeter::start();
     thread::sleep(phases.warm);
     let steady = cpu.lap();
-    let incoming = if recipe == Recipe::GangStop {
-        Incoming::Paused
-    } else {
-        Incoming::Runs
+    let mut targets = match recipe {
+        Recipe::GangStop => start(&lab.b, Incoming::Paused)?,
+        Recipe::OneByOne => start(&lab.b, Incoming::Runs)?,
+        Recipe::InPlace => Vec::new(),
     };
-    let mut targets = start(&lab.b, incoming)?;
     for (at, target) in targets.iter_mut().enumerate() {
         target
             .qmp
@@ -121,6 +137,7 @@ fn run_in(
     match recipe {
         Recipe::GangStop => gang_stop(&mut sources, &mut targets, say)?,
         Recipe::OneByOne => one_by_one(&mut sources, &mut targets, say)?,
+        Recipe::InPlace => in_place(&mut sources, say)?,
     }
     let migration_ms = began.elapsed().as_millis() as f64;
     let moving = cpu.lap();
@@ -131,12 +148,7 @@ fn run_in(
         group: "chain".to_owned(),
         order: group.order(),
         mode: Mode {
-            method: if recipe == Recipe::GangStop {
-                "gang-stop"
-            } else {
-                "one-by-one"
-            }
-            .to_owned(),
+            method: recipe.name().to_owned(),
             ports: "tap".to_owned(),
             freeze: None,
         },
@@ -145,8 +157,8 @@ fn run_in(
         traffic: flows,
         ..Run::default()
     };
-    for (source, target) in sources.iter_mut().zip(&mut targets) {
-        run.vms.push(figures(source, target)?);
+    for (at, source) in sources.iter_mut().enumerate() {
+        run.vms.push(figures(source, targets.get_mut(at))?);
     }
     run.conclude();
     Ok(run)
@@ -156,29 +168,28 @@ fn uri(at: usize) -> String {
     format!("tcp:{MGMT_B}:{}", 4400 + at)
 }
 
-/// Pause and bytes of a VM that has moved.
-fn figures(source: &mut Vm, target: &mut Vm) -> Result<VmFigures> {
+/// Pause and bytes of a VM that has moved to `target`, or went on where it was.
+fn figures(source: &mut Vm, target: Option<&mut Vm>) -> Result<VmFigures> {
     let precopy_bytes = source.qmp.migration()?.transferred;
-    let stop = source
-        .qmp
-        .events()
-        .into_iter()
-        .rfind(|event| event.name == "STOP");
-    let resume = target
-        .qmp
-        .events()
-        .into_iter()
-        .rfind(|event| event.name == "RESUME");
+    let mut events = source.qmp.events();
+    let last = |events: &[Event], name: &str| {
+        let found = events.iter().rfind(|event| event.name == name);
+        Ok::<_, anyhow::Error>(
+            found
+                .with_context(|| format!("no event {name} of {}", source.name))?
+                .at_us,
+        )
+    };
+    let stopped_at_us = last(&events, "STOP")?;
+    if let Some(target) = target {
+        events = target.qmp.events();
+    }
     Ok(VmFigures {
         name: source.name.clone(),
         precopy_bytes,
         pause_ms: 0.0,
-        stopped_at_us: stop
-            .with_context(|| format!("{} did not stop", source.name))?
-            .at_us,
-        resumed_at_us: resume
-            .with_context(|| format!("{} did not resume", target.name))?
-            .at_us,
+        stopped_at_us,
+        resumed_at_us: last(&events, "RESUME")?,
     })
 }
 
@@ -204,6 +215,18 @@ fn one_by_one(sources: &mut [Vm], targets: &mut [Vm], say: &mut dyn FnMut(&str))
         wait_loaded(target)?;
         say(&format!("{} runs on B", source.name));
     }
+    Ok(())
+}
+
+fn in_place(vms: &mut [Vm], say: &mut dyn FnMut(&str)) -> Result<()> {
+    for vm in vms.iter_mut() {
+        vm.qmp.execute("stop", json!({}))?;
+    }
+    thread::sleep(IN_PLACE);
+    for vm in vms.iter_mut() {
+        vm.qmp.execute("cont", json!({}))?;
+    }
+    say("all VMs run on A again");
     Ok(())
 }
 

@@ -65,6 +65,16 @@ impl Drop for NetnsGuard {
     }
 }
 
+/// Takes away what is mounted below a folder of ours: else it could not be removed.
+fn unmount_below(dir: &Path) {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(1));
+    for point in points.filter(|point| Path::new(point).starts_with(dir)) {
+        // Lazily: a process in a namespace of ours may still hold it.
+        let _ = Command::new("umount").args(["--lazy", point]).status();
+    }
+}
+
 /// Keeps a temporary folder in the registry as long as it lives; its owner removes it.
 #[derive(Debug)]
 pub struct DirGuard(PathBuf);
@@ -79,6 +89,7 @@ impl DirGuard {
 
 impl Drop for DirGuard {
     fn drop(&mut self) {
+        unmount_below(&self.0);
         made().dirs.retain(|path| *path != self.0);
     }
 }
@@ -115,6 +126,7 @@ pub fn on_signals() -> std::io::Result<()> {
                 made.children.iter().for_each(end);
                 made.netns.iter().for_each(|name| delete_netns(name));
                 for dir in &made.dirs {
+                    unmount_below(dir);
                     let _ = std::fs::remove_dir_all(dir);
                 }
                 // With the registry still locked: nothing new is made from here on.
@@ -145,7 +157,9 @@ pub fn remove_stale() {
         delete_netns(name);
     }
     for name in names("/tmp").iter().filter(|name| dead(name)) {
-        let _ = std::fs::remove_dir_all(Path::new("/tmp").join(name));
+        let dir = Path::new("/tmp").join(name);
+        unmount_below(&dir);
+        let _ = std::fs::remove_dir_all(dir);
     }
 }
 

@@ -59,6 +59,8 @@ pub struct Options {
     pub baseline: bool,
     /// Only run the baselines.
     pub baseline_only: bool,
+    /// Also run the control: the same pause on A, without a move.
+    pub in_place: bool,
     /// Where the report goes.
     pub out: PathBuf,
 }
@@ -100,6 +102,12 @@ pub fn run(options: &Options) -> Result<bool> {
         let logs = options.out.join("logs/one-by-one");
         let run = baseline::run(&group, Recipe::OneByOne, Phases::default(), &logs, &mut say)?;
         report.baseline_one_by_one = Some(run);
+    }
+    if options.in_place {
+        say("control: the same pause in place on Linux bridges");
+        let logs = options.out.join("logs/in-place");
+        let run = baseline::run(&group, Recipe::InPlace, Phases::default(), &logs, &mut say)?;
+        report.in_place = Some(run);
     }
     let path = report.write(&options.out)?;
     println!("\n{}", table::render(&report));

@@ -3,7 +3,7 @@
 //! A [`Lab`] is the world of one run: hosts A and B, the outside client, the coordinator's place. [`group`] says
 //! which VMs there are, [`traffic`] runs and judges their traffic, [`moved`] migrates them with Gangway (set up by
 //! [`mod@gangway`]), [`baseline`] as users do today,
-//! [`report`] is what a run leaves behind.
+//! [`report`] is what a run leaves behind, [`series`] compares many runs.
 //!
 //! Invariant: everything is named after our process, nothing outside of our namespaces is changed.
 //! Invariant: whatever was made goes away with its guard, also on a panic, on SIGINT and SIGTERM; what a killed run
@@ -24,6 +24,7 @@ pub mod process;
 pub mod qemu;
 pub mod qmp;
 pub mod report;
+pub mod series;
 mod sys;
 pub mod table;
 pub mod traffic;
@@ -86,6 +87,35 @@ impl Lab {
     /// The run's folder: sockets, logs, serial lines.
     pub fn dir(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// The same result; an error also names the guests whose kernels have crashed: it is theirs or QEMU's before ours.
+    pub fn blame<T>(&self, result: Result<T>) -> Result<T> {
+        result.map_err(|error| match self.crashed().as_slice() {
+            [] => error,
+            crashed => error.context(format!("the guest has crashed: {}", crashed.join("; "))),
+        })
+    }
+
+    /// What kernels of guests say when they crash, from their serial lines.
+    fn crashed(&self) -> Vec<String> {
+        let signs = ["BUG:", "Oops", "Kernel panic", "inconsistent task state"];
+        let mut found = Vec::new();
+        for host in [&self.a, &self.b] {
+            for entry in std::fs::read_dir(&host.dir).into_iter().flatten().flatten() {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                let Some(vm) = name.strip_suffix("-serial.log") else {
+                    continue;
+                };
+                let text = std::fs::read(entry.path()).unwrap_or_default();
+                let text = String::from_utf8_lossy(&text);
+                let line = text
+                    .lines()
+                    .find(|line| signs.iter().any(|sign| line.contains(sign)));
+                found.extend(line.map(|line| format!("{vm} on {}: {}", host.name, line.trim())));
+            }
+        }
+        found
     }
 
     /// Copies every log of the run to a place that outlives it.

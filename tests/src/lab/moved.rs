@@ -12,6 +12,7 @@ use super::cpu::{Cpu, CpuMeter};
 use super::demo::{Freeze, Ports};
 use super::gangway::{Coordinator, CoordinatorReport, Programs, host_config, nic};
 use super::group::Group;
+use super::host::Host;
 use super::process::{Process, until};
 use super::qemu::{Files, Incoming, Vm};
 use super::qmp::Qmp;
@@ -71,22 +72,7 @@ impl World {
             host.start_switch(&programs.switch, config)?;
         }
         for host in [&lab.a, &lab.b] {
-            until(
-                &format!("answer of the switch of {}", host.name),
-                Duration::from_secs(10),
-                || {
-                    if let Some(status) = host.switch.as_ref().and_then(Process::ended) {
-                        let log = std::fs::read_to_string(host.dir.join("switch.log"))
-                            .unwrap_or_default();
-                        bail!(
-                            "the switch of host {} ended with {status}: {}",
-                            host.name,
-                            log.trim()
-                        );
-                    }
-                    Ok(coordinator.ask(&["host", "show", &host.name]).ok())
-                },
-            )?;
+            answers(host, &coordinator)?;
         }
         let mut sources = Vec::new();
         for vm in &group.vms {
@@ -107,6 +93,24 @@ impl World {
         Ok((coordinator, sources, traffic))
     }
 
+    /// A host's configuration as the lab writes it.
+    pub fn config(&self, host: &Host) -> String {
+        host_config(&self.lab, host, &self.group, self.ports)
+    }
+
+    /// Kills B's switch, or A's, and starts it with another configuration; VMs live on.
+    pub fn restart_switch(&mut self, of_a: bool, config: &str) -> Result<()> {
+        let programs = Programs::find()?;
+        let host = if of_a {
+            &mut self.lab.a
+        } else {
+            &mut self.lab.b
+        };
+        drop(host.switch.take());
+        host.start_switch(&programs.switch, config)?;
+        answers(host, &self.coordinator)
+    }
+
     /// Watches the QEMUs that B's switch will start.
     pub fn watch_targets(&self) -> Vec<Resumed> {
         self.group
@@ -115,6 +119,23 @@ impl World {
             .map(|vm| Resumed::watch(&Files::new(&self.lab.b.dir, &vm.name).lab_qmp))
             .collect()
     }
+}
+
+/// Waits until a host's switch answers the coordinator.
+fn answers(host: &Host, coordinator: &Coordinator) -> Result<()> {
+    let what = format!("answer of the switch of {}", host.name);
+    until(&what, Duration::from_secs(10), || {
+        if let Some(status) = host.switch.as_ref().and_then(Process::ended) {
+            let log = std::fs::read_to_string(host.dir.join("switch.log")).unwrap_or_default();
+            bail!(
+                "the switch of host {} ended with {status}: {}",
+                host.name,
+                log.trim()
+            );
+        }
+        Ok(coordinator.ask(&["host", "show", &host.name]).ok())
+    })
+    .map(drop)
 }
 
 /// A thread that waits for a target VM to run, on the lab's own monitor. It starts no process.
@@ -149,7 +170,7 @@ pub fn run(
     let mut world = World::new(group, ports, logs)?;
     let result = run_in(&mut world, freeze, phases, say);
     world.lab.keep_logs(logs)?;
-    result
+    world.lab.blame(result)
 }
 
 fn run_in(

@@ -19,6 +19,9 @@ pub struct Report {
     /// The same, with each VM migrated as soon as the one before has arrived.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub baseline_one_by_one: Option<Run>,
+    /// The control over Linux bridges: stopped together and resumed together on A, nothing moved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub in_place: Option<Run>,
 }
 
 /// One migration of the group.
@@ -54,7 +57,7 @@ pub struct Run {
 /// How a run was done.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mode {
-    /// `gangway`, `gang-stop` or `one-by-one`.
+    /// `gangway`, `gang-stop`, `one-by-one` or `in-place`.
     pub method: String,
     /// `vhost-user` or `tap`.
     pub ports: String,

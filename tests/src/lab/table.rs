@@ -8,10 +8,15 @@ use crate::workload::report::Clock;
 
 /// The report for people.
 pub fn render(report: &Report) -> String {
-    let runs: Vec<&Run> = [&report.run, &report.baseline, &report.baseline_one_by_one]
-        .into_iter()
-        .flatten()
-        .collect();
+    let runs: Vec<&Run> = [
+        &report.run,
+        &report.baseline,
+        &report.baseline_one_by_one,
+        &report.in_place,
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
     let mut text = String::new();
     text += &figures(&runs).to_string();
     text += "\n\n";

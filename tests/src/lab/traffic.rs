@@ -150,7 +150,31 @@ impl Traffic {
             .try_for_each(|vm| self.guest(vm, "ping").map(drop))
     }
 
-    /// Starts all flows.
+    /// Sends a command to one VM, whatever else is going on.
+    pub fn tell(&self, vm: &str, command: &str) -> Result<String> {
+        let spec = self.group.vms.iter().find(|spec| spec.name == vm);
+        self.guest(spec.with_context(|| format!("no VM {vm}"))?, command)
+    }
+
+    /// What the kernels of the VMs and of the outside client say of their own drops: for the message of a failed test.
+    pub fn kernels(&self) -> String {
+        let mut told = Vec::new();
+        for vm in &self.group.vms {
+            let kernel = self.guest(vm, "kernel");
+            told.push(format!("{}: {kernel:?}", vm.name));
+        }
+        let snmp = run(command_in(&self.out, "cat").arg("/proc/net/snmp"));
+        let snmp = snmp.map(|o| String::from_utf8_lossy(&o.stdout).into_owned());
+        let snmp = snmp.unwrap_or_default();
+        told.extend(
+            snmp.lines()
+                .filter(|l| l.starts_with("Udp:"))
+                .map(|l| format!("outside: {l}")),
+        );
+        told.join("\n")
+    }
+
+    /// Starts all flows, or starts them again after [`Traffic::stop`]; their counts go on.
     pub fn start(&mut self) -> Result<()> {
         self.ping()?;
         self.began = Instant::now();

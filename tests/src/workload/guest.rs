@@ -6,9 +6,11 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use super::report::{Clock, Ends, Live};
 use super::wire::{CHAIN_TCP_PORT, CHAIN_UDP_PORT, CONTROL_PORT, ECHO_PORT, REQUEST_PORT};
@@ -82,6 +84,56 @@ pub fn main() -> io::Result<()> {
     control::serve(CONTROL_PORT, |command| guest.handle(command))
 }
 
+/// Takes the network card from its driver, which resets the device, and gives it back.
+fn rebind() -> io::Result<()> {
+    const DRIVER: &str = "/sys/bus/virtio/drivers/virtio_net";
+    let card = std::fs::read_dir(DRIVER)?
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .find(|name| name.starts_with("virtio"))
+        .ok_or_else(|| io::Error::other("no card"))?;
+    std::fs::write(format!("{DRIVER}/unbind"), &card)?;
+    thread::sleep(Duration::from_millis(200));
+    std::fs::write(format!("{DRIVER}/bind"), &card)?;
+    let cmdline = std::fs::read_to_string("/proc/cmdline")?;
+    let words = cmdline.split_whitespace();
+    let address = words
+        .filter_map(|word| word.strip_prefix("gw.addr="))
+        .next()
+        .ok_or_else(|| io::Error::other("gw.addr is missing"))?;
+    for line in [
+        "ip link set eth0 up".to_owned(),
+        format!("ip addr add {address} dev eth0"),
+    ] {
+        let mut ip = Command::new("/bin/busybox");
+        let status = ip.args(line.split(' ')).status()?;
+        if !status.success() {
+            return Err(io::Error::other(format!("{line}: {status}")));
+        }
+    }
+    Ok(())
+}
+
+/// What the guest's own kernel dropped, on one line.
+fn kernel() -> String {
+    let mut told = serde_json::Map::new();
+    for path in [
+        "/proc/net/snmp",
+        "/proc/net/softnet_stat",
+        "/proc/net/stat/arp_cache",
+        "/sys/class/net/eth0/statistics/rx_dropped",
+        "/sys/class/net/eth0/statistics/tx_dropped",
+    ] {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let lines = text
+            .lines()
+            .filter(|l| !l.contains(':') || l.starts_with("Udp:"));
+        let text: Vec<&str> = lines.collect();
+        told.insert(path.to_owned(), text.join(" / ").into());
+    }
+    serde_json::Value::Object(told).to_string()
+}
+
 /// A service of the guest must not end; when it does, its flow says why.
 fn service(flow: &Live, run: impl FnOnce(&Live) -> io::Result<()> + Send + 'static) {
     let flow = flow.clone();
@@ -152,6 +204,15 @@ impl Guest {
             "ping" => {}
             "start" => self.produce(),
             "stop" => self.stop(),
+            // The answer goes out before the network goes away.
+            "rebind" => drop(thread::spawn(|| {
+                thread::sleep(Duration::from_millis(200));
+                match rebind() {
+                    Ok(()) => println!("gangway-workload: the card is back"),
+                    Err(error) => println!("gangway-workload: rebind: {error}"),
+                }
+            })),
+            "kernel" => return kernel(),
             "report" => {
                 let ends = self.flows.iter().map(Live::end).collect();
                 return serde_json::to_string(&Ends {

@@ -3,7 +3,7 @@
 //! Invariant: a connection is made once. One that breaks is not replaced: the break shows as an error and as lost messages.
 
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -52,7 +52,8 @@ pub fn send(to: SocketAddr, rate: u32, flow: &Live, on: &AtomicBool) -> io::Resu
         wire::fill(&mut message, flow.lock().sent.unwrap_or(0));
         send_message(&mut stream, flow, &message)?;
     }
-    Ok(())
+    // Its descriptor lives on with the flow, which counts retransmissions.
+    stream.shutdown(Shutdown::Write)
 }
 
 /// Serves the chain's stream for ever: counts and digests messages, and passes the stream on as the flow `onward`.
@@ -85,7 +86,9 @@ fn relay(
     loop {
         match stream.read_exact(&mut message) {
             Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                return out.map_or(Ok(()), |(out, _)| out.shutdown(Shutdown::Write));
+            }
             Err(error) => return Err(error),
         }
         flow.count_received(wire::verify(&message));
