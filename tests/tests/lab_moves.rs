@@ -94,8 +94,9 @@ fn all_run_on_a(world: &mut World, when: &str) {
     }
 }
 
-/// A world under traffic in which `body` does something, after which the group moves and the traffic must be clean.
-fn in_a_world(ports: Ports, name: &str, body: impl FnOnce(&mut World)) {
+/// A world under traffic in which `body` does something, after which the group moves and the traffic must be clean, but for
+/// `lost` datagrams in all.
+fn in_a_world(ports: Ports, name: &str, lost: u64, body: impl FnOnce(&mut World)) {
     let group = Group::default();
     let mut world = World::new(&group, ports, &logs(name)).unwrap();
     world.traffic.start().unwrap();
@@ -113,15 +114,14 @@ fn in_a_world(ports: Ports, name: &str, body: impl FnOnce(&mut World)) {
             std::fs::read_to_string(&log).unwrap_or_default()
         );
         thread::sleep(Duration::from_secs(2));
-        let flows = world.traffic.stop().unwrap();
+        let mut flows = world.traffic.stop().unwrap();
+        let mut spared = lost;
+        for flow in flows.iter_mut().filter(|f| f.name.contains("udp")) {
+            let here = flow.lost.min(spared);
+            (flow.received, spared) = (flow.received + here, spared - here);
+        }
         if let Some(flow) = flows.iter().find(|flow| !flow.is_clean()) {
-            for host in ["a", "b"] {
-                let shown = world.coordinator.ask(&["host", "show", host, "-o", "json"]);
-                let path = logs(name).join(format!("{host}.json"));
-                std::fs::create_dir_all(logs(name)).unwrap();
-                std::fs::write(&path, shown.unwrap_or_default()).unwrap();
-            }
-            panic!("{flow:#?}\n{}", world.traffic.kernels());
+            panic!("{flow:#?}\n{}", world.drops());
         }
     }));
     if let Err(panic) = result {
@@ -161,7 +161,7 @@ fn killed_at(world: &mut World, step: &str, silence: Duration) {
 /// Aborted, or killed and then aborted, in each phase: the VMs run on A and nothing is lost. Then they move all the same.
 #[test]
 fn an_abort_in_any_phase_and_a_killed_coordinator_lose_nothing() {
-    in_a_world(Ports::VhostUser, "aborts", |world| {
+    in_a_world(Ports::VhostUser, "aborts", 0, |world| {
         for step in [
             "start",
             "precopy:after",
@@ -179,12 +179,19 @@ fn an_abort_in_any_phase_and_a_killed_coordinator_lose_nothing() {
     });
 }
 
-/// At the brink the VMs converge and stop by themselves once nobody steers them: on TAPs only QEMU's word tells.
 #[test]
-fn on_tap_ports_aborts_and_a_coordinator_killed_at_the_brink_lose_nothing() {
-    in_a_world(Ports::Tap, "tap-aborts", |world| {
+fn on_tap_ports_aborts_lose_nothing() {
+    in_a_world(Ports::Tap, "tap-aborts", 0, |world| {
         aborted_at(world, Freeze::Switchover, "freeze:after");
         aborted_at(world, Freeze::Switchover, "restore:after");
+    });
+}
+
+/// Behind the pre-copy the VMs converge and stop by themselves once nobody steers them: on TAPs only QEMU's word tells. A
+/// QEMU that stops unasked throws away the one frame that it has read and its guest had no room for.
+#[test]
+fn on_tap_ports_a_coordinator_killed_behind_the_precopy_costs_one_frame_per_vm_at_most() {
+    in_a_world(Ports::Tap, "tap-kill", 3, |world| {
         killed_at(world, "precopy:after", Duration::from_secs(7));
     });
 }
@@ -210,9 +217,9 @@ fn a_switch_that_stands_still_for_a_while_loses_nothing() {
     thread::sleep(Duration::from_secs(1));
     let flows = world.traffic.stop().unwrap();
     world.lab.keep_logs(&logs("stall")).unwrap();
-    let kernels = world.traffic.kernels();
+    let drops = world.drops();
     for flow in flows {
-        assert!(flow.is_clean(), "{flow:#?}\n{kernels}");
+        assert!(flow.is_clean(), "{flow:#?}\n{drops}");
     }
 }
 

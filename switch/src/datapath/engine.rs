@@ -90,8 +90,13 @@ pub struct Port {
     deaf: AtomicBool,
     fixed: AtomicBool,
     armed: AtomicU32,
+    patient_until_s: AtomicU32,
     error: Mutex<Option<String>>,
 }
+
+/// How long after a hold the senders to its VMs wait for room instead of overflowing a backlog, in seconds. Long enough for
+/// what piled up to be worked off, also by a VM that relays it; short enough that a VM which takes nothing harms nobody.
+const PATIENCE_S: u32 = 10;
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
@@ -140,6 +145,17 @@ impl Port {
     /// Its VM is stopped only for the move: what is sent to it meanwhile waits.
     pub fn awaited(&self) -> bool {
         self.armed() || self.mode() == Mode::Held
+    }
+
+    /// A hold on its VM has just ended: what piled up while it lasted comes at once, from its neighbours, too.
+    pub fn be_patient(&self, now_s: u32) {
+        let until = now_s.saturating_add(PATIENCE_S);
+        self.patient_until_s.store(until, Ordering::Release);
+    }
+
+    /// See [`Port::be_patient`].
+    pub fn is_patient(&self, now_s: u32) -> bool {
+        now_s < self.patient_until_s.load(Ordering::Acquire)
     }
 
     /// See [`Port::armed`]. A hold that has ended may still wait for its VM when the next one is opened: they count.
@@ -235,6 +251,7 @@ impl Engine {
                 deaf: AtomicBool::new(false),
                 fixed: AtomicBool::new(false),
                 armed: AtomicU32::new(0),
+                patient_until_s: AtomicU32::new(0),
                 error: Mutex::new(None),
             })
         });

@@ -12,6 +12,7 @@ use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 use super::Engine;
 use super::engine::Mode;
 use super::lane::{Behind, Drain, Progress, Source};
+use super::stats::Drop as Dropped;
 use super::worker::{Command, QueueId};
 use crate::port::Attach;
 use crate::port::memory::MemoryPort;
@@ -192,6 +193,39 @@ fn garbage_is_counted_and_the_rest_goes_on() {
         2
     );
     w.engine.stop();
+}
+
+/// A VM that has been moved relays at once what piled up for it: more than its neighbour's backlog takes.
+#[test]
+fn after_a_hold_a_sender_waits_for_room_and_the_network_does_not() {
+    const FRAMES: u32 = 20_000;
+    let w = world(&["a", "b", "up0"], 1);
+    let shared = w.engine.shared();
+    for (at, n) in [(0, 1), (1, 2)] {
+        shared.fdb.set(mac(n), at, true, 0);
+    }
+    w.ports["b"].set_room(0);
+    shared.ports[1].be_patient(shared.now_s());
+    for n in 0..FRAMES {
+        w.ports["a"].push(frame(1, mac(2), n));
+        w.ports["up0"].push(frame(7, mac(2), n));
+    }
+    eventually("the uplink's frames are taken", || {
+        w.ports["up0"].waiting() == 0
+    });
+    assert!(w.ports["a"].waiting() > 1000, "the rest waits in its ring");
+    w.ports["b"].set_room(usize::MAX);
+    eventually("all of a", || {
+        numbers(&w.ports["b"], 1).len() == FRAMES as usize
+    });
+    assert!(numbers(&w.ports["b"], 1).is_sorted());
+    let drops = &shared.ports[1].counters.drops[Dropped::Full as usize];
+    let drops = drops.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(
+        drops + numbers(&w.ports["b"], 7).len() as u64,
+        u64::from(FRAMES),
+        "what the backlog could not take of the network's is counted"
+    );
 }
 
 #[test]

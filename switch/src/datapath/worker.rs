@@ -439,11 +439,12 @@ impl Rx {
             };
             self.targets.clear();
             self.targets.extend(targets.iter(shared, port));
-            if !self
-                .targets
-                .iter()
-                .all(|&to| self.lanes[to].accepts(frame.len, || shared.ports[to].awaited()))
-            {
+            // A VM that sends can wait for room; the network cannot be asked to, unless for a hold.
+            let waits = |to: usize| {
+                shared.ports[to].awaited() || (!from.uplink && shared.ports[to].is_patient(now_s))
+            };
+            let accepts = |&to: &usize| self.lanes[to].accepts(frame.len, || waits(to));
+            if !self.targets.iter().all(accepts) {
                 break;
             }
             for &to in &self.targets {

@@ -372,6 +372,7 @@ impl SourceHold {
         let ports = &host.engine.shared().ports;
         for (&g, armed) in self.group.iter().zip(&mut self.armed) {
             if *armed && (ports[g].is_up() || give_up) {
+                ports[g].be_patient(host.engine.shared().now_s());
                 ports[g].disarm();
                 *armed = false;
             }

@@ -292,6 +292,7 @@ impl TargetHold {
         if done {
             for &g in &self.group {
                 ports[g].set_hears_uplink(true);
+                ports[g].be_patient(host.engine.shared().now_s());
                 ports[g].set_mode(Mode::Live);
             }
         }

@@ -111,6 +111,17 @@ impl World {
         answers(host, &self.coordinator)
     }
 
+    /// What both switches and all kernels say of frames that they dropped: for the message of a run that is not clean.
+    pub fn drops(&self) -> String {
+        let mut told = Vec::new();
+        for host in ["a", "b"] {
+            let shown = self.coordinator.ask(&["host", "show", host, "-o", "json"]);
+            told.push(format!("switch of {host}: {shown:?}"));
+        }
+        told.push(self.traffic.kernels());
+        told.join("\n")
+    }
+
     /// Watches the QEMUs that B's switch will start.
     pub fn watch_targets(&self) -> Vec<Resumed> {
         self.group
@@ -198,6 +209,9 @@ fn run_in(
     // Even a migration that failed must not have lost anything: judge first.
     thread::sleep(phases.settle);
     let traffic = world.traffic.stop()?;
+    if !traffic.iter().all(super::traffic::Flow::is_clean) {
+        say(&world.drops());
+    }
     if !status.success() {
         let clean = traffic.iter().all(super::traffic::Flow::is_clean);
         bail!(
