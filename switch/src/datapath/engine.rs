@@ -12,7 +12,7 @@ use gangway_shared::config::valid::PortKind;
 use gangway_shared::id::MacAddr;
 
 use super::fdb::Fdb;
-use super::stats::{Links, PortCounters};
+use super::stats::{PortCounters, Traffic};
 use super::worker::{Batch, Command, Outcome, QueueId, Worker, seconds_since};
 use crate::port::{Attach, RxQueue, TxQueue};
 use crate::sys;
@@ -190,8 +190,8 @@ pub struct Shared {
     pub ports: Vec<Arc<Port>>,
     /// Forwarding database.
     pub fdb: Fdb,
-    /// Counters per pair of ports.
-    pub links: Links,
+    /// What each worker has moved.
+    pub traffic: Box<[Traffic]>,
     start: Instant,
     stop: AtomicBool,
 }
@@ -256,7 +256,9 @@ impl Engine {
             })
         });
         let shared = Arc::new(Shared {
-            links: Links::new(cfg.ports.len()),
+            traffic: (0..cfg.workers.count.max(1))
+                .map(|_| Traffic::new(cfg.ports.len()))
+                .collect(),
             ports: ports.collect(),
             fdb: Fdb::new(cfg.fdb_capacity, cfg.fdb_ageing_s),
             start: Instant::now(),
@@ -268,6 +270,7 @@ impl Engine {
             let waker = Arc::new(sys::eventfd()?);
             let asleep = Arc::new(AtomicBool::new(false));
             let worker = Worker::new(
+                n,
                 shared.clone(),
                 rx,
                 waker.clone(),

@@ -8,6 +8,7 @@
 //! Invariant: bounded work for any input: two lines per look-up, chosen by a seeded hash; the line seen longest ago
 //! gives way.
 
+use super::stats::add;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 /// Behind the Ethernet header of IPv4 without options: what a digest is made of.
@@ -63,12 +64,11 @@ impl Flow {
         (self.ports.load(Relaxed) >> 32) as u32
     }
 
-    /// Counts a frame.
+    /// Counts frames with their bytes in all.
     #[inline]
-    pub fn count(&self, bytes: u32) {
-        let add = |c: &AtomicU64, n| c.store(c.load(Relaxed) + n, Relaxed);
-        add(&self.frames, 1);
-        add(&self.bytes, u64::from(bytes));
+    pub fn count(&self, frames: u64, bytes: u64) {
+        add(&self.frames, frames);
+        add(&self.bytes, bytes);
     }
 
     /// Frames and bytes so far.
@@ -229,13 +229,13 @@ mod tests {
         let t = Flows::new(64);
         let k = t.key(&udp4(1, 2, 3));
         assert!(t.find(&k, 0, 1, 5).is_none());
-        t.note(&k, 0, 7, 42, 1, 5).count(60);
+        t.note(&k, 0, 7, 42, 1, 5).count(1, 60);
         let f = t.find(&k, 0, 1, 5).unwrap();
         assert_eq!((f.to(), f.overhead(), f.counted()), (7, 42, (1, 60)));
         assert!(t.find(&k, 1, 1, 5).is_none(), "another port");
         assert!(t.find(&k, 0, 2, 5).is_none(), "the FDB has changed");
         assert!(t.find(&k, 0, 1, 6).is_none(), "a second later");
-        t.note(&k, 0, 8, 42, 2, 6).count(60);
+        t.note(&k, 0, 8, 42, 2, 6).count(1, 60);
         assert_eq!(t.find(&k, 0, 2, 6).unwrap().counted(), (2, 120));
         assert!(t.find(&t.key(&udp4(1, 2, 4)), 0, 2, 6).is_none());
     }

@@ -155,7 +155,7 @@ impl Lane {
     pub fn take(
         &mut self,
         frame: &Frame<'_>,
-        now_ns: u64,
+        now_ns: impl FnOnce() -> u64,
         send: &mut Send<'_>,
     ) -> Result<(), Drop> {
         let writer = match &mut self.gate {
@@ -183,7 +183,7 @@ impl Lane {
             },
         };
         writer
-            .append(now_ns, frame.vnet, frame)
+            .append(now_ns(), frame.vnet, frame)
             .map(drop)
             .map_err(|_| Drop::Full)
     }
@@ -413,7 +413,7 @@ mod tests {
         let mut n = 0;
         while lane.accepts(f.len, || true) {
             assert_eq!(
-                lane.take(&f, 1, &mut full),
+                lane.take(&f, || 1, &mut full),
                 Ok(()),
                 "what it accepts it keeps"
             );
@@ -421,7 +421,7 @@ mod tests {
         }
         assert!(n > 500);
         assert!(lane.accepts(f.len, || false));
-        assert_eq!(lane.take(&f, 1, &mut full), Err(Drop::Full));
+        assert_eq!(lane.take(&f, || 1, &mut full), Err(Drop::Full));
         let mut out = 0;
         let mut send = |_: &Frame<'_>| {
             out += 1;
@@ -463,7 +463,7 @@ mod tests {
                         next += 1;
                         let bytes = frame(next, usize::from(len));
                         if !lane.accepts(bytes.len() as u32, || false) { continue; }
-                        if lane.take(&Frame::from_slice(VnetHdr::default(), &bytes), 1, &mut send).is_ok() {
+                        if lane.take(&Frame::from_slice(VnetHdr::default(), &bytes), || 1, &mut send).is_ok() {
                             accepted.push(next);
                         } else { dropped += 1; }
                     },

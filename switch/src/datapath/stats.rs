@@ -1,4 +1,5 @@
-//! Counters. Written with relaxed atomics by the worker that owns the lane, read by control.
+//! Counters. Each worker has its own of what it moves, so that it counts by plain stores: a locked instruction in the middle
+//! of a burst would wait until all that was copied is out. Control adds them up.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
@@ -51,17 +52,9 @@ impl From<NeverReason> for Drop {
     }
 }
 
-/// Of a port.
+/// Of a port: what went wrong.
 #[derive(Debug, Default)]
 pub struct PortCounters {
-    /// Frames from it.
-    pub rx_frames: AtomicU64,
-    /// Bytes from it.
-    pub rx_bytes: AtomicU64,
-    /// Frames to it.
-    pub tx_frames: AtomicU64,
-    /// Bytes to it.
-    pub tx_bytes: AtomicU64,
     /// By [`Drop`].
     pub drops: [AtomicU64; DROP_NAMES.len()],
     /// From the receive queues: malformed, ring broken, overrun.
@@ -80,65 +73,106 @@ impl PortCounters {
     }
 }
 
-/// From one port to another, unicast.
-#[derive(Debug, Default)]
-pub struct LinkCounters {
-    /// Frames.
-    pub frames: AtomicU64,
-    /// Bytes of whole frames.
-    pub bytes: AtomicU64,
-    /// Bytes of payload, see [`super::parse::payload_bytes`].
-    pub payload: AtomicU64,
-    /// The engine's second in which the last frame came.
-    pub last_s: AtomicU32,
+/// Adds to a counter that nobody else writes.
+#[inline(always)]
+pub fn add(counter: &AtomicU64, n: u64) {
+    counter.store(counter.load(Relaxed).wrapping_add(n), Relaxed);
 }
 
-/// Frames one after the other on the same way.
-#[derive(Debug, Clone, Copy, Default)]
+/// What one worker has moved at a port.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+pub struct Moved {
+    /// Frames from it.
+    pub rx_frames: AtomicU64,
+    /// Bytes from it.
+    pub rx_bytes: AtomicU64,
+    /// Frames to it.
+    pub tx_frames: AtomicU64,
+    /// Bytes to it.
+    pub tx_bytes: AtomicU64,
+}
+
+/// What one worker has moved from one port to another, unicast.
+#[derive(Debug, Default)]
+pub struct LinkCounters {
+    frames: AtomicU64,
+    bytes: AtomicU64,
+    payload: AtomicU64,
+    last_s: AtomicU32,
+}
+
+/// Frames one after the other on the same way, or all of a link.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Run {
     /// Frames.
     pub frames: u64,
     /// Bytes of whole frames.
     pub bytes: u64,
-    /// Bytes of payload.
+    /// Bytes of payload, see [`super::parse::payload_bytes`].
     pub payload: u64,
 }
 
-/// All pairs of ports.
-pub struct Links {
-    n: usize,
-    cells: Box<[LinkCounters]>,
+/// The counters of one worker. Written by it alone.
+pub struct Traffic {
+    ports: Box<[Moved]>,
+    links: Box<[LinkCounters]>,
 }
 
-impl Links {
+impl Traffic {
     /// For `n` ports.
-    pub fn new(n: usize) -> Links {
-        Links {
-            n,
-            cells: (0..n * n).map(|_| LinkCounters::default()).collect(),
+    pub fn new(n: usize) -> Traffic {
+        Traffic {
+            ports: (0..n).map(|_| Moved::default()).collect(),
+            links: (0..n * n).map(|_| LinkCounters::default()).collect(),
         }
     }
 
-    /// The counters of a pair.
-    pub fn get(&self, from: usize, to: usize) -> &LinkCounters {
-        &self.cells[from * self.n + to]
+    /// Of a port.
+    pub fn port(&self, n: usize) -> &Moved {
+        &self.ports[n]
+    }
+
+    fn link(&self, from: usize, to: usize) -> &LinkCounters {
+        &self.links[from * self.ports.len() + to]
     }
 
     /// Counts a run that has ended (its port is one) and begins the next.
     #[must_use]
     pub fn next(&self, from: usize, run: (usize, Run), to: usize, now_s: u32) -> (usize, Run) {
         if run.0 != usize::MAX {
-            self.count(from, run.0, &run.1, now_s);
+            let c = self.link(from, run.0);
+            add(&c.frames, run.1.frames);
+            add(&c.bytes, run.1.bytes);
+            add(&c.payload, run.1.payload);
+            c.last_s.store(now_s, Relaxed);
         }
         (to, Run::default())
     }
+}
 
-    /// Counts a run of frames. By the worker that owns the sending queue; another queue's may count at the same time.
-    pub fn count(&self, from: usize, to: usize, run: &Run, now_s: u32) {
-        let c = self.get(from, to);
-        c.frames.fetch_add(run.frames, Relaxed);
-        c.bytes.fetch_add(run.bytes, Relaxed);
-        c.payload.fetch_add(run.payload, Relaxed);
-        c.last_s.store(now_s, Relaxed);
+/// The sum over all workers of what they moved at a port: frames and bytes from it, frames and bytes to it.
+pub fn port_total(workers: &[Traffic], port: usize) -> [u64; 4] {
+    let mut sum = [0u64; 4];
+    for w in workers {
+        let m = w.port(port);
+        let counters = [&m.rx_frames, &m.rx_bytes, &m.tx_frames, &m.tx_bytes];
+        for (s, c) in sum.iter_mut().zip(counters) {
+            *s += c.load(Relaxed);
+        }
     }
+    sum
+}
+
+/// The sum over all workers of what went from one port to another, and the engine's second in which the last frame came.
+pub fn link_total(workers: &[Traffic], from: usize, to: usize) -> (Run, u32) {
+    let (mut sum, mut last_s) = (Run::default(), 0);
+    for w in workers {
+        let c = w.link(from, to);
+        sum.frames += c.frames.load(Relaxed);
+        sum.bytes += c.bytes.load(Relaxed);
+        sum.payload += c.payload.load(Relaxed);
+        last_s = last_s.max(c.last_s.load(Relaxed));
+    }
+    (sum, last_s)
 }

@@ -1,5 +1,6 @@
 //! A worker: owns receive queues and their lanes, runs every burst to completion.
 
+use std::cell::OnceCell;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -13,7 +14,7 @@ use super::engine::{Mode, Port, Shared, TxGuard};
 use super::flow::{Flow, Flows, Key};
 use super::lane::{Drain, Gate, Lane, Progress, Step};
 use super::parse;
-use super::stats::{Drop, Run};
+use super::stats::{Drop, Run, Traffic, add};
 use crate::port::{BURST, Burst, Frame, RxErrors, RxQueue, Sent};
 use crate::spool::Writer;
 use crate::sys;
@@ -89,6 +90,8 @@ struct Rx {
 
 /// See the module.
 pub struct Worker {
+    /// Which one.
+    n: usize,
     shared: Arc<Shared>,
     batches: Receiver<Batch>,
     waker: Arc<OwnedFd>,
@@ -101,9 +104,20 @@ pub struct Worker {
     sent_to: Vec<usize>,
 }
 
+/// What is the same for all queues of a worker's round.
+struct Round<'a> {
+    shared: &'a Shared,
+    traffic: &'a Traffic,
+    flows: &'a Flows,
+    now_s: u32,
+    /// Wanted only for what is held.
+    now_ns: OnceCell<u64>,
+}
+
 /// The transmit sides in use during a burst: one lock at a time, every one flushed at the end.
 struct Egress<'a> {
     ports: &'a [Arc<Port>],
+    traffic: &'a Traffic,
     held: Option<(usize, TxGuard<'a>)>,
     /// Sent to the port whose lock is held.
     frames: u64,
@@ -112,9 +126,10 @@ struct Egress<'a> {
 }
 
 impl<'a> Egress<'a> {
-    fn new(ports: &'a [Arc<Port>], sent_to: &'a mut Vec<usize>) -> Egress<'a> {
+    fn new(shared: &'a Shared, traffic: &'a Traffic, sent_to: &'a mut Vec<usize>) -> Egress<'a> {
         Egress {
-            ports,
+            ports: &shared.ports,
+            traffic,
             sent_to,
             held: None,
             frames: 0,
@@ -173,17 +188,16 @@ impl<'a> Egress<'a> {
         if !self.sent_to.contains(&to) {
             self.sent_to.push(to);
         }
-        let c = &self.ports[to].counters;
-        c.tx_frames
-            .fetch_add(std::mem::take(&mut self.frames), Relaxed);
-        c.tx_bytes
-            .fetch_add(std::mem::take(&mut self.bytes), Relaxed);
+        let moved = self.traffic.port(to);
+        add(&moved.tx_frames, std::mem::take(&mut self.frames));
+        add(&moved.tx_bytes, std::mem::take(&mut self.bytes));
     }
 }
 
 impl Worker {
     /// A worker without queues, with room for so many flows.
     pub fn new(
+        n: usize,
         shared: Arc<Shared>,
         batches: Receiver<Batch>,
         waker: Arc<OwnedFd>,
@@ -194,6 +208,7 @@ impl Worker {
         let poller = sys::Poller::new()?;
         poller.add(waker.as_fd())?;
         Ok(Worker {
+            n,
             shared,
             batches,
             waker,
@@ -214,11 +229,17 @@ impl Worker {
                 return;
             }
             let now_s = self.shared.now_s();
-            let now_ns = now_ns();
             let mut work = false;
+            let round = Round {
+                shared: &self.shared,
+                traffic: &self.shared.traffic[self.n],
+                flows: &self.flows,
+                now_s,
+                now_ns: OnceCell::new(),
+            };
             for rx in &mut self.rx {
-                work |= rx.poll(&self.shared, &self.flows, now_s, now_ns, &mut self.sent_to);
-                work |= rx.drain(&self.shared, &mut self.sent_to);
+                work |= rx.poll(&round, &mut self.sent_to);
+                work |= rx.drain(&round, &mut self.sent_to);
             }
             if work || self.poll == Poll::Busy {
                 self.settle();
@@ -373,14 +394,14 @@ impl Worker {
 
 impl Rx {
     /// One burst: look up, gate, transmit, give back. True if there was one.
-    fn poll(
-        &mut self,
-        shared: &Shared,
-        flows: &Flows,
-        now_s: u32,
-        now_ns: u64,
-        sent_to: &mut Vec<usize>,
-    ) -> bool {
+    fn poll(&mut self, round: &Round<'_>, sent_to: &mut Vec<usize>) -> bool {
+        let Round {
+            shared,
+            traffic,
+            flows,
+            now_s,
+            ref now_ns,
+        } = *round;
         let Some(queue) = &mut self.queue else {
             self.blocked = false;
             return false;
@@ -396,7 +417,7 @@ impl Rx {
             flows.prefetch(&key, port);
             keys.push(key);
         }
-        let mut egress = Egress::new(&shared.ports, sent_to);
+        let mut egress = Egress::new(shared, traffic, sent_to);
         let (mut done, mut bytes) = (0, 0);
         let mut run = (usize::MAX, Run::default());
         self.touched.clear();
@@ -414,13 +435,22 @@ impl Rx {
                 }
                 let sent = egress.send_run(to, &burst[done..done + same.len()]);
                 if run.0 != to {
-                    run = shared.links.next(port, run, to, now_s);
+                    run = traffic.next(port, run, to, now_s);
                 }
-                for (flow, frame) in same.iter().zip(&burst[done..done + sent]) {
-                    flow.count(frame.len);
-                    run.1.bytes += u64::from(frame.len);
-                    run.1.payload += u64::from(frame.len.saturating_sub(flow.overhead()));
-                    bytes += u64::from(frame.len);
+                let mut rest = same.iter().zip(&burst[done..done + sent]).peekable();
+                while let Some((flow, frame)) = rest.next() {
+                    let overhead = flow.overhead();
+                    let (mut n, mut all) = (1, u64::from(frame.len));
+                    let mut payload = u64::from(frame.len.saturating_sub(overhead));
+                    while let Some((_, frame)) = rest.next_if(|(f, _)| std::ptr::eq(**f, *flow)) {
+                        n += 1;
+                        all += u64::from(frame.len);
+                        payload += u64::from(frame.len.saturating_sub(overhead));
+                    }
+                    flow.count(n, all);
+                    run.1.bytes += all;
+                    run.1.payload += payload;
+                    bytes += all;
                 }
                 run.1.frames += sent as u64;
                 done += sent;
@@ -449,7 +479,9 @@ impl Rx {
             }
             for &to in &self.targets {
                 let lane = &mut self.lanes[to];
-                match lane.take(frame, now_ns, &mut |f| egress.send(to, f)) {
+                match lane.take(frame, || *now_ns.get_or_init(self::now_ns), &mut |f| {
+                    egress.send(to, f)
+                }) {
                     Ok(()) => {}
                     Err(why) => shared.ports[to].counters.drop(why),
                 }
@@ -466,10 +498,10 @@ impl Rx {
                     let overhead = frame.len - payload.min(frame.len);
                     if known {
                         let flow = flows.note(key, port, to, overhead, generation, now_s);
-                        flow.count(frame.len);
+                        flow.count(1, u64::from(frame.len));
                     }
                     if run.0 != to {
-                        run = shared.links.next(port, run, to, now_s);
+                        run = traffic.next(port, run, to, now_s);
                     }
                     run.1.frames += 1;
                     run.1.bytes += u64::from(frame.len);
@@ -482,7 +514,7 @@ impl Rx {
             bytes += u64::from(frame.len);
         }
         egress.flush();
-        let _ = shared.links.next(port, run, usize::MAX, now_s);
+        let _ = traffic.next(port, run, usize::MAX, now_s);
         for &to in &self.touched {
             self.lanes[to].commit();
         }
@@ -490,8 +522,8 @@ impl Rx {
         drop(burst);
         self.blocked = done < got;
         if got > 0 {
-            from.counters.rx_frames.fetch_add(done as u64, Relaxed);
-            from.counters.rx_bytes.fetch_add(bytes, Relaxed);
+            add(&traffic.port(port).rx_frames, done as u64);
+            add(&traffic.port(port).rx_bytes, bytes);
         }
         queue.release(done);
         let e = queue.errors();
@@ -510,11 +542,12 @@ impl Rx {
     }
 
     /// Delivers what waits on this queue's lanes. True if something moved or should be tried again at once.
-    fn drain(&mut self, shared: &Shared, sent_to: &mut Vec<usize>) -> bool {
+    fn drain(&mut self, round: &Round<'_>, sent_to: &mut Vec<usize>) -> bool {
         if self.pending.is_empty() {
             return false;
         }
-        let mut egress = Egress::new(&shared.ports, sent_to);
+        let (shared, traffic) = (round.shared, round.traffic);
+        let mut egress = Egress::new(shared, traffic, sent_to);
         let mut moved = false;
         let lanes = &mut self.lanes;
         self.pending.retain(|&to| {

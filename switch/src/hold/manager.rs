@@ -19,7 +19,7 @@ use super::target::TargetHold;
 use crate::control::Handler;
 use crate::datapath::Engine;
 use crate::datapath::engine::Mode;
-use crate::datapath::stats::DROP_NAMES;
+use crate::datapath::stats::{DROP_NAMES, link_total, port_total};
 use crate::datapath::worker::{Command, Outcome, QueueId, now_ns};
 use crate::port::tap::VmTap;
 use crate::port::{Attach, Burst, VnetHdr};
@@ -696,7 +696,8 @@ impl Manager {
 
     fn ports(&self) -> Vec<PortInfo> {
         use std::sync::atomic::Ordering::Relaxed;
-        let ports = &self.host.engine.shared().ports;
+        let shared = self.host.engine.shared();
+        let ports = &shared.ports;
         let info = |(n, p): (usize, &Arc<crate::datapath::engine::Port>)| {
             let c = &p.counters;
             let names =
@@ -705,6 +706,7 @@ impl Manager {
                     .copied()
                     .chain(["rx_malformed", "rx_ring_broken", "rx_overrun"]);
             let counts = c.drops.iter().chain(&c.rx_errors).map(|v| v.load(Relaxed));
+            let [rx_frames, rx_bytes, tx_frames, tx_bytes] = port_total(&shared.traffic, n);
             let state = match p.mode() {
                 Mode::Live if !p.is_up() => "down",
                 m => m.name(),
@@ -716,10 +718,10 @@ impl Manager {
                 mac: self.host.mac_of(n),
                 state: state.into(),
                 error: p.error(),
-                rx_frames: c.rx_frames.load(Relaxed),
-                rx_bytes: c.rx_bytes.load(Relaxed),
-                tx_frames: c.tx_frames.load(Relaxed),
-                tx_bytes: c.tx_bytes.load(Relaxed),
+                rx_frames,
+                rx_bytes,
+                tx_frames,
+                tx_bytes,
                 drops: names
                     .map(String::from)
                     .zip(counts)
@@ -731,24 +733,22 @@ impl Manager {
     }
 
     fn links(&self) -> Vec<LinkInfo> {
-        use std::sync::atomic::Ordering::Relaxed;
         let shared = self.host.engine.shared();
         let now_s = shared.now_s();
         let mut all = Vec::new();
         for (f, from) in shared.ports.iter().enumerate() {
             for (t, to) in shared.ports.iter().enumerate() {
-                let c = shared.links.get(f, t);
-                let frames = c.frames.load(Relaxed);
-                if frames > 0 {
+                let (sum, last_s) = link_total(&shared.traffic, f, t);
+                if sum.frames > 0 {
                     all.push(LinkInfo {
                         from: from.name.clone(),
                         from_vm: from.vm.clone(),
                         to: to.name.clone(),
                         to_vm: to.vm.clone(),
-                        frames,
-                        bytes: c.bytes.load(Relaxed),
-                        payload_bytes: c.payload.load(Relaxed),
-                        idle_ms: u64::from(now_s.saturating_sub(c.last_s.load(Relaxed))) * 1000,
+                        frames: sum.frames,
+                        bytes: sum.bytes,
+                        payload_bytes: sum.payload,
+                        idle_ms: u64::from(now_s.saturating_sub(last_s)) * 1000,
                     });
                 }
             }

@@ -212,6 +212,20 @@ impl GuestMem {
         None
     }
 
+    /// The same if all of it lies in one region, which is nearly always that of the hint.
+    #[inline]
+    pub fn whole(&self, hint: &mut usize, gpa: u64, len: u32) -> Option<NonNull<u8>> {
+        if let Some(r) = self.regions.get(*hint) {
+            let offset = gpa.wrapping_sub(r.gpa);
+            if offset < r.len && r.len - offset >= u64::from(len) {
+                // SAFETY: `offset < r.len`, so the pointer stays within the region's mapping.
+                return Some(unsafe { r.base.add(offset as usize) });
+            }
+        }
+        let host = self.at(hint, gpa, len)?;
+        (host.len == len).then_some(host.ptr)
+    }
+
     #[inline]
     fn within(r: &Region, gpa: u64, len: u32) -> Option<Host> {
         let offset = gpa.wrapping_sub(r.gpa);

@@ -27,6 +27,9 @@ pub const BURST: usize = 32;
 /// Bytes at the start of a frame that are copied once and then looked at, decided on and delivered (a guest that
 /// rewrites its buffer meanwhile gains nothing).
 pub const HEAD: usize = 128;
+/// What stands in front of a private head that was made for it: a `virtio_net_hdr` of which nothing is asked, for one buffer
+/// (virtio 1.2, 5.1.6). A receiver that takes such a header gets both by one copy.
+pub const PLAIN_HDR: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
 /// Pieces of a frame behind its head.
 pub const SEGS: usize = 20;
 /// The longest frame: a 64 KiB TSO frame with its Ethernet header and two VLAN tags, in bytes.
@@ -71,6 +74,8 @@ pub struct Frame<'q> {
     /// Length of the whole frame in bytes (Ethernet header to last payload byte).
     pub len: u32,
     head: &'q [u8],
+    /// Bytes of `head` that are [`PLAIN_HDR`], all or none.
+    prefix: usize,
     rest: &'q [Seg<'q>],
 }
 
@@ -87,6 +92,25 @@ impl<'q> Frame<'q> {
             vnet,
             len,
             head,
+            prefix: 0,
+            rest,
+        }
+    }
+
+    /// The same of a head behind [`PLAIN_HDR`].
+    #[inline]
+    pub fn with_prefix(
+        vnet: VnetHdr,
+        len: u32,
+        prefixed: &'q [u8],
+        rest: &'q [Seg<'q>],
+    ) -> Frame<'q> {
+        debug_assert!(prefixed.starts_with(&PLAIN_HDR));
+        Frame {
+            vnet,
+            len,
+            head: prefixed,
+            prefix: PLAIN_HDR.len(),
             rest,
         }
     }
@@ -99,7 +123,13 @@ impl<'q> Frame<'q> {
     /// The private part: its start, or all of it.
     #[inline]
     pub fn head(&self) -> &[u8] {
-        self.head
+        self.head.get(self.prefix..).unwrap_or_default()
+    }
+
+    /// [`PLAIN_HDR`] and the head behind it, if that is how it lies in memory and nothing is asked of the receiver.
+    #[inline]
+    pub fn plain_front(&self) -> Option<&[u8]> {
+        (self.prefix != 0 && self.vnet == VnetHdr::default()).then_some(self.head)
     }
 
     /// What follows behind the head.
@@ -110,8 +140,9 @@ impl<'q> Frame<'q> {
 
     /// Copies the whole frame into `out`, which must be exactly `len` long.
     pub fn copy_to(&self, out: &mut [u8]) {
-        let (h, mut out) = out.split_at_mut(self.head.len());
-        h.copy_from_slice(self.head);
+        let head = self.head();
+        let (h, mut out) = out.split_at_mut(head.len());
+        h.copy_from_slice(head);
         for s in self.rest {
             let (a, b) = out.split_at_mut(s.len());
             s.read(0, a);

@@ -13,10 +13,10 @@ use arrayvec::ArrayVec;
 
 use super::features::{Offloads, RingFeatures, gso};
 use super::live::{Gate, clear, signal};
-use super::ring::{Broken, Chain, Direction, Piece, Pieces, Plain, Plains, Pos, Ring};
+use super::ring::{Broken, Chain, Direction, Pieces, Plain, Plains, Pos, Ring};
 use crate::mem::Seg;
 use crate::port::{
-    BURST, Burst, FRAME_MAX, FRAME_MIN, Frame, HEAD, RxErrors, RxQueue, SEGS, VnetHdr,
+    BURST, Burst, FRAME_MAX, FRAME_MIN, Frame, HEAD, PLAIN_HDR, RxErrors, RxQueue, SEGS, VnetHdr,
 };
 
 /// Descriptors' pieces per burst: what a guest may make us walk at most before others get their turn.
@@ -25,7 +25,6 @@ const PIECES_PER_BURST: usize = 2048;
 /// A chain that was looked at and not given back yet.
 struct Seen {
     chain: Chain,
-    after: Pos,
     is_frame: bool,
 }
 
@@ -38,9 +37,21 @@ struct Shown {
     segs: (u16, u16),
 }
 
-/// A frame's private start, in cache lines of its own.
+/// Bytes in front of a private head.
+const PREFIX: usize = PLAIN_HDR.len();
+
+/// A frame's private start behind [`PLAIN_HDR`], in cache lines of its own.
 #[repr(align(64))]
-struct Head([u8; HEAD]);
+#[derive(Clone, Copy)]
+struct Head([u8; PREFIX + HEAD]);
+
+impl Head {
+    const EMPTY: Head = {
+        let mut bytes = [0; PREFIX + HEAD];
+        bytes.split_at_mut(PREFIX).0.copy_from_slice(&PLAIN_HDR);
+        Head(bytes)
+    };
+}
 
 /// Pieces behind heads.
 struct Segs(Vec<Seg<'static>>);
@@ -69,7 +80,12 @@ pub struct Rx<R: Ring> {
     /// Up to this chain malformed ones were counted (a burst may look at one twice).
     counted: u64,
     pieces: Pieces,
+    /// The next chains, as far as they are plain.
     plains: Plains,
+    /// The last burst was easy: the first so many of `plains`, and not `seen` and `shown`.
+    easy: usize,
+    /// `plains` are of an earlier snapshot: not to be followed any more.
+    is_stale: bool,
     shown: ArrayVec<Shown, BURST>,
     heads: Box<[Head; BURST]>,
     segs: Segs,
@@ -107,8 +123,10 @@ impl<R: Ring> Rx<R> {
             counted: 0,
             pieces: Pieces::default(),
             plains: Plains::default(),
+            easy: 0,
+            is_stale: false,
             shown: ArrayVec::new(),
-            heads: Box::new([const { Head([0; HEAD]) }; BURST]),
+            heads: Box::new([Head::EMPTY; BURST]),
             segs: Segs(Vec::with_capacity(BURST * SEGS)),
             bounce: vec![0; FRAME_MAX].into_boxed_slice(),
             errors: RxErrors::default(),
@@ -120,6 +138,9 @@ impl<R: Ring> Rx<R> {
     fn is_live(&mut self) -> bool {
         if self.gate.refresh() {
             self.pieces.clear();
+            // What was shown is still to be given back, but its memory may be gone.
+            self.plains.truncate(self.easy);
+            self.is_stale = true;
             if let Some(live) = self.gate.live() {
                 self.ring.rebind(live);
             }
@@ -159,24 +180,33 @@ impl<R: Ring> Rx<R> {
         self.gate.set_broken(why);
     }
 
-    /// Gives back `frames` frames, and what was no frame before and behind them.
+    /// Gives back `frames` frames, and what was no frame before them, or was seen right behind them.
     fn give_back(&mut self, mut frames: usize) {
-        let first = self.given;
-        for s in &self.seen[first..] {
-            if s.is_frame {
-                if frames == 0 {
-                    break;
-                }
-                frames -= 1;
-            }
-            self.ring.complete(s.chain, 0);
-            self.next = s.after;
-            self.given += 1;
-        }
-        if self.given == first {
+        let (n, slots) = if self.easy > 0 {
+            let n = frames.min(self.easy);
+            let plains = self.plains.waiting();
+            self.ring.complete_run(n, |i| (plains[i].chain(), 0));
+            self.plains.take(n);
+            self.easy -= n;
+            (n, n as u16)
+        } else {
+            let waiting = &self.seen[self.given..];
+            let stays = |s: &Seen| {
+                let stays = s.is_frame && frames == 0;
+                frames -= usize::from(s.is_frame && !stays);
+                stays
+            };
+            let n = waiting.iter().position(stays).unwrap_or(waiting.len());
+            self.ring.complete_run(n, |i| (waiting[i].chain, 0));
+            self.given += n;
+            let slots = |s: &Seen| s.chain.slots;
+            (n, waiting[..n].iter().map(slots).sum())
+        };
+        if n == 0 {
             return;
         }
-        self.taken += (self.given - first) as u64;
+        self.next = self.ring.after(self.next, slots);
+        self.taken += n as u64;
         match self.ring.publish() {
             Ok(_) => self.owes = true,
             Err(why) => self.set_broken(why),
@@ -184,33 +214,115 @@ impl<R: Ring> Rx<R> {
         self.gate.set_next(self.next.0);
     }
 
+    /// Looks at the next chains, up to a burst behind the first `had`, and asks for what will be read of them.
+    #[inline]
+    fn look_ahead(&mut self, had: usize) {
+        let known = self.plains.waiting().len();
+        let max = (had + BURST).saturating_sub(known);
+        if max == 0 {
+            return;
+        }
+        let at = self.ring.after(self.next, known as u16);
+        self.ring
+            .peek_plain(at, max, Direction::Read, &mut self.plains);
+        for p in &self.plains.waiting()[known..] {
+            // Header and the start of the frame.
+            crate::mem::prefetch(p.ptr.as_ptr());
+            crate::mem::prefetch(p.ptr.as_ptr().wrapping_add(64));
+        }
+    }
+
+    /// What nearly all bursts are: frames in one buffer each, of which nothing is asked. How many, up to the first that is
+    /// anything else; their heads and what is behind them are in `heads` and `segs`.
+    #[inline]
+    fn easy_burst(&mut self) -> usize {
+        if self.plains.waiting().len() < BURST {
+            self.look_ahead(0);
+        }
+        let hdr_len = usize::from(self.features.hdr_len);
+        let mut n = 0;
+        for (p, head) in self.plains.waiting().iter().zip(self.heads.iter_mut()) {
+            let len = (p.len as usize).wrapping_sub(hdr_len);
+            if !(FRAME_MIN..=FRAME_MAX).contains(&len) {
+                break;
+            }
+            // SAFETY: the piece is readable for `hdr_len + len` bytes, `hdr_len` is 10 or 12; a head has room for HEAD bytes.
+            unsafe {
+                // Flags and kind of segmentation (virtio 1.2, 5.1.6).
+                if p.ptr.cast::<u16>().read_unaligned() != 0 {
+                    break;
+                }
+                let from = p.ptr.add(hdr_len);
+                let to = head.0.as_mut_ptr().add(PREFIX);
+                copy_head(from.as_ptr(), to, len.min(HEAD));
+                if len > HEAD {
+                    // The piece lies in a mapping that the snapshot keeps, which is only changed by a call with `&mut self`,
+                    // and so not while a frame borrows this queue.
+                    let rest = Seg::from_raw(from.add(HEAD), (len - HEAD) as u32);
+                    self.segs.0.push(rest);
+                }
+            }
+            n += 1;
+        }
+        n
+    }
+
+    fn show_easy<'q>(&'q self, out: &mut Burst<'q>) {
+        let hdr_len = u32::from(self.features.hdr_len);
+        let easy = &self.plains.waiting()[..self.easy];
+        let mut segs = self.segs.0.iter();
+        for (p, head) in easy.iter().zip(self.heads.iter()) {
+            let len = p.len - hdr_len;
+            let rest = match len as usize > HEAD {
+                true => segs.next().map(std::slice::from_ref).unwrap_or_default(),
+                false => &[],
+            };
+            let head = &head.0[..PREFIX + HEAD.min(len as usize)];
+            out.push(Frame::with_prefix(VnetHdr::default(), len, head, rest));
+        }
+    }
+
     /// Makes a frame of a buffer that has header and frame: notes it in `shown`, its head in `heads`, what follows in
     /// `segs`.
-    #[inline]
-    fn parse_plain(&mut self, p: &Piece) -> Parsed {
+    #[inline(always)]
+    fn parse_plain(&mut self, p: &Plain) -> Parsed {
         let hdr_len = usize::from(self.features.hdr_len);
         let n = self.shown.len();
-        let mut hdr = [0u8; 12];
         let segs = self.segs.0.len();
-        let len = (p.host.len as usize).wrapping_sub(hdr_len);
+        let len = (p.len as usize).wrapping_sub(hdr_len);
         if !(FRAME_MIN..=FRAME_MAX).contains(&len) {
             return Parsed::Malformed;
         }
         let head_len = len.min(HEAD);
         // SAFETY: the piece is readable for `hdr_len + len` bytes, `hdr_len` is 10 or 12, `head_len` at most `len` and HEAD.
-        unsafe {
-            let from = p.host.ptr;
-            std::ptr::copy_nonoverlapping(from.as_ptr(), hdr.as_mut_ptr(), 10);
-            let from = from.add(hdr_len);
-            copy_head(from.as_ptr(), self.heads[n].0.as_mut_ptr(), head_len);
+        let hdr = unsafe {
+            let hdr = p.ptr.cast::<[u8; 10]>().read_unaligned();
+            let from = p.ptr.add(hdr_len);
+            let to = self.heads[n].0.as_mut_ptr().add(PREFIX);
+            copy_head(from.as_ptr(), to, head_len);
             if len > head_len {
                 let rest = (len - head_len) as u32;
                 // The piece lies in a mapping that the snapshot keeps, which is only changed by a call with `&mut self`,
                 // and so not while a frame borrows this queue.
                 self.segs.0.push(Seg::from_raw(from.add(head_len), rest));
             }
+            hdr
+        };
+        if hdr[0] | hdr[1] != 0 {
+            return self.note(hdr, head_len, len, segs);
         }
-        self.note(&hdr, head_len, len, segs)
+        self.show(VnetHdr::default(), head_len, len, segs);
+        Parsed::Frame
+    }
+
+    #[inline(always)]
+    fn show(&mut self, vnet: VnetHdr, head_len: usize, len: usize, segs: usize) {
+        self.shown.push(Shown {
+            vnet,
+            len: len as u32,
+            head_len: head_len as u8,
+            segs: (segs as u16, self.segs.0.len() as u16),
+        });
     }
 
     /// The same of the pieces of a chain.
@@ -218,7 +330,11 @@ impl<R: Ring> Rx<R> {
         let mut hdr = [0u8; 12];
         let segs = self.segs.0.len();
         match self.gather(&mut hdr, bounce_free) {
-            Ok((head_len, len)) => self.note(&hdr, head_len, len, segs),
+            Ok((head_len, len)) => {
+                let mut vnet = [0; 10];
+                vnet.copy_from_slice(&hdr[..10]);
+                self.note(vnet, head_len, len, segs)
+            }
             Err(parsed) => {
                 self.segs.0.truncate(segs);
                 parsed
@@ -226,28 +342,13 @@ impl<R: Ring> Rx<R> {
         }
     }
 
-    #[inline]
-    fn note(&mut self, hdr: &[u8; 12], head_len: usize, len: usize, segs: usize) -> Parsed {
-        let mut vnet = [0; 10];
-        vnet.copy_from_slice(&hdr[..10]);
-        let vnet = if vnet[0] | vnet[1] == 0 {
-            // Nothing asked for.
-            VnetHdr::default()
-        } else {
-            match checked(VnetHdr(vnet), len, &self.features.host) {
-                Some(v) => v,
-                None => {
-                    self.segs.0.truncate(segs);
-                    return Parsed::Malformed;
-                }
-            }
+    /// Notes a frame with the header that came with it.
+    fn note(&mut self, hdr: [u8; 10], head_len: usize, len: usize, segs: usize) -> Parsed {
+        let Some(vnet) = checked(VnetHdr(hdr), len, &self.features.host) else {
+            self.segs.0.truncate(segs);
+            return Parsed::Malformed;
         };
-        self.shown.push(Shown {
-            vnet,
-            len: len as u32,
-            head_len: head_len as u8,
-            segs: (segs as u16, self.segs.0.len() as u16),
-        });
+        self.show(vnet, head_len, len, segs);
         Parsed::Frame
     }
 
@@ -317,30 +418,44 @@ impl<R: Ring> Rx<R> {
         }
         *bounce_free &= bounced.is_none();
         *hdr_out = hdr.bytes;
-        self.heads[n].0 = head.bytes;
+        self.heads[n].0[PREFIX..].copy_from_slice(&head.bytes);
         Ok((head.filled, len))
     }
 }
 
-/// Copies `len` bytes, at most [`HEAD`], mostly 60 or more: in pieces of a fixed size that may overlap.
+/// Copies `len` bytes, mostly 60 to 140: in pieces of a fixed size, the last of which may overlap the one before.
 ///
 /// # Safety
 /// `from` is readable and `to` writable for `len` bytes; they do not overlap.
 #[inline(always)]
 pub(super) unsafe fn copy_head(from: *const u8, to: *mut u8, len: usize) {
-    // SAFETY: both parts lie within `len` bytes in each case.
+    /// The last `N` of `len` bytes.
+    ///
+    /// # Safety
+    /// As for `copy_head`; `len` is `N` or more.
+    #[inline(always)]
+    unsafe fn last<const N: usize>(from: *const u8, to: *mut u8, len: usize) {
+        // SAFETY: by the contract.
+        unsafe { std::ptr::copy_nonoverlapping(from.add(len - N), to.add(len - N), N) }
+    }
+    // SAFETY: all parts lie within `len` bytes in each case.
     unsafe {
         match len {
-            HEAD => std::ptr::copy_nonoverlapping(from, to, HEAD),
-            64.. => {
+            64..192 => {
                 std::ptr::copy_nonoverlapping(from, to, 64);
-                let last = len - 64;
-                std::ptr::copy_nonoverlapping(from.add(last), to.add(last), 64);
+                if len >= 128 {
+                    std::ptr::copy_nonoverlapping(from.add(64), to.add(64), 64);
+                }
+                match len % 64 {
+                    0 => {}
+                    1..=16 => last::<16>(from, to, len),
+                    17..=32 => last::<32>(from, to, len),
+                    _ => last::<64>(from, to, len),
+                }
             }
-            32.. => {
+            32..64 => {
                 std::ptr::copy_nonoverlapping(from, to, 32);
-                let last = len - 32;
-                std::ptr::copy_nonoverlapping(from.add(last), to.add(last), 32);
+                last::<32>(from, to, len);
             }
             _ => std::ptr::copy_nonoverlapping(from, to, len),
         }
@@ -417,46 +532,50 @@ fn checked(h: VnetHdr, len: usize, host: &Offloads) -> Option<VnetHdr> {
 
 impl<R: Ring> RxQueue for Rx<R> {
     fn burst<'q>(&'q mut self, out: &mut Burst<'q>) {
+        (self.easy, self.given) = (0, 0);
+        self.seen.clear();
+        self.shown.clear();
+        self.segs.0.clear();
         if !self.is_live() {
             return;
         }
-        self.seen.clear();
-        self.given = 0;
-        self.shown.clear();
+        if std::mem::take(&mut self.is_stale) {
+            self.plains.truncate(0);
+        }
+        let easy = self.easy_burst();
+        if easy > 0 {
+            self.easy = easy;
+            self.look_ahead(easy);
+            self.show_easy(out);
+            return;
+        }
+        self.plains.truncate(0);
         self.segs.0.clear();
         let mut at = self.next;
         let mut bounce_free = true;
         let mut walked = 0;
         while self.seen.len() < BURST && walked < PIECES_PER_BURST {
             let max = BURST - self.seen.len();
+            self.plains.truncate(0);
             self.ring
                 .peek_plain(at, max, Direction::Read, &mut self.plains);
-            for p in &self.plains.0 {
+            for p in self.plains.waiting() {
                 // Header and the start of the frame.
-                crate::mem::prefetch(p.piece.host.ptr.as_ptr());
-                crate::mem::prefetch(p.piece.host.ptr.as_ptr().wrapping_add(64));
+                crate::mem::prefetch(p.ptr.as_ptr());
+                crate::mem::prefetch(p.ptr.as_ptr().wrapping_add(64));
             }
-            for i in 0..self.plains.0.len() {
-                let Plain {
-                    chain,
-                    after,
-                    piece,
-                } = self.plains.0[i];
-                let is_frame = match self.parse_plain(&piece) {
-                    Parsed::Malformed => {
-                        self.count_malformed();
-                        false
-                    }
-                    _ => true,
-                };
-                self.seen.push(Seen {
-                    chain,
-                    after,
-                    is_frame,
-                });
-                at = after;
+            let found = self.plains.waiting().len();
+            for i in 0..found {
+                let p = self.plains.waiting()[i];
+                let is_frame = !matches!(self.parse_plain(&p), Parsed::Malformed);
+                if !is_frame {
+                    self.count_malformed();
+                }
+                let chain = p.chain();
+                self.seen.push(Seen { chain, is_frame });
             }
-            walked += 2 * self.plains.0.len();
+            at = self.ring.after(at, found as u16);
+            walked += 2 * found;
             if self.seen.len() == BURST {
                 break;
             }
@@ -481,13 +600,11 @@ impl<R: Ring> RxQueue for Rx<R> {
                 }
                 Parsed::Later => break,
             };
-            self.seen.push(Seen {
-                chain,
-                after,
-                is_frame,
-            });
+            self.seen.push(Seen { chain, is_frame });
             at = after;
         }
+        // Behind what was seen, not at the ring's next position.
+        self.plains.truncate(0);
         if self.seen.first().is_some_and(|s| !s.is_frame) && self.gate.live().is_some() {
             self.gate.enter();
             // A snapshot that came meanwhile waits for us, or sees us; ours still keeps what the frames point to.
@@ -500,9 +617,9 @@ impl<R: Ring> RxQueue for Rx<R> {
         }
         let this: &'q Self = self;
         for (s, head) in this.shown.iter().zip(this.heads.iter()) {
-            let head = &head.0[..usize::from(s.head_len)];
+            let head = &head.0[..PREFIX + usize::from(s.head_len)];
             let segs = &this.segs.0[usize::from(s.segs.0)..usize::from(s.segs.1)];
-            out.push(Frame::new(s.vnet, s.len, head, segs));
+            out.push(Frame::with_prefix(s.vnet, s.len, head, segs));
         }
     }
 
@@ -510,11 +627,8 @@ impl<R: Ring> RxQueue for Rx<R> {
         if n == 0 || !self.enter() {
             return;
         }
-        let had = self.shown.len();
-        self.gate
-            .counters()
-            .frames
-            .fetch_add(n.min(had) as u64, Ordering::Relaxed);
+        let had = self.easy + self.shown.len();
+        self.gate.count(n.min(had) as u64);
         self.give_back(n);
         self.gate.leave();
     }

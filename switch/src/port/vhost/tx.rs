@@ -11,7 +11,8 @@ use super::features::{RingFeatures, gso};
 use super::live::{Gate, signal};
 use super::ring::{Broken, Chain, Direction, Piece, Pieces, Plain, Plains, Pos, Ring};
 use super::rx::copy_head;
-use crate::port::{FRAME_MAX, Frame, HEAD, NeverReason, Sent, TxQueue, VnetHdr};
+use crate::mem::prefetch_to_write;
+use crate::port::{BURST, FRAME_MAX, Frame, NeverReason, PLAIN_HDR, Sent, TxQueue, VnetHdr};
 
 /// See the module's text.
 pub struct Tx<R: Ring> {
@@ -28,6 +29,8 @@ pub struct Tx<R: Ring> {
     bounce: Box<[u8]>,
     /// Sent since the last flush.
     unflushed: u64,
+    /// What ours can do.
+    cpu: Cpu,
     /// Something was flushed, and nobody has asked whether the driver wants a signal.
     owes: bool,
 }
@@ -59,6 +62,7 @@ impl<R: Ring> Tx<R> {
             chains: Vec::with_capacity(usize::from(num)),
             bounce: vec![0; FRAME_MAX].into_boxed_slice(),
             unflushed: 0,
+            cpu: Cpu::here(),
             owes: false,
         };
         // Nobody listens to the kicks for new buffers: a frame that found none is tried again by the worker.
@@ -79,6 +83,7 @@ impl<R: Ring> Tx<R> {
         }
         if self.gate.refresh() {
             self.pieces.clear();
+            self.plains.truncate(0);
             if let Some(live) = self.gate.live() {
                 self.ring.rebind(live);
             }
@@ -124,49 +129,6 @@ impl<R: Ring> Tx<R> {
             at = after;
         }
         Ok(at)
-    }
-
-    /// Writes a frame of which nothing is asked into a buffer that takes it whole.
-    #[inline]
-    fn write_plain(&mut self, frame: &Frame<'_>, p: &Plain) -> Result<(), Broken> {
-        let hdr_len = usize::from(self.features.hdr_len);
-        let need = hdr_len + frame.len as usize;
-        debug_assert!(need <= p.piece.host.len as usize);
-        // SAFETY: the piece is writable for `need` bytes (by the callers' check): the header's 10 or 12 and the frame's.
-        // The head is our own memory; the other pieces may be the guest's own and overlap, for which `copy` is defined.
-        unsafe {
-            let to = p.piece.host.ptr.as_ptr();
-            to.cast::<u64>().write_unaligned(0);
-            // num_buffers, where there is one (virtio 1.2, 5.1.6.4).
-            match hdr_len {
-                12 => to
-                    .add(8)
-                    .cast::<u32>()
-                    .write_unaligned((1u32 << 16).to_le()),
-                _ => to.add(8).cast::<u16>().write_unaligned(0),
-            }
-            let mut to = to.add(hdr_len);
-            let head = frame.head();
-            if head.len() <= HEAD {
-                copy_head(head.as_ptr(), to, head.len());
-            } else {
-                std::ptr::copy_nonoverlapping(head.as_ptr(), to, head.len());
-            }
-            to = to.add(head.len());
-            for s in frame.rest() {
-                std::ptr::copy(s.as_ptr(), to, s.len());
-                to = to.add(s.len());
-            }
-        }
-        if let Some(log) = self.gate.live().and_then(|l| l.log.as_ref())
-            && !log.mark(p.piece.gpa, need as u64)
-        {
-            return Err(Broken::Log(p.piece.gpa));
-        }
-        self.ring.complete(p.chain, need as u32);
-        self.next = p.after;
-        self.unflushed += 1;
-        Ok(())
     }
 
     fn try_send(&mut self, frame: &Frame<'_>) -> Result<(), Not> {
@@ -237,11 +199,113 @@ impl<R: Ring> Tx<R> {
             left -= n;
         }
         self.next = after;
+        // One that is not plain ends what was looked at ahead.
+        self.plains.take(self.chains.len());
         Ok(())
     }
 
     fn set_broken(&mut self, why: Broken) {
         self.gate.set_broken(why);
+    }
+
+    /// Looks at the next plain buffers, as far as a burst more, and takes their first lines away from the guest's processor,
+    /// which has read them: so much earlier than they are written that no store has to wait.
+    #[inline]
+    fn look_ahead(&mut self, want: usize) {
+        let had = self.plains.waiting().len();
+        let at = self.ring.after(self.next, had as u16);
+        let max = want.saturating_sub(had).max(1);
+        self.ring
+            .peek_plain(at, max, Direction::Write, &mut self.plains);
+        for p in &self.plains.waiting()[had..] {
+            let at = p.ptr.as_ptr();
+            prefetch_to_write(at);
+        }
+    }
+
+    /// Marks the first `n` of the plain buffers, of which so many bytes were written.
+    fn mark_run(&mut self, n: usize, written: impl Fn(usize) -> u32) {
+        let Some(live) = self.gate.live() else { return };
+        let Some(log) = &live.log else { return };
+        let mark = |(i, p): (usize, &Plain)| {
+            let gpa = live.mem.gpa(p.ptr).unwrap_or_default();
+            let marked = log.mark(gpa, u64::from(written(i)));
+            (!marked).then_some(Broken::Log(gpa))
+        };
+        if let Some(why) = self.plains.waiting()[..n].iter().enumerate().find_map(mark) {
+            self.set_broken(why);
+        }
+    }
+}
+
+/// What the copies of a run are compiled for: a line by one store keeps twice as many lines under way.
+#[derive(Debug, Clone, Copy)]
+enum Cpu {
+    Any,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Cpu {
+    fn here() -> Cpu {
+        #[cfg(target_arch = "x86_64")]
+        if std::arch::is_x86_feature_detected!("avx512f")
+            && std::arch::is_x86_feature_detected!("avx512vl")
+        {
+            return Cpu::Avx512;
+        }
+        Cpu::Any
+    }
+}
+
+/// Writes each frame into the buffer of the same place.
+///
+/// # Safety
+/// As for [`write_plain`], for each.
+#[inline(always)]
+unsafe fn write_run(frames: &[Frame<'_>], plains: &[Plain], hdr_len: u8) {
+    for (frame, p) in frames.iter().zip(plains) {
+        // SAFETY: by the contract.
+        unsafe { write_plain(frame, p.ptr.as_ptr(), hdr_len) };
+    }
+}
+
+/// # Safety
+/// As for [`write_run`]; the processor has AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl")]
+unsafe fn write_run_avx512(frames: &[Frame<'_>], plains: &[Plain], hdr_len: u8) {
+    // SAFETY: by the contract.
+    unsafe { write_run(frames, plains, hdr_len) }
+}
+
+/// Writes a frame of which nothing is asked, and its header, into a buffer that takes both.
+///
+/// # Safety
+/// `to` is writable for `hdr_len` (10 or 12) bytes and the frame's.
+#[inline(always)]
+unsafe fn write_plain(frame: &Frame<'_>, mut to: *mut u8, hdr_len: u8) {
+    let plain = usize::from(hdr_len) == PLAIN_HDR.len();
+    // SAFETY: all of it is within the header and the frame. A head is our own memory; the other pieces may be the guest's own
+    // and overlap, for which `copy` is defined.
+    unsafe {
+        match frame.plain_front().filter(|_| plain) {
+            Some(front) => {
+                copy_head(front.as_ptr(), to, front.len());
+                to = to.add(front.len());
+            }
+            None => {
+                // The shorter one lacks the number of buffers (virtio 1.2, 5.1.6.1).
+                std::ptr::copy_nonoverlapping(PLAIN_HDR.as_ptr(), to, usize::from(hdr_len));
+                to = to.add(usize::from(hdr_len));
+                copy_head(frame.head().as_ptr(), to, frame.head().len());
+                to = to.add(frame.head().len());
+            }
+        }
+        for s in frame.rest() {
+            std::ptr::copy(s.as_ptr(), to, s.len());
+            to = to.add(s.len());
+        }
     }
 }
 
@@ -290,28 +354,41 @@ impl<R: Ring> TxQueue for Tx<R> {
         if self.gate.is_broken() || !self.enter() {
             return 0;
         }
-        self.ring
-            .peek_plain(self.next, frames.len(), Direction::Write, &mut self.plains);
-        let hdr_len = u32::from(self.features.hdr_len);
-        let mut done = 0;
-        for (i, frame) in frames.iter().enumerate() {
-            let Some(&p) = self.plains.0.get(i) else {
-                break;
-            };
-            let fits = p.piece.host.len >= hdr_len + frame.len;
-            if !fits || frame.vnet != VnetHdr::default() {
-                break;
+        let hdr_len = self.features.hdr_len;
+        let room = |frame: &Frame<'_>| u32::from(hdr_len) + frame.len;
+        let simple = |frame: &&Frame<'_>| frame.vnet == VnetHdr::default();
+        let n = frames.iter().take_while(simple).count();
+        if self.plains.waiting().len() < n {
+            self.look_ahead(n);
+        }
+        let plains = self.plains.waiting();
+        let fits = |(frame, p): &(&Frame<'_>, &Plain)| p.len >= room(frame);
+        let n = frames[..n].iter().zip(plains).take_while(fits).count();
+        let (frames, plains) = (&frames[..n], &plains[..n]);
+        // SAFETY: the buffers are writable for header and frame, as was just checked; nothing is asked for; the processor has
+        // what `cpu` says.
+        unsafe {
+            match self.cpu {
+                #[cfg(target_arch = "x86_64")]
+                Cpu::Avx512 => write_run_avx512(frames, plains, hdr_len),
+                Cpu::Any => write_run(frames, plains, hdr_len),
             }
-            if let Err(why) = self.write_plain(frame, &p) {
-                self.set_broken(why);
-                break;
+        }
+        if n > 0 {
+            let chain = |i: usize| (plains[i].chain(), room(&frames[i]));
+            self.ring.complete_run(n, chain);
+            self.mark_run(n, |i| room(&frames[i]));
+            self.plains.take(n);
+            self.next = self.ring.after(self.next, n as u16);
+            self.unflushed += n as u64;
+            if self.plains.waiting().len() < BURST {
+                self.look_ahead(BURST);
             }
-            done += 1;
         }
         if self.unflushed == 0 {
             self.gate.leave();
         }
-        done
+        n
     }
 
     fn send(&mut self, frame: &Frame<'_>) -> Sent {
@@ -353,11 +430,7 @@ impl<R: Ring> TxQueue for Tx<R> {
             Err(why) => self.set_broken(why),
         }
         self.gate.set_next(self.next.0);
-        self.gate
-            .counters()
-            .frames
-            .fetch_add(self.unflushed, Ordering::Relaxed);
-        self.unflushed = 0;
+        self.gate.count(std::mem::take(&mut self.unflushed));
         self.gate.leave();
     }
 

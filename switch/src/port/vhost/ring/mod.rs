@@ -2,9 +2,9 @@
 //!
 //! Invariant: no method allocates, and each does bounded work whatever the guest wrote.
 
-use crate::mem::guest::Host;
+use std::ptr::NonNull;
 
-use arrayvec::ArrayVec;
+use crate::mem::guest::Host;
 
 use super::live::Live;
 use crate::port::BURST;
@@ -76,20 +76,87 @@ pub enum Direction {
     Write,
 }
 
-/// A chain of one descriptor in one region: what nearly all are.
+/// A chain of one descriptor in one region, what nearly all are. It takes one slot.
 #[derive(Debug, Clone, Copy)]
 pub struct Plain {
+    /// Its memory: `len` bytes.
+    pub ptr: NonNull<u8>,
+    /// In bytes.
+    pub len: u32,
     /// To give it back.
-    pub chain: Chain,
-    /// The position behind it.
-    pub after: Pos,
-    /// Its memory.
-    pub piece: Piece,
+    pub id: u16,
 }
 
-/// Plain chains, one behind the other.
-#[derive(Debug, Default)]
-pub struct Plains(pub ArrayVec<Plain, BURST>);
+impl Plain {
+    /// To give it back.
+    #[inline]
+    pub fn chain(&self) -> Chain {
+        Chain {
+            id: self.id,
+            slots: 1,
+        }
+    }
+}
+
+/// Plain chains, one behind the other: looked at, not given back yet.
+#[derive(Debug)]
+pub struct Plains {
+    all: [Plain; 3 * BURST],
+    /// Up to here they are gone, up to there they wait.
+    gone: usize,
+    end: usize,
+}
+
+impl Default for Plains {
+    fn default() -> Plains {
+        let none = Plain {
+            ptr: NonNull::dangling(),
+            len: 0,
+            id: 0,
+        };
+        Plains {
+            all: [none; 3 * BURST],
+            gone: 0,
+            end: 0,
+        }
+    }
+}
+
+impl Plains {
+    /// The first of them is the ring's next.
+    #[inline]
+    pub fn waiting(&self) -> &[Plain] {
+        self.all.get(self.gone..self.end).unwrap_or_default()
+    }
+
+    /// The first `n`, or all, are gone.
+    #[inline]
+    pub fn take(&mut self, n: usize) {
+        self.gone = (self.gone + n).min(self.end);
+    }
+
+    /// Forgets all but the first `n`.
+    #[inline]
+    pub fn truncate(&mut self, n: usize) {
+        self.end = self.end.min(self.gone + n);
+    }
+
+    /// Room for a burst; [`Plains::added`] then says how much of it was filled.
+    #[inline]
+    fn room(&mut self) -> &mut [Plain] {
+        if self.all.len() - self.end < BURST {
+            self.all.copy_within(self.gone..self.end, 0);
+            (self.gone, self.end) = (0, self.end - self.gone);
+        }
+        let room = self.all.len().min(self.end + BURST);
+        &mut self.all[self.end..room]
+    }
+
+    #[inline]
+    fn added(&mut self, n: usize) {
+        self.end = self.all.len().min(self.end + n);
+    }
+}
 
 /// A ring layout.
 pub trait Ring: Send {
@@ -103,12 +170,16 @@ pub trait Ring: Send {
         direction: Direction,
         pieces: &mut Pieces,
     ) -> Result<Option<(Chain, Pos)>, Broken>;
-    /// The plain chains from `at` on, at most `max`, up to the first that is anything else or not there. Their loads do
-    /// not wait for each other, as those of one [`Ring::peek`] after the other do.
+    /// Adds the plain chains from `at` on to `out`, at most `max` and a burst, up to the first that is anything else or not
+    /// there. Their loads do not wait for each other, as those of one [`Ring::peek`] after the other do.
     fn peek_plain(&mut self, at: Pos, max: usize, direction: Direction, out: &mut Plains);
     /// Gives a chain back with `written` bytes in it; chains must come in the order of their positions. The driver sees
     /// it after [`Ring::publish`].
     fn complete(&mut self, chain: Chain, written: u32);
+    /// The same for `n` chains in a row, which `chain` tells, with the bytes in each.
+    fn complete_run(&mut self, n: usize, chain: impl Fn(usize) -> (Chain, u32));
+    /// The position behind so many slots.
+    fn after(&self, at: Pos, slots: u16) -> Pos;
     /// Shows the driver what was given back. True if there was anything.
     fn publish(&mut self) -> Result<bool, Broken>;
     /// Whether the driver wants a signal for what was published since it was last asked. Only behind a full barrier after

@@ -18,15 +18,14 @@
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use super::super::dirty::DirtyLog;
 use super::super::features::RingFeatures;
 use super::super::live::{Areas, Live};
-use super::common::{DESC_BYTES, atomic, buffer, words};
-use super::{Broken, CHAIN_MAX, Chain, Direction, Piece, Pieces, Plain, Plains, Pos, Ring};
+use super::common::{DESC_BYTES, atomic, buffer, words, words_aligned};
+use super::{Broken, CHAIN_MAX, Chain, Direction, Pieces, Plain, Plains, Pos, Ring};
 use crate::mem::guest::GuestMem;
-use crate::port::BURST;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -264,34 +263,32 @@ impl Ring for Packed {
     }
 
     fn peek_plain(&mut self, at: Pos, max: usize, direction: Direction, out: &mut Plains) {
-        out.0.clear();
         let want = match direction {
             Direction::Read => 0,
             Direction::Write => WRITE,
         };
         let mut pos = at.0;
-        for _ in 0..max.min(BURST) {
+        let mut found = 0;
+        for plain in out.room().iter_mut().take(max) {
             if !self.is_available(pos) {
-                return;
+                break;
             }
-            // SAFETY: a position's slot is below `num` (`new`, `behind`), and the table was checked for `num` descriptors.
-            let d = unsafe { Self::desc(self.areas.desc, u32::from(pos & !WRAP)) };
-            if d.flags & (NEXT | INDIRECT | WRITE) != want || d.len == 0 {
-                return;
+            let slot = u32::from(pos & !WRAP);
+            // SAFETY: a position's slot is below `num` (`new`, `behind`), and the table was checked for `num` descriptors and
+            // its alignment.
+            let [addr, rest] = unsafe { words_aligned(self.areas.desc, slot) };
+            let (len, id, flags) = (rest as u32, (rest >> 32) as u16, (rest >> 48) as u16);
+            if flags & (NEXT | INDIRECT | WRITE) != want || len == 0 {
+                break;
             }
-            let Some(host) = self.mem.at(&mut self.region, d.addr, d.len) else {
-                return;
+            let Some(ptr) = self.mem.whole(&mut self.region, addr, len) else {
+                break;
             };
-            if host.len != d.len {
-                return;
-            }
+            *plain = Plain { ptr, len, id };
             pos = behind(pos, 1, self.num);
-            out.0.push(Plain {
-                chain: Chain { id: d.id, slots: 1 },
-                after: Pos(pos),
-                piece: Piece { host, gpa: d.addr },
-            });
+            found += 1;
         }
+        out.added(found);
     }
 
     #[inline]
@@ -305,25 +302,38 @@ impl Ring for Packed {
         self.used = behind(self.used, chain.slots, self.num);
     }
 
+    #[inline]
+    fn complete_run(&mut self, n: usize, chain: impl Fn(usize) -> (Chain, u32)) {
+        for i in 0..n {
+            let (chain, written) = chain(i);
+            self.complete(chain, written);
+        }
+    }
+
+    #[inline]
+    fn after(&self, at: Pos, slots: u16) -> Pos {
+        Pos(behind(at.0, slots, self.num))
+    }
+
     fn publish(&mut self) -> Result<bool, Broken> {
         let Some(first) = self.done.first().copied() else {
             return Ok(false);
         };
-        // The driver reads in order and stops at the first: that one's flags go last.
-        for d in self.done.iter().rev() {
+        let write = |d: &Done| {
             let mut flags = if d.at & WRAP != 0 { AVAIL | USED } else { 0 };
             if d.written > 0 {
                 flags |= WRITE;
             }
-            let offset = DESC_BYTES as usize * usize::from(d.at & !WRAP);
-            // SAFETY: a position's slot is below `num`; len and id lie 8 and 12 behind a multiple of 16 in the table.
-            unsafe {
-                let at = self.areas.desc.as_ptr().add(offset);
-                at.add(8).cast::<u32>().write_volatile(d.written.to_le());
-                at.add(12).cast::<u16>().write_volatile(d.id.to_le());
-            }
-            self.flags_of(d.at).store(flags.to_le(), Ordering::Release);
-        }
+            let word = u64::from(d.written) | u64::from(d.id) << 32 | u64::from(flags) << 48;
+            let offset = DESC_BYTES as usize * usize::from(d.at & !WRAP) + 8;
+            // SAFETY: a position's slot is below `num`; length, id and flags are 8 bytes, 8 behind a multiple of 16 in the
+            // table, which is aligned to 16.
+            let at = unsafe { &*self.areas.desc.as_ptr().add(offset).cast::<AtomicU64>() };
+            at.store(word.to_le(), Ordering::Release);
+        };
+        // The driver reads in order and stops at the first: that one goes last.
+        self.done[1..].iter().for_each(write);
+        write(&first);
         if self.log.is_some() {
             for d in &self.done {
                 let offset = DESC_BYTES as usize * usize::from(d.at & !WRAP);

@@ -20,8 +20,8 @@ use std::sync::atomic::{Ordering, fence};
 use super::super::dirty::DirtyLog;
 use super::super::features::RingFeatures;
 use super::super::live::{Areas, Live};
-use super::common::{DESC_BYTES, atomic, buffer, words};
-use super::{Broken, CHAIN_MAX, Chain, Direction, Piece, Pieces, Plain, Plains, Pos, Ring};
+use super::common::{DESC_BYTES, atomic, buffer, words, words_aligned};
+use super::{Broken, CHAIN_MAX, Chain, Direction, Pieces, Plain, Plains, Pos, Ring};
 use crate::mem::guest::GuestMem;
 use crate::port::BURST;
 
@@ -129,6 +129,17 @@ impl Split {
         // SAFETY: callers pass an even offset of at most 4 + 2 * num, within the area of 6 + 2 * num bytes that was
         // checked at set-up.
         unsafe { atomic(self.areas.avail, offset) }.load(Ordering::Relaxed)
+    }
+
+    /// Writes an entry of the used ring. Nobody looks at it before the index has passed it.
+    #[inline(always)]
+    fn write_used(&self, pos: u16, id: u16, written: u32) {
+        let entry = u64::from(id) | u64::from(written) << 32;
+        // SAFETY: a slot's entry ends at 4 + 8 * num at most, within the used area checked at set-up.
+        unsafe {
+            let at = self.areas.used.as_ptr().add(RING + 8 * self.slot(pos));
+            at.cast::<u64>().write_unaligned(entry.to_le());
+        }
     }
 
     /// Looks at the driver's index again.
@@ -252,13 +263,13 @@ impl Ring for Split {
     }
 
     fn peek_plain(&mut self, at: Pos, max: usize, direction: Direction, out: &mut Plains) {
-        out.0.clear();
+        let max = max.min(BURST);
         let here = |ring: &Split| usize::from(ring.avail.wrapping_sub(at.0));
         // The one that looks without need pays for a line that the driver is writing.
         if here(self) < max && self.look().is_err() {
             return;
         }
-        let n = here(self).min(max).min(BURST);
+        let n = here(self).min(max);
         let mut ids = [0u16; BURST];
         for (i, id) in ids[..n].iter_mut().enumerate() {
             let slot = self.slot(at.0.wrapping_add(i as u16));
@@ -268,42 +279,47 @@ impl Ring for Split {
             Direction::Read => 0,
             Direction::Write => DESC_WRITE,
         };
-        for (i, &id) in ids[..n].iter().enumerate() {
+        let mut found = 0;
+        for (&id, plain) in ids[..n].iter().zip(out.room()) {
             if id >= self.num {
-                return;
+                break;
             }
-            // SAFETY: `id < num`, and the table was checked for `num` descriptors.
-            let d = unsafe { Self::desc(self.areas.desc, u32::from(id)) };
-            if d.flags & (DESC_NEXT | DESC_INDIRECT | DESC_WRITE) != want || d.len == 0 {
-                return;
+            // SAFETY: `id < num`, and the table was checked for `num` descriptors and its alignment.
+            let [addr, rest] = unsafe { words_aligned(self.areas.desc, u32::from(id)) };
+            let (len, flags) = (rest as u32, (rest >> 32) as u16);
+            if flags & (DESC_NEXT | DESC_INDIRECT | DESC_WRITE) != want || len == 0 {
+                break;
             }
-            let Some(host) = self.mem.at(&mut self.region, d.addr, d.len) else {
-                return;
+            let Some(ptr) = self.mem.whole(&mut self.region, addr, len) else {
+                break;
             };
-            if host.len != d.len {
-                return;
-            }
-            let piece = Piece { host, gpa: d.addr };
-            let after = Pos(at.0.wrapping_add(i as u16 + 1));
-            let chain = Chain { id, slots: 1 };
-            out.0.push(Plain {
-                chain,
-                after,
-                piece,
-            });
+            *plain = Plain { ptr, len, id };
+            found += 1;
         }
+        out.added(found);
     }
 
     #[inline]
     fn complete(&mut self, chain: Chain, written: u32) {
-        let offset = RING + 8 * self.slot(self.used);
-        // SAFETY: a slot's entry ends at 4 + 8 * num at most, within the used area checked at set-up; aligned to 4.
-        unsafe {
-            let entry = self.areas.used.as_ptr().add(offset).cast::<u32>();
-            entry.write_volatile(u32::from(chain.id).to_le());
-            entry.add(1).write_volatile(written.to_le());
-        }
+        self.write_used(self.used, chain.id, written);
         self.used = self.used.wrapping_add(1);
+    }
+
+    #[inline]
+    fn complete_run(&mut self, n: usize, chain: impl Fn(usize) -> (Chain, u32)) {
+        // All entries of a line, one behind the other: stores that go to and fro between lines that the driver has wait for
+        // each of them again and again.
+        let first = self.used;
+        for i in 0..n {
+            let (chain, written) = chain(i);
+            self.write_used(first.wrapping_add(i as u16), chain.id, written);
+        }
+        self.used = first.wrapping_add(n as u16);
+    }
+
+    #[inline]
+    fn after(&self, at: Pos, slots: u16) -> Pos {
+        Pos(at.0.wrapping_add(slots))
     }
 
     fn publish(&mut self) -> Result<bool, Broken> {

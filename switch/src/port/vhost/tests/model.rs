@@ -26,6 +26,10 @@ enum Op {
     Send {
         len: usize,
     },
+    /// Frames of so many bytes, the way a worker sends a run: what does not go by the short way goes by the other.
+    SendRun {
+        lens: Vec<usize>,
+    },
     Flush,
     /// A new snapshot, nothing changed.
     Swap,
@@ -34,7 +38,11 @@ enum Op {
 
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
-        4 => (0usize..3000, 1usize..30, any::<bool>())
+        // What nearly all are: short ways depend on it.
+        4 => (0usize..1600).prop_map(|len| Op::Guest { len, pieces: 1, indirect: false }),
+        4 => (1500u32..2500).prop_map(|n| Op::Buffer { sizes: vec![n], indirect: false }),
+        2 => prop::collection::vec(14usize..1600, 1..40).prop_map(|lens| Op::SendRun { lens }),
+        3 => (0usize..3000, 1usize..30, any::<bool>())
             .prop_map(|(len, pieces, indirect)| Op::Guest { len, pieces, indirect }),
         3 => Just(Op::Burst),
         2 => (0usize..40).prop_map(Op::Release),
@@ -113,6 +121,26 @@ proptest! {
                     let f = frame(seed, len);
                     if w.tx.queue.send(&Frame::from_slice(VnetHdr::default(), &f)) == Sent::Yes {
                         unflushed.push(f);
+                    }
+                }
+                Op::SendRun { lens } => {
+                    let all: Vec<_> = lens.iter().map(|&len| frame(seed, len)).collect();
+                    for burst in all.chunks(BURST) {
+                        let frames: Vec<_> =
+                            burst.iter().map(|f| Frame::from_slice(VnetHdr::default(), f)).collect();
+                        let mut done = 0;
+                        while done < frames.len() {
+                            let n = w.tx.queue.send_run(&frames[done..]);
+                            unflushed.extend_from_slice(&burst[done..done + n]);
+                            done += n;
+                            let Some(f) = frames.get(done) else { break };
+                            match w.tx.queue.send(f) {
+                                Sent::Yes => unflushed.push(burst[done].clone()),
+                                Sent::Full => break,
+                                _ => {}
+                            }
+                            done += 1;
+                        }
                     }
                 }
                 Op::Flush => {

@@ -257,6 +257,12 @@ fn runts_are_consumed_and_counted_once() {
     }
     assert_eq!(w.rx.queue.errors().malformed, 2);
     w.rx.queue.release(1);
+    // What follows goes at the next look at the latest.
+    {
+        let mut out = Burst::new();
+        w.rx.queue.burst(&mut out);
+        assert!(out.is_empty());
+    }
     assert_eq!(w.rx.driver.reap().len(), 3);
     // A burst of nothing else ends too.
     for _ in 0..BURST + 8 {
