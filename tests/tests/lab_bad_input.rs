@@ -6,6 +6,7 @@ use gangway_tests::lab::demo::{Freeze, Ports};
 use gangway_tests::lab::gangway::Programs;
 use gangway_tests::lab::group::Group;
 use gangway_tests::lab::moved::{self, World};
+use gangway_tests::lab::{CRASH, once_more_after_a_crash};
 
 use gangway_tests::lab::process::{Process, run, until};
 use gangway_tests::lab::traffic::Flow;
@@ -100,16 +101,19 @@ fn is_clean(flows: &[Flow], when: &str) {
 }
 
 /// A world whose logs are kept when what is done in it fails.
-fn in_world(name: &str, group: &Group, act: impl FnOnce(&mut World)) {
+fn in_world(name: &str, group: &Group, act: impl Fn(&mut World)) {
+    once_more_after_a_crash(|| in_world_once(name, group, &act));
+}
+
+fn in_world_once(name: &str, group: &Group, act: impl Fn(&mut World)) {
     let logs = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     let mut world = World::new(group, Ports::VhostUser, &logs).unwrap();
     if let Err(panic) = catch_unwind(AssertUnwindSafe(|| act(&mut world))) {
         world.lab.keep_logs(&logs).unwrap();
-        for host in ["a", "b"] {
-            let shown = world.coordinator.ask(&["host", "show", host, "-o", "json"]);
-            eprintln!("{}", shown.unwrap_or_default());
-        }
+        eprintln!("{}", world.drops());
         eprintln!("logs in {}", logs.display());
+        let crashed = world.lab.crashed();
+        assert!(crashed.is_empty(), "{CRASH}: {crashed:?}");
         resume_unwind(panic);
     }
 }
@@ -346,7 +350,9 @@ fn a_group_of_one_moves_without_losing_a_frame() {
         settle: Duration::from_secs(1),
     };
     let (ports, freeze) = (Ports::VhostUser, Freeze::Switchover);
-    let run = moved::run(&group, ports, freeze, phases, &logs, say).unwrap();
+    let run = once_more_after_a_crash(|| {
+        moved::run(&group, ports, freeze, phases, &logs, say).unwrap_or_else(|e| panic!("{e:#}"))
+    });
     assert_eq!(run.order, ["solo"]);
     assert!(run.clean, "{run:#?}");
 }

@@ -6,6 +6,7 @@ use gangway_tests::lab::group::Group;
 use gangway_tests::lab::moved::{self, World};
 use gangway_tests::lab::process::{Process, until};
 use gangway_tests::lab::report::Run;
+use gangway_tests::lab::{CRASH, once_more_after_a_crash};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -18,6 +19,10 @@ fn logs(name: &str) -> PathBuf {
 }
 
 fn moves(ports: Ports, freeze: Freeze, name: &str) -> Run {
+    once_more_after_a_crash(|| moves_once(ports, freeze, name))
+}
+
+fn moves_once(ports: Ports, freeze: Freeze, name: &str) -> Run {
     let say = &mut |text: &str| eprintln!("{name}: {text}");
     let run = moved::run(
         &Group::default(),
@@ -96,7 +101,11 @@ fn all_run_on_a(world: &mut World, when: &str) {
 
 /// A world under traffic in which `body` does something, after which the group moves and the traffic must be clean, but for
 /// `lost` datagrams in all.
-fn in_a_world(ports: Ports, name: &str, lost: u64, body: impl FnOnce(&mut World)) {
+fn in_a_world(ports: Ports, name: &str, lost: u64, body: impl Fn(&mut World)) {
+    once_more_after_a_crash(|| in_a_world_once(ports, name, lost, &body));
+}
+
+fn in_a_world_once(ports: Ports, name: &str, lost: u64, body: impl Fn(&mut World)) {
     let group = Group::default();
     let mut world = World::new(&group, ports, &logs(name)).unwrap();
     world.traffic.start().unwrap();
@@ -126,6 +135,8 @@ fn in_a_world(ports: Ports, name: &str, lost: u64, body: impl FnOnce(&mut World)
     }));
     if let Err(panic) = result {
         world.lab.keep_logs(&logs(name)).unwrap();
+        let crashed = world.lab.crashed();
+        assert!(crashed.is_empty(), "{CRASH}: {crashed:?}");
         std::panic::resume_unwind(panic);
     }
 }

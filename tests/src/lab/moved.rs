@@ -181,6 +181,11 @@ pub fn run(
     let mut world = World::new(group, ports, logs)?;
     let result = run_in(&mut world, freeze, phases, say);
     world.lab.keep_logs(logs)?;
+    if result.as_ref().is_ok_and(|run| !run.clean) && !world.lab.crashed().is_empty() {
+        return world
+            .lab
+            .blame(Err(anyhow::anyhow!("the traffic is not clean")));
+    }
     world.lab.blame(result)
 }
 

@@ -175,6 +175,14 @@ impl Session {
             Split::used_idx(&live.areas)
         };
         if next != v.base {
+            // After a crash of ours, as it should be. After a migration it would mean that a page of the ring stayed behind.
+            tracing::warn!(
+                port = self.shared.slot,
+                ring = i,
+                said = v.base,
+                next,
+                "vhost-user: the ring is not where the front-end says"
+            );
             self.shared.state(|s| s.resumed += 1);
         }
         v.base = next;
