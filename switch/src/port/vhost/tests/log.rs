@@ -36,6 +36,7 @@ proptest! {
         mrg in any::<bool>(),
         event_idx in any::<bool>(),
         packed in any::<bool>(),
+        in_runs in any::<bool>(),
         lens in prop::collection::vec(14usize..9000, 1..12),
     ) {
         let bits = VERSION_1 | if mrg { MRG } else { 0 } | if event_idx { EVENT_IDX } else { 0 };
@@ -58,8 +59,14 @@ proptest! {
         w.rx.queue.burst(&mut out);
         let mut done = 0;
         let mut written = 0;
-        for f in &out {
-            if w.tx.queue.send(f) == Sent::Yes {
+        while let Some(f) = out.get(done) {
+            let run = if in_runs { w.tx.queue.send_run(&out[done..]) } else { 0 };
+            written += out[done..done + run].iter().map(|f| f.len + 12).sum::<u32>();
+            done += run;
+            if run == 0 {
+                if w.tx.queue.send(f) != Sent::Yes {
+                    break;
+                }
                 done += 1;
                 written += f.len + 12;
             }
