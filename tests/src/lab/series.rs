@@ -168,13 +168,15 @@ pub struct Options {
     pub runs: u32,
     /// The methods, in turn.
     pub methods: Vec<Method>,
+    /// What is moved.
+    pub group: Group,
     /// Where the figures and logs go.
     pub out: PathBuf,
 }
 
 /// Runs the series; whether all of Gangway's runs were clean. What has been measured is written after each run.
 pub fn run(options: &Options, say: &mut dyn FnMut(&str)) -> Result<bool> {
-    let group = Group::default();
+    let group = &options.group;
     let total = options.runs as usize * options.methods.len();
     let mut taken = Vec::new();
     for round in 1..=options.runs {
@@ -188,8 +190,8 @@ pub fn run(options: &Options, say: &mut dyn FnMut(&str)) -> Result<bool> {
                 .out
                 .join("logs")
                 .join(format!("{}-{round}", method.name()));
-            let (figures, error) = match method.run(&group, &logs, say) {
-                Ok(run) => (Some(Figures::of(&group, &run)), None),
+            let (figures, error) = match method.run(group, &logs, say) {
+                Ok(run) => (Some(Figures::of(group, &run)), None),
                 Err(error) => (None, Some(format!("{error:#}"))),
             };
             let one = Taken {
