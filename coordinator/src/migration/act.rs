@@ -304,8 +304,12 @@ async fn precopy(w: &Arc<World>) -> Result<(), StepError> {
     })
     .await?;
 
+    let on_taps = w.source.ports().await?.iter().any(|p| {
+        let moves = |vm: &String| w.mission.vms().contains(vm);
+        p.kind == "tap" && p.vm.as_ref().is_some_and(moves)
+    });
     let begun = Instant::now();
-    let mut brink = Brink::new(sources.len());
+    let mut brink = Brink::new(sources.len(), on_taps);
     loop {
         let looks = w
             .each(|w, vm| async move { Ok(w.qemu(End::Source, &vm).await?.healthy().await?) })
@@ -336,6 +340,9 @@ async fn precopy(w: &Arc<World>) -> Result<(), StepError> {
                 }
             }
             return Ok(());
+        }
+        if orders.contains(&Order::Freeze) {
+            freeze(w, Scope::All).await?;
         }
         let mut set = JoinSet::new();
         for order in orders {

@@ -97,6 +97,8 @@ pub enum Order {
         /// What it becomes.
         rate: Rate,
     },
+    /// Freeze now; VMs run on. Once, before the first sprint.
+    Freeze,
     /// Freeze and stop now.
     Go,
 }
@@ -105,7 +107,7 @@ impl Order {
     fn vm(&self) -> Option<usize> {
         match self {
             Order::Bandwidth { vm, .. } => Some(*vm),
-            Order::Go => None,
+            Order::Freeze | Order::Go => None,
         }
     }
 }
@@ -151,12 +153,14 @@ pub struct Brink {
     /// When all were looked at last, what they had sent, and the fastest that was seen, bytes per millisecond.
     sent: (f64, u64),
     link: f64,
+    /// The freeze must come before a sprint, and has not yet.
+    to_freeze: bool,
     gone: bool,
 }
 
 impl Brink {
     /// For so many VMs, all of which are being copied at full bandwidth.
-    pub fn new(vms: usize) -> Brink {
+    pub fn new(vms: usize, freeze_first: bool) -> Brink {
         let vm = Vm {
             stage: Stage::Copy,
             last: None,
@@ -172,6 +176,7 @@ impl Brink {
             all_held: None,
             sent: (0.0, 0),
             link: 0.0,
+            to_freeze: freeze_first,
             gone: false,
         }
     }
@@ -254,6 +259,9 @@ impl Brink {
                         .map(|rate| Order::Bandwidth { vm: i, rate }),
                 );
             }
+        } else if self.to_freeze && now - since >= HOLD_MS {
+            self.to_freeze = false;
+            orders.push(Order::Freeze);
         } else if self.well_placed(now, since) {
             self.sprint = Some(now);
             self.sprints += 1;

@@ -91,8 +91,13 @@ struct Verdict {
     asleep: usize,
 }
 
-fn play(mut vms: Vec<Model>, link_mb_s: f64) -> Verdict {
-    let mut brink = Brink::new(vms.len());
+fn play(vms: Vec<Model>, link_mb_s: f64) -> Verdict {
+    play_with(vms, link_mb_s, false)
+}
+
+fn play_with(mut vms: Vec<Model>, link_mb_s: f64, freeze_first: bool) -> Verdict {
+    let mut brink = Brink::new(vms.len(), freeze_first);
+    let mut frozen = false;
     let full = (link_mb_s * 1e6) as u64 / vms.len() as u64;
     for vm in &mut vms {
         vm.limit = full as f64;
@@ -124,8 +129,18 @@ fn play(mut vms: Vec<Model>, link_mb_s: f64) -> Verdict {
             // Shown when a test fails.
             println!("{now:.1} {order:?} {samples:?}");
             match order {
-                Order::Bandwidth { vm, rate } => vms[vm].limit = rate.bytes_per_s(full) as f64,
+                Order::Bandwidth { vm, rate } => {
+                    assert!(frozen || !freeze_first || rate != Rate::Unlimited);
+                    vms[vm].limit = rate.bytes_per_s(full) as f64;
+                }
+                Order::Freeze => {
+                    assert!(freeze_first && !frozen, "once, and only if it is wanted");
+                    frozen = true;
+                    // It takes its time.
+                    look += 20.0;
+                }
                 Order::Go => {
+                    assert_eq!(frozen, freeze_first);
                     return Verdict {
                         at_ms: now,
                         left: vms.iter().map(|v| v.remaining).sum(),
@@ -161,6 +176,19 @@ fn a_busy_group_is_stopped_awake_with_little_left_and_nobody_early() {
 }
 
 #[test]
+fn a_group_on_taps_is_frozen_before_the_sprint_and_stopped_as_well() {
+    for shift in [0.0, 15.0, 50.0] {
+        let vms = vec![
+            Model::new(130.0, 5.0, 32.0, 0.0),
+            Model::new(130.0, 5.0, 32.0, shift),
+        ];
+        let v = play_with(vms, 125.0, true);
+        assert_eq!((v.early, v.asleep), (0, 0), "shift {shift}");
+        assert!(v.left + v.left_unknown < 8e6, "shift {shift}: {}", v.left);
+    }
+}
+
+#[test]
 fn a_vm_that_dirties_faster_than_the_link_does_not_hold_the_group_for_ever() {
     let v = play(
         vec![
@@ -181,7 +209,7 @@ fn one_vm_on_a_fast_link() {
 
 #[test]
 fn who_was_stopped_by_qemu_takes_the_others_along() {
-    let mut b = Brink::new(2);
+    let mut b = Brink::new(2, false);
     let running = Sample {
         remaining: 100 << 20,
         sync_count: 1,
