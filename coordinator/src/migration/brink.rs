@@ -155,6 +155,7 @@ pub struct Brink {
     link: f64,
     /// The freeze must come before a sprint, and has not yet.
     to_freeze: bool,
+    frozen: bool,
     gone: bool,
 }
 
@@ -177,6 +178,7 @@ impl Brink {
             sent: (0.0, 0),
             link: 0.0,
             to_freeze: freeze_first,
+            frozen: false,
             gone: false,
         }
     }
@@ -245,7 +247,9 @@ impl Brink {
             self.all_held = None;
             return orders;
         }
-        let since = *self.all_held.get_or_insert(now);
+        // Once they were held for long enough, that is no reason to wait again.
+        let held = if self.frozen { now - HOLD_MS } else { now };
+        let since = *self.all_held.get_or_insert(held);
         let behind = |v: &Vm| matches!(v.stage, Stage::Held { behind: true, .. });
         if self.vms.iter().any(behind) {
             self.all_held = None;
@@ -261,6 +265,9 @@ impl Brink {
             }
         } else if self.to_freeze && now - since >= HOLD_MS {
             self.to_freeze = false;
+            // From here on the group's traffic stands still: the next sprint is the last. The place for it is looked for anew.
+            self.frozen = true;
+            self.all_held = None;
             orders.push(Order::Freeze);
         } else if self.well_placed(now, since) {
             self.sprint = Some(now);
@@ -358,7 +365,7 @@ impl Brink {
         }
         let left_ms = left as f64 / self.link.max(1.0);
         let wanted_ms = LEFT_MS * f64::from(1 << (self.sprints - 1).min(8));
-        let last = self.sprints >= SPRINTS;
+        let last = self.frozen || self.sprints >= SPRINTS;
         match () {
             () if ready && left_ms <= wanted_ms => Some(true),
             () if ready && somebody_idles && (last || left_ms <= ENOUGH_MS) => Some(true),

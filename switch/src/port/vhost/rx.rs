@@ -218,7 +218,7 @@ impl<R: Ring> Rx<R> {
     #[inline]
     fn look_ahead(&mut self, had: usize) {
         let known = self.plains.waiting().len();
-        let max = (had + BURST).saturating_sub(known);
+        let max = (had + BURST).min(self.ring.slots()).saturating_sub(known);
         if max == 0 {
             return;
         }
@@ -554,8 +554,9 @@ impl<R: Ring> RxQueue for Rx<R> {
         let mut at = self.next;
         let mut bounce_free = true;
         let mut walked = 0;
-        while self.seen.len() < BURST && walked < PIECES_PER_BURST {
-            let max = BURST - self.seen.len();
+        let most = BURST.min(self.ring.slots());
+        while self.seen.len() < most && walked < PIECES_PER_BURST {
+            let max = most - self.seen.len();
             self.plains.truncate(0);
             self.ring
                 .peek_plain(at, max, Direction::Read, &mut self.plains);
@@ -576,7 +577,7 @@ impl<R: Ring> RxQueue for Rx<R> {
             }
             at = self.ring.after(at, found as u16);
             walked += 2 * found;
-            if self.seen.len() == BURST {
+            if self.seen.len() == most {
                 break;
             }
             self.pieces.clear();

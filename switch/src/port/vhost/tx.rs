@@ -214,7 +214,10 @@ impl<R: Ring> Tx<R> {
     fn look_ahead(&mut self, want: usize) {
         let had = self.plains.waiting().len();
         let at = self.ring.after(self.next, had as u16);
-        let max = want.saturating_sub(had).max(1);
+        let max = want.min(self.ring.slots()).saturating_sub(had);
+        if max == 0 {
+            return;
+        }
         self.ring
             .peek_plain(at, max, Direction::Write, &mut self.plains);
         for p in &self.plains.waiting()[had..] {

@@ -180,6 +180,8 @@ pub trait Ring: Send {
     fn complete_run(&mut self, n: usize, chain: impl Fn(usize) -> (Chain, u32));
     /// The position behind so many slots.
     fn after(&self, at: Pos, slots: u16) -> Pos;
+    /// Slots of the ring: more cannot wait in it.
+    fn slots(&self) -> usize;
     /// Shows the driver what was given back. True if there was anything.
     fn publish(&mut self) -> Result<bool, Broken>;
     /// Whether the driver wants a signal for what was published since it was last asked. Only behind a full barrier after

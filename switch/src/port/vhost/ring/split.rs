@@ -9,8 +9,8 @@
 //! We give chains back in the order in which they came, so the used index is also the position of the first chain that
 //! is still ours, and nothing is in flight between the two indices.
 //!
-//! Invariant: every access to the three areas is volatile or atomic, at an offset below the size that was checked when
-//! the ring was set up.
+//! Invariant: every access to the three areas is at an offset below the size that was checked when the ring was set up,
+//! and volatile or atomic but for used entries, which nobody reads before the index behind them.
 #![allow(unsafe_code)]
 
 use std::ptr::NonNull;
@@ -147,7 +147,8 @@ impl Split {
     fn look(&mut self) -> Result<(), Broken> {
         let avail = self.load_avail_idx();
         let ahead = avail.wrapping_sub(self.used);
-        if ahead > self.num {
+        // Nor does it go back behind what we have seen.
+        if ahead > self.num || avail.wrapping_sub(self.avail) > self.num {
             return Err(Broken::Index(ahead));
         }
         self.avail = avail;
@@ -320,6 +321,11 @@ impl Ring for Split {
     #[inline]
     fn after(&self, at: Pos, slots: u16) -> Pos {
         Pos(at.0.wrapping_add(slots))
+    }
+
+    #[inline]
+    fn slots(&self) -> usize {
+        usize::from(self.num)
     }
 
     fn publish(&mut self) -> Result<bool, Broken> {

@@ -215,6 +215,8 @@ proptest! {
             }
             drop(out);
             w.rx.queue.release(n / 2);
+            let run: Vec<_> = (0..n % 4).map(|_| Frame::from_slice(VnetHdr::default(), &f)).collect();
+            w.tx.queue.send_run(&run);
             let _ = w.tx.queue.send(&Frame::from_slice(VnetHdr::default(), &f));
             w.tx.queue.flush();
         }
@@ -281,8 +283,13 @@ proptest! {
                 w.rx.queue.release(n / 2);
                 w.rx.queue.arm();
                 w.rx.queue.disarm();
+                let run: Vec<_> = (0..n % 4).map(|_| Frame::from_slice(VnetHdr::default(), &f)).collect();
+                w.tx.queue.send_run(&run);
                 let _ = w.tx.queue.send(&Frame::from_slice(VnetHdr::default(), &f));
                 w.tx.queue.flush();
+                for next in [w.rx.control.next(), w.tx.control.next()] {
+                    prop_assert!(next & 0x7fff < NUM, "a position in the ring");
+                }
             }
         }
         if w.rx.control.broken().is_some() {
