@@ -70,7 +70,7 @@ impl Switch {
                 other => open_device(other, slot, &mut taps),
             };
             let Opened { rx, tx, health } = opened.with_context(|| format!("port {}", p.name))?;
-            engine.set_tx(slot, Some(tx));
+            engine.set_tx(slot, vec![(0, tx)]);
             engine.attach_rx(slot, 0, rx);
             devices.push((slot, health));
         }

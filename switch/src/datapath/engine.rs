@@ -12,9 +12,11 @@ use gangway_shared::config::valid::PortKind;
 use gangway_shared::id::MacAddr;
 
 use super::fdb::Fdb;
+use super::seating::Seating;
 use super::stats::{PortCounters, Traffic};
-use super::worker::{Batch, Command, Outcome, QueueId, Worker, seconds_since};
-use crate::port::{Attach, RxQueue, TxQueue};
+use super::steering::Steering;
+use super::worker::{Batch, Command, Order, Outcome, QueueId, Seat, Worker, seconds_since};
+use crate::port::{Attach, QUEUES, RxQueue, TxQueue};
 use crate::sys;
 
 /// Flows that a worker remembers.
@@ -59,13 +61,15 @@ impl Mode {
     }
 }
 
-/// A port's transmit side; `None` while it is down.
+/// A transmit queue; `None` while there is none.
 pub type Tx = Option<Box<dyn TxQueue>>;
 
 /// Taken for a burst at most, and given back by a plain store: a locked instruction would make the worker wait until all it
 /// has copied is out.
-type TxLock = spin::mutex::SpinMutex<Tx, spin::relax::Yield>;
-/// The transmit side, ours for now.
+#[derive(Default)]
+#[repr(align(64))]
+struct TxLock(spin::mutex::SpinMutex<Tx, spin::relax::Yield>);
+/// The queue, ours for now.
 pub type TxGuard<'a> = spin::mutex::SpinMutexGuard<'a, Tx>;
 
 /// A port as all workers see it.
@@ -84,8 +88,11 @@ pub struct Port {
     pub counters: PortCounters,
     /// Departing: a frame of this VM came in from the network, so the network knows its new place.
     pub marker: AtomicBool,
-    tx: TxLock,
-    up: AtomicBool,
+    /// Who sends to it by which queue.
+    pub steering: Steering,
+    tx: [TxLock; QUEUES],
+    /// Held while queues come and go.
+    changing: Mutex<()>,
     mode: AtomicU8,
     deaf: AtomicBool,
     fixed: AtomicBool,
@@ -103,9 +110,10 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Port {
-    /// The transmit side, for the time of a burst.
-    pub fn tx(&self) -> TxGuard<'_> {
-        self.tx.lock()
+    /// A transmit queue (the first ones of [`QUEUES`]), for the time of a burst.
+    #[inline]
+    pub fn tx(&self, queue: usize) -> TxGuard<'_> {
+        self.tx[queue % QUEUES].0.lock()
     }
 
     /// How it takes part.
@@ -121,9 +129,9 @@ impl Port {
         self.mode.store(m as u8, Ordering::Release);
     }
 
-    /// It has a transmit side.
+    /// It has a transmit queue.
     pub fn is_up(&self) -> bool {
-        self.up.load(Ordering::Acquire)
+        self.steering.is_up()
     }
 
     /// False between a commit and the announcement: the source still hears the network's broadcasts for this VM.
@@ -219,6 +227,29 @@ struct Handle {
 pub struct Engine {
     shared: Arc<Shared>,
     workers: Mutex<Vec<Handle>>,
+    seating: Mutex<Seating>,
+}
+
+/// As long as it lives, no queue changes its worker, and no port gets a worker that it did not have.
+pub struct Pin {
+    engine: Arc<Engine>,
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        lock(&self.engine.seating).unpin();
+    }
+}
+
+impl Pin {
+    /// Who has the lanes of what comes in at a port; at least one.
+    pub fn seats(&self, port: usize) -> Vec<Seat> {
+        let workers = lock(&self.engine.seating).seats(port);
+        workers
+            .into_iter()
+            .map(|worker| Seat { port, worker })
+            .collect()
+    }
 }
 
 /// A worker did not acknowledge a batch in time: the switch is broken.
@@ -232,6 +263,7 @@ const ACK: Duration = Duration::from_secs(5);
 impl Engine {
     /// Starts the workers; ports come without queues.
     pub fn start(cfg: &HostConfig) -> std::io::Result<Arc<Engine>> {
+        let count = cfg.workers.count.max(1);
         let ports = cfg.ports.iter().map(|p| {
             Arc::new(Port {
                 name: p.name.clone(),
@@ -245,8 +277,9 @@ impl Engine {
                 uplink: matches!(p.kind, PortKind::Uplink { .. }),
                 counters: PortCounters::default(),
                 marker: AtomicBool::new(false),
-                tx: TxLock::new(None),
-                up: AtomicBool::new(false),
+                steering: Steering::new(count),
+                tx: std::array::from_fn(|_| TxLock::default()),
+                changing: Mutex::new(()),
                 mode: AtomicU8::new(Mode::Live as u8),
                 deaf: AtomicBool::new(false),
                 fixed: AtomicBool::new(false),
@@ -256,16 +289,14 @@ impl Engine {
             })
         });
         let shared = Arc::new(Shared {
-            traffic: (0..cfg.workers.count.max(1))
-                .map(|_| Traffic::new(cfg.ports.len()))
-                .collect(),
+            traffic: (0..count).map(|_| Traffic::new(cfg.ports.len())).collect(),
             ports: ports.collect(),
             fdb: Fdb::new(cfg.fdb_capacity, cfg.fdb_ageing_s),
             start: Instant::now(),
             stop: AtomicBool::new(false),
         });
         let mut workers = Vec::new();
-        for n in 0..cfg.workers.count.max(1) {
+        for n in 0..count {
             let (batches, rx) = mpsc::sync_channel(BATCHES);
             let waker = Arc::new(sys::eventfd()?);
             let asleep = Arc::new(AtomicBool::new(false));
@@ -300,6 +331,7 @@ impl Engine {
         Ok(Arc::new(Engine {
             shared,
             workers: Mutex::new(workers),
+            seating: Mutex::new(Seating::new(count)),
         }))
     }
 
@@ -317,19 +349,51 @@ impl Engine {
             .find(|(_, p)| p.name == name)
     }
 
-    /// Applies commands between two bursts of the workers that own the queues. Every worker takes part, also one
-    /// without a command: on return each has passed the cut.
-    pub fn batch(&self, commands: Vec<(QueueId, Command)>) -> Result<Outcome, NoAck> {
+    /// Applies commands between two bursts of the workers that have the lanes. Every worker takes part, also one without a
+    /// command: on return each has passed the cut.
+    pub fn batch(&self, commands: Vec<Command>) -> Result<Outcome, NoAck> {
+        let order = |c: Command| (c.worker(), Order::Lane(c));
+        self.orders(commands.into_iter().map(order).collect())
+    }
+
+    /// See [`Pin`].
+    pub fn pin(self: &Arc<Self>) -> Pin {
+        lock(&self.seating).pin(self.shared.ports.len());
+        Pin {
+            engine: self.clone(),
+        }
+    }
+
+    /// Evens out what ports that have gone have left: queues move to workers that have less to do, unless something that they
+    /// have sent still waits. True if one has moved.
+    pub fn rebalance(&self) -> bool {
+        let mut seating = lock(&self.seating);
+        for (id, from, to) in seating.moves() {
+            let Some(queue) = self.one(from, Order::Leave(id)) else {
+                continue;
+            };
+            seating.moved(id, to);
+            self.one(to, Order::Attach(id, queue));
+            let port = &self.shared.ports[id.port].name;
+            tracing::info!(
+                "queue {} of port {port} moves from worker {from} to {to}",
+                id.queue
+            );
+            return true;
+        }
+        false
+    }
+
+    fn orders(&self, orders: Vec<(usize, Order)>) -> Result<Outcome, NoAck> {
         let workers = lock(&self.workers);
-        let mut parts: Vec<Vec<Command>> = workers.iter().map(|_| Vec::new()).collect();
-        for (id, c) in commands {
-            let owner = (id.port + usize::from(id.queue)) % workers.len();
-            parts[owner].push(c);
+        let mut parts: Vec<Vec<Order>> = workers.iter().map(|_| Vec::new()).collect();
+        for (worker, order) in orders {
+            parts[worker % workers.len()].push(order);
         }
         let mut waits = Vec::new();
-        for (n, (w, commands)) in workers.iter().zip(parts).enumerate() {
+        for (n, (w, orders)) in workers.iter().zip(parts).enumerate() {
             let (done, acked) = mpsc::channel();
-            if w.batches.send(Batch { commands, done }).is_err() {
+            if w.batches.send(Batch { orders, done }).is_err() {
                 return Err(NoAck(n, Duration::ZERO));
             }
             std::sync::atomic::fence(Ordering::SeqCst);
@@ -362,8 +426,8 @@ impl Engine {
         }
     }
 
-    fn one(&self, id: QueueId, c: Command) -> Option<Box<dyn RxQueue>> {
-        match self.batch(vec![(id, c)]) {
+    fn one(&self, worker: usize, order: Order) -> Option<Box<dyn RxQueue>> {
+        match self.orders(vec![(worker, order)]) {
             Ok(mut out) => out.queues.pop(),
             Err(e) => {
                 tracing::error!("{e}");
@@ -376,20 +440,38 @@ impl Engine {
 impl Attach for Engine {
     fn attach_rx(&self, port: usize, queue: u16, rx: Box<dyn RxQueue>) -> Option<Box<dyn RxQueue>> {
         let id = QueueId { port, queue };
-        self.one(id, Command::Attach(id, rx))
+        let mut seating = lock(&self.seating);
+        let worker = seating.place(id);
+        self.one(worker, Order::Attach(id, rx))
     }
 
     fn detach_rx(&self, port: usize, queue: u16) -> Option<Box<dyn RxQueue>> {
         let id = QueueId { port, queue };
-        self.one(id, Command::Detach(id))
+        let mut seating = lock(&self.seating);
+        let worker = seating.leave(id)?;
+        self.one(worker, Order::Detach(id))
     }
 
-    fn set_tx(&self, port: usize, tx: Option<Box<dyn TxQueue>>) {
+    fn set_tx(&self, port: usize, queues: Vec<(u16, Box<dyn TxQueue>)>) {
         let p = &self.shared.ports[port];
-        let mut slot = p.tx();
-        p.up.store(tx.is_some(), Ordering::Release);
-        let old = std::mem::replace(&mut *slot, tx);
-        drop(slot);
+        let _one_at_a_time = lock(&p.changing);
+        let mut on = Vec::new();
+        for (queue, tx) in queues {
+            let queue = usize::from(queue) % QUEUES;
+            let old = p.tx(queue).replace(tx);
+            drop(old);
+            on.push(queue);
+        }
+        p.steering.change(on, []);
+    }
+
+    fn clear_tx(&self, port: usize, queue: u16) {
+        let p = &self.shared.ports[port];
+        let queue = usize::from(queue) % QUEUES;
+        let _one_at_a_time = lock(&p.changing);
+        // First: who then finds the place empty asks again.
+        p.steering.change([], [queue]);
+        let old = p.tx(queue).take();
         drop(old);
     }
 

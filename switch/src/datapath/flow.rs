@@ -29,6 +29,14 @@ pub struct Key {
     hash: u64,
 }
 
+impl Key {
+    /// Of the whole key, seeded.
+    #[inline]
+    pub fn hash(&self) -> u64 {
+        self.hash
+    }
+}
+
 /// One flow. Written by its worker alone; control may read.
 #[derive(Debug, Default)]
 #[repr(align(64))]

@@ -1,4 +1,4 @@
-//! A lane: one receive queue towards one destination port, with its gate. Owned by the worker that owns the queue.
+//! A lane: what one worker receives at one port for one destination port, with its gate.
 //!
 //! ```text
 //!             receiver full             Hold                     Drain (abort, commit)
@@ -69,14 +69,20 @@ pub struct Source {
     pub progress: Arc<Progress>,
 }
 
+/// Queues that are delivered side by side: none knows of the others' order.
+pub struct Stage {
+    /// The queues.
+    pub sources: Vec<Source>,
+    /// Set when all are delivered to the end.
+    pub done: Option<Arc<AtomicBool>>,
+}
+
 /// See [`Gate::Drain`].
 pub struct Drain {
     /// Another lane's `done` that must be set before anything goes.
     pub before: Option<Arc<AtomicBool>>,
-    /// Older than everything local, in this order.
-    pub older: VecDeque<Source>,
-    /// Set by this lane when `older` is delivered to the end.
-    pub done: Option<Arc<AtomicBool>>,
+    /// Older than everything local, one stage after the other.
+    pub older: VecDeque<Stage>,
     /// Another lane's `done` that must be set before anything local goes.
     pub wait: Option<Arc<AtomicBool>>,
     /// Where frames that come meanwhile wait; without one they stay with their sender.
@@ -271,7 +277,6 @@ impl Lane {
             self.gate = Gate::Drain(Box::new(Drain {
                 before,
                 older: VecDeque::new(),
-                done: None,
                 wait: None,
                 behind: Some(Behind { writer, local }),
             }));
@@ -312,18 +317,21 @@ impl Drain {
         if closed(&self.before) {
             return Step::More;
         }
-        while let Some(s) = self.older.front_mut() {
-            if !s.step(left, send, count) {
+        while let Some(stage) = self.older.front_mut() {
+            stage.sources.retain_mut(|s| {
+                let ended = s.step(left, send, count) && s.reader.finished();
+                if ended {
+                    s.progress.finished.store(true, Ordering::Release);
+                }
+                !ended
+            });
+            if !stage.sources.is_empty() {
                 return Step::More;
             }
-            if !s.reader.finished() {
-                return Step::More;
+            if let Some(d) = stage.done.take() {
+                d.store(true, Ordering::Release);
             }
-            s.progress.finished.store(true, Ordering::Release);
             self.older.pop_front();
-        }
-        if let Some(d) = self.done.take() {
-            d.store(true, Ordering::Release);
         }
         if closed(&self.wait) {
             return Step::More;
@@ -483,7 +491,7 @@ mod tests {
                         }
                         let (writer, local) = spool.create(HoldId(holds), Kind::Local, &key).expect("a queue");
                         let source = |q: &Arc<crate::spool::Queue>| Source { reader: q.reader(), progress: Arc::default() };
-                        lane.drain(Box::new(Drain { before: None, older: [source(&q)].into(), done: None, wait: None, behind: Some(Behind { writer, local: source(&local) }) }));
+                        lane.drain(Box::new(Drain { before: None, older: [Stage { sources: vec![source(&q)], done: None }].into(), wait: None, behind: Some(Behind { writer, local: source(&local) }) }));
                     },
                     Op::Step => { lane.step(64, &mut send, &mut |_| dropped += 1); }
                 }
@@ -498,7 +506,7 @@ mod tests {
             } else if let Some(q) = held.take() {
                 let (writer, local) = spool.create(HoldId(9999), Kind::Local, &key).expect("a queue");
                 let source = |q: &Arc<crate::spool::Queue>| Source { reader: q.reader(), progress: Arc::default() };
-                lane.drain(Box::new(Drain { before: None, older: [source(&q)].into(), done: None, wait: None, behind: Some(Behind { writer, local: source(&local) }) }));
+                lane.drain(Box::new(Drain { before: None, older: [Stage { sources: vec![source(&q)], done: None }].into(), wait: None, behind: Some(Behind { writer, local: source(&local) }) }));
             }
             while lane.step(64, &mut |f| { out.push(number(f)); Sent::Yes }, &mut |_| dropped += 1) == Step::More {}
             prop_assert!(matches!(lane.gate, Gate::Forward));

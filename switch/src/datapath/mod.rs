@@ -1,7 +1,8 @@
 //! The data path: from a burst received to frames delivered, held or counted.
 //!
-//! A worker ([`worker`]) owns receive queues and everything that is decided about their frames: per pair of (receive
-//! queue, destination port) a [`lane::Lane`] with its gate. Control changes lanes only by [`engine`]'s batches, which
+//! A worker ([`worker`]) owns receive queues and everything that is decided about their frames: per pair of (receiving
+//! port, destination port) a [`lane::Lane`] with its gate. [`seating`] says who owns what, [`steering`] which of the
+//! receiver's queues a frame takes (ADR-0011). Control changes lanes only by [`engine`]'s batches, which
 //! each worker applies between two bursts and acknowledges: that acknowledgement is the cut of a freeze.
 //!
 //! Invariant: nothing here logs, and nothing allocates per frame (a lane allocates its backlog once, when it first
@@ -15,7 +16,9 @@ pub mod fdb;
 pub mod flow;
 pub mod lane;
 pub mod parse;
+pub mod seating;
 pub mod stats;
+pub mod steering;
 #[cfg(test)]
 pub(crate) mod tests;
 pub mod worker;

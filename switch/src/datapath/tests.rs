@@ -11,9 +11,9 @@ use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 
 use super::Engine;
 use super::engine::Mode;
-use super::lane::{Behind, Drain, Progress, Source};
+use super::lane::{Behind, Drain, Progress, Source, Stage};
 use super::stats::Drop as Dropped;
-use super::worker::{Command, QueueId};
+use super::worker::{Command, Seat};
 use crate::port::Attach;
 use crate::port::memory::MemoryPort;
 use crate::spool::{Kind, Spool};
@@ -96,6 +96,13 @@ struct World {
     _dir: tempfile::TempDir,
 }
 
+impl World {
+    /// Where the lanes of a port with one queue are.
+    fn seat(&self, port: usize) -> Seat {
+        self.engine.pin().seats(port)[0]
+    }
+}
+
 fn world(names: &[&'static str], workers: usize) -> World {
     let dir = tempfile::tempdir().unwrap();
     let cfg = config(names, workers, dir.path().into());
@@ -105,7 +112,7 @@ fn world(names: &[&'static str], workers: usize) -> World {
     for (n, name) in names.iter().enumerate() {
         let p = MemoryPort::new();
         let (rx, tx) = p.queues();
-        engine.set_tx(n, Some(tx));
+        engine.set_tx(n, vec![(0, tx)]);
         engine.attach_rx(n, 0, rx);
         ports.insert(*name, p);
     }
@@ -285,9 +292,9 @@ fn a_freeze_is_one_cut_over_all_workers_and_a_drain_keeps_order() {
                 to: "c".into(),
             };
             let (writer, q) = w.spool.create(HoldId(round), Kind::Source, &key).unwrap();
-            let id = QueueId { port, queue: 0 };
-            commands.push((id, Command::Hold(id, 2, writer)));
-            queues.push((id, key, q));
+            let seat = w.seat(port);
+            commands.push(Command::Hold(seat, 2, writer));
+            queues.push((seat, key, q));
         }
         let out = w.engine.batch(commands).unwrap();
         assert!(out.refused.is_empty(), "forwarding before round {round}");
@@ -300,12 +307,12 @@ fn a_freeze_is_one_cut_over_all_workers_and_a_drain_keeps_order() {
         );
         let mut commands = Vec::new();
         let mut ends = Vec::new();
-        for (id, key, q) in queues {
+        for (seat, key, q) in queues {
             eventually("frames are held", || q.tally().frames > 0);
             if round % 2 == 0 {
                 let progress = Arc::<Progress>::default();
                 ends.push(progress.clone());
-                commands.push((id, Command::PutBack(id, 2, None, progress)));
+                commands.push(Command::PutBack(seat, 2, None, progress));
                 continue;
             }
             let (writer, local) = w.spool.create(HoldId(round), Kind::Local, &key).unwrap();
@@ -315,15 +322,17 @@ fn a_freeze_is_one_cut_over_all_workers_and_a_drain_keeps_order() {
             };
             let own = source(&local);
             ends.push(own.progress.clone());
-            let older = [source(&q)].into();
+            let stage = Stage {
+                sources: vec![source(&q)],
+                done: None,
+            };
             let drain = Drain {
                 before: None,
-                older,
-                done: None,
+                older: [stage].into(),
                 wait: None,
                 behind: Some(Behind { writer, local: own }),
             };
-            commands.push((id, Command::Drain(id, 2, Box::new(drain))));
+            commands.push(Command::Drain(seat, 2, Box::new(drain)));
         }
         w.engine.batch(commands).unwrap();
         eventually("the drain ends under load", || {

@@ -1,4 +1,4 @@
-//! A worker: owns receive queues and their lanes, runs every burst to completion.
+//! A worker: owns receive queues and lanes, runs every burst to completion.
 
 use std::cell::OnceCell;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
@@ -15,7 +15,7 @@ use super::flow::{Flow, Flows, Key};
 use super::lane::{Drain, Gate, Lane, Progress, Step};
 use super::parse;
 use super::stats::{Drop, Run, Traffic, add};
-use crate::port::{BURST, Burst, Frame, RxErrors, RxQueue, Sent};
+use crate::port::{BURST, Burst, Frame, RxErrors, RxQueue, Sent, TxQueue};
 use crate::spool::Writer;
 use crate::sys;
 
@@ -28,7 +28,7 @@ const RETRY: Duration = Duration::from_micros(250);
 const DRAIN_BUDGET: usize = 64;
 
 /// A receive queue and where its frames go.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct QueueId {
     /// Port index.
     pub port: usize,
@@ -36,28 +36,58 @@ pub struct QueueId {
     pub queue: u16,
 }
 
-/// What control asks of a worker; a batch of them is applied between two bursts.
+/// Whose lanes: what comes in at a port is in the hands of the workers that serve its queues, each with lanes of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seat {
+    /// Port index.
+    pub port: usize,
+    /// Worker.
+    pub worker: usize,
+}
+
+/// What control asks of the worker of a seat, for its lane to the port that is named; a batch of it is applied between two
+/// bursts.
 pub enum Command {
+    /// Cuts a lane.
+    Hold(Seat, usize, Writer),
+    /// Lets a lane drain; an own held queue is sealed first.
+    Drain(Seat, usize, Box<Drain>),
+    /// Lets a held lane drain its own queue, once `before` is set.
+    PutBack(Seat, usize, Option<Arc<AtomicBool>>, Arc<Progress>),
+    /// Ends a lane's hold; the gate that follows.
+    Close(Seat, usize, Gate),
+    /// Reopens a lane.
+    Open(Seat, usize),
+}
+
+impl Command {
+    /// Which worker it is for.
+    pub fn worker(&self) -> usize {
+        let (Self::Hold(seat, ..)
+        | Self::Drain(seat, ..)
+        | Self::PutBack(seat, ..)
+        | Self::Close(seat, ..)
+        | Self::Open(seat, _)) = self;
+        seat.worker
+    }
+}
+
+/// What the engine asks of a worker.
+pub enum Order {
     /// Takes over a receive queue.
     Attach(QueueId, Box<dyn RxQueue>),
     /// Gives it back.
     Detach(QueueId),
-    /// Cuts a lane.
-    Hold(QueueId, usize, Writer),
-    /// Lets a lane drain; an own held queue is sealed first.
-    Drain(QueueId, usize, Box<Drain>),
-    /// Lets a held lane drain its own queue, once `before` is set.
-    PutBack(QueueId, usize, Option<Arc<AtomicBool>>, Arc<Progress>),
-    /// Ends a lane's hold; the gate that follows.
-    Close(QueueId, usize, Gate),
-    /// Reopens a lane.
-    Open(QueueId, usize),
+    /// Gives it back if nothing that came in at its port waits here.
+    Leave(QueueId),
+    /// Something about a lane.
+    Lane(Command),
 }
 
 /// A batch and where its end is told.
 pub struct Batch {
     /// In order.
-    pub commands: Vec<Command>,
+    pub orders: Vec<Order>,
     /// Acknowledged with what came back.
     pub done: Sender<Outcome>,
 }
@@ -68,7 +98,7 @@ pub struct Outcome {
     /// Detached or replaced queues.
     pub queues: Vec<Box<dyn RxQueue>>,
     /// Lanes that were not in a state to be held, or put back.
-    pub refused: Vec<(QueueId, usize)>,
+    pub refused: Vec<(Seat, usize)>,
     /// Frames of a backlog that found no room in a spool.
     pub lost: u64,
 }
@@ -77,15 +107,21 @@ struct Rx {
     id: QueueId,
     queue: Option<Box<dyn RxQueue>>,
     fd: Option<RawFd>,
-    lanes: Vec<Lane>,
-    /// Lanes with something to deliver.
-    pending: Vec<usize>,
     blocked: bool,
     /// Where the frame at hand goes.
     targets: Vec<usize>,
     /// Lanes that took a frame of this burst, other than by the short way.
     touched: Vec<usize>,
     errors: RxErrors,
+}
+
+/// The lanes of a port's seat. Made when they are first needed.
+#[derive(Default)]
+struct Side {
+    /// By destination port.
+    lanes: Vec<Lane>,
+    /// Lanes with something to deliver.
+    pending: Vec<usize>,
 }
 
 /// See the module.
@@ -99,13 +135,17 @@ pub struct Worker {
     poller: sys::Poller,
     poll: Poll,
     rx: Vec<Rx>,
+    /// By receiving port.
+    sides: Vec<Side>,
     flows: Flows,
-    /// Ports that got frames in this round.
-    sent_to: Vec<usize>,
+    /// Ports and their transmit queues that got frames in this round.
+    sent_to: Vec<(usize, usize)>,
 }
 
 /// What is the same for all queues of a worker's round.
 struct Round<'a> {
+    /// The worker.
+    n: usize,
     shared: &'a Shared,
     traffic: &'a Traffic,
     flows: &'a Flows,
@@ -114,22 +154,26 @@ struct Round<'a> {
     now_ns: OnceCell<u64>,
 }
 
-/// The transmit sides in use during a burst: one lock at a time, every one flushed at the end.
+/// The transmit queues in use during a burst: one lock at a time, every one flushed at the end.
 struct Egress<'a> {
+    n: usize,
     ports: &'a [Arc<Port>],
+    flows: &'a Flows,
     traffic: &'a Traffic,
-    held: Option<(usize, TxGuard<'a>)>,
-    /// Sent to the port whose lock is held.
+    held: Option<(usize, usize, TxGuard<'a>)>,
+    /// Sent to the queue whose lock is held.
     frames: u64,
     bytes: u64,
-    sent_to: &'a mut Vec<usize>,
+    sent_to: &'a mut Vec<(usize, usize)>,
 }
 
 impl<'a> Egress<'a> {
-    fn new(shared: &'a Shared, traffic: &'a Traffic, sent_to: &'a mut Vec<usize>) -> Egress<'a> {
+    fn new(round: &Round<'a>, sent_to: &'a mut Vec<(usize, usize)>) -> Egress<'a> {
         Egress {
-            ports: &shared.ports,
-            traffic,
+            n: round.n,
+            ports: &round.shared.ports,
+            flows: round.flows,
+            traffic: round.traffic,
             sent_to,
             held: None,
             frames: 0,
@@ -139,11 +183,13 @@ impl<'a> Egress<'a> {
 
     #[inline]
     fn send(&mut self, to: usize, frame: &Frame<'_>) -> Sent {
-        self.turn_to(to);
-        let Some((_, guard)) = &mut self.held else {
-            return Sent::Down;
+        let hash = match self.ports[to].steering.is_wide() {
+            true => self.flows.key(frame.head()).hash(),
+            false => 0,
         };
-        let sent = guard.as_mut().map_or(Sent::Down, |tx| tx.send(frame));
+        let sent = self
+            .turn_to(to, hash)
+            .map_or(Sent::Down, |tx| tx.send(frame));
         match sent {
             Sent::Yes => {
                 self.frames += 1;
@@ -155,27 +201,40 @@ impl<'a> Egress<'a> {
         sent
     }
 
-    /// As many of them as simply go, at once.
-    fn send_run(&mut self, to: usize, frames: &[Frame<'_>]) -> usize {
-        self.turn_to(to);
-        let Some((_, guard)) = &mut self.held else {
-            return 0;
-        };
-        let sent = guard.as_mut().map_or(0, |tx| tx.send_run(frames));
+    /// As many of them as simply go, at once. They are of flows with the same queue; `hash` is of one of them.
+    fn send_run(&mut self, to: usize, hash: u64, frames: &[Frame<'_>]) -> usize {
+        let sent = self.turn_to(to, hash).map_or(0, |tx| tx.send_run(frames));
         self.frames += sent as u64;
         self.bytes += frames[..sent].iter().map(|f| u64::from(f.len)).sum::<u64>();
         sent
     }
 
-    fn turn_to(&mut self, to: usize) {
-        if self.held.as_ref().is_none_or(|(p, _)| *p != to) {
+    /// The queue for a flow with this hash; none if the port is down.
+    #[inline]
+    fn turn_to(&mut self, to: usize, hash: u64) -> Option<&mut dyn TxQueue> {
+        let port = &self.ports[to];
+        let mut queue = port.steering.pick(self.n, hash);
+        if self
+            .held
+            .as_ref()
+            .is_none_or(|(p, q, _)| (*p, *q) != (to, queue))
+        {
             self.flush();
-            self.held = Some((to, self.ports[to].tx()));
+            let mut guard = port.tx(queue);
+            if guard.is_none() {
+                // It may have just gone, and left others.
+                drop(guard);
+                queue = port.steering.pick(self.n, hash);
+                guard = port.tx(queue);
+            }
+            self.held = Some((to, queue, guard));
         }
+        let (_, _, guard) = self.held.as_mut()?;
+        guard.as_deref_mut().map(|tx| tx as &mut dyn TxQueue)
     }
 
     fn flush(&mut self) {
-        let Some((to, mut guard)) = self.held.take() else {
+        let Some((to, queue, mut guard)) = self.held.take() else {
             return;
         };
         if let Some(tx) = guard.as_mut() {
@@ -185,8 +244,8 @@ impl<'a> Egress<'a> {
         if self.frames == 0 {
             return;
         }
-        if !self.sent_to.contains(&to) {
-            self.sent_to.push(to);
+        if !self.sent_to.contains(&(to, queue)) {
+            self.sent_to.push((to, queue));
         }
         let moved = self.traffic.port(to);
         add(&moved.tx_frames, std::mem::take(&mut self.frames));
@@ -207,6 +266,7 @@ impl Worker {
     ) -> std::io::Result<Worker> {
         let poller = sys::Poller::new()?;
         poller.add(waker.as_fd())?;
+        let sides = shared.ports.iter().map(|_| Side::default()).collect();
         Ok(Worker {
             n,
             shared,
@@ -216,6 +276,7 @@ impl Worker {
             poller,
             poll,
             rx: Vec::new(),
+            sides,
             flows: Flows::new(flows),
             sent_to: Vec::new(),
         })
@@ -231,6 +292,7 @@ impl Worker {
             let now_s = self.shared.now_s();
             let mut work = false;
             let round = Round {
+                n: self.n,
                 shared: &self.shared,
                 traffic: &self.shared.traffic[self.n],
                 flows: &self.flows,
@@ -238,8 +300,11 @@ impl Worker {
                 now_ns: OnceCell::new(),
             };
             for rx in &mut self.rx {
-                work |= rx.poll(&round, &mut self.sent_to);
-                work |= rx.drain(&round, &mut self.sent_to);
+                let side = &mut self.sides[rx.id.port];
+                work |= rx.poll(side, &round, &mut self.sent_to);
+            }
+            for side in &mut self.sides {
+                work |= side.drain(&round, &mut self.sent_to);
             }
             if work || self.poll == Poll::Busy {
                 self.settle();
@@ -258,8 +323,8 @@ impl Worker {
         for q in self.rx.iter_mut().filter_map(|rx| rx.queue.as_mut()) {
             q.settle();
         }
-        for to in self.sent_to.drain(..) {
-            if let Some(tx) = self.shared.ports[to].tx().as_mut() {
+        for (to, queue) in self.sent_to.drain(..) {
+            if let Some(tx) = self.shared.ports[to].tx(queue).as_mut() {
                 tx.settle();
             }
         }
@@ -271,10 +336,10 @@ impl Worker {
         // Order matters: first say that we sleep, then look once more (engine::batch does the reverse).
         self.asleep.store(true, std::sync::atomic::Ordering::SeqCst);
         let mut ready = false;
-        let mut retry = false;
+        let mut retry = self.sides.iter().any(|s| !s.pending.is_empty());
         for rx in &mut self.rx {
             // A queue whose first frame finds no place is readable all the time: look again after RETRY.
-            retry |= !rx.pending.is_empty() || rx.blocked;
+            retry |= rx.blocked;
             if let Some(q) = rx.queue.as_mut().filter(|_| !rx.blocked) {
                 ready |= q.arm();
             }
@@ -308,9 +373,10 @@ impl Worker {
 
     fn apply(&mut self, batch: Batch) {
         let mut out = Outcome::default();
-        for c in batch.commands {
-            match c {
-                Command::Attach(id, q) => {
+        for order in batch.orders {
+            match order {
+                Order::Attach(id, q) => {
+                    self.side(id.port);
                     let fd = q.wake_fd();
                     let rx = self.entry(id);
                     let old = rx.queue.replace(q);
@@ -320,56 +386,71 @@ impl Worker {
                     out.queues.extend(old);
                     self.disarm(id);
                 }
-                Command::Detach(id) => {
-                    let rx = self.entry(id);
-                    let old = rx.queue.take();
-                    let old_fd = rx.fd.take();
-                    self.watch(old_fd, None);
-                    out.queues.extend(old);
-                }
-                Command::Hold(id, to, writer) => {
-                    match self.entry(id).lanes[to].hold(writer, now_ns()) {
-                        Ok(lost) => out.lost += lost,
-                        Err(_) => out.refused.push((id, to)),
+                Order::Detach(id) => out.queues.extend(self.detach(id)),
+                Order::Leave(id) => {
+                    let idle = |l: &Lane| l.is_plain();
+                    if self.side(id.port).lanes.iter().all(idle) {
+                        out.queues.extend(self.detach(id));
                     }
                 }
-                Command::Drain(id, to, drain) => {
-                    let rx = self.entry(id);
-                    rx.lanes[to].drain(drain);
-                    if !rx.pending.contains(&to) {
-                        rx.pending.push(to);
-                    }
-                }
-                Command::PutBack(id, to, before, progress) => {
-                    let rx = self.entry(id);
-                    if !rx.lanes[to].put_back(before, progress) {
-                        out.refused.push((id, to));
-                    } else if !rx.pending.contains(&to) {
-                        rx.pending.push(to);
-                    }
-                }
-                Command::Close(id, to, gate) => self.entry(id).lanes[to].close(gate),
-                Command::Open(id, to) => self.entry(id).lanes[to].open(),
+                Order::Lane(c) => self.lane(c, &mut out),
             }
         }
         // Control may have given up waiting; then it does not matter.
         let _ = batch.done.send(out);
     }
 
+    fn lane(&mut self, command: Command, out: &mut Outcome) {
+        match command {
+            Command::Hold(seat, to, writer) => {
+                match self.side(seat.port).lanes[to].hold(writer, now_ns()) {
+                    Ok(lost) => out.lost += lost,
+                    Err(_) => out.refused.push((seat, to)),
+                }
+            }
+            Command::Drain(seat, to, drain) => {
+                let side = self.side(seat.port);
+                side.lanes[to].drain(drain);
+                side.is_pending(to);
+            }
+            Command::PutBack(seat, to, before, progress) => {
+                let side = self.side(seat.port);
+                if side.lanes[to].put_back(before, progress) {
+                    side.is_pending(to);
+                } else {
+                    out.refused.push((seat, to));
+                }
+            }
+            Command::Close(seat, to, gate) => self.side(seat.port).lanes[to].close(gate),
+            Command::Open(seat, to) => self.side(seat.port).lanes[to].open(),
+        }
+    }
+
+    fn side(&mut self, port: usize) -> &mut Side {
+        let side = &mut self.sides[port];
+        if side.lanes.is_empty() {
+            side.lanes = self.shared.ports.iter().map(|_| Lane::default()).collect();
+        }
+        side
+    }
+
+    fn detach(&mut self, id: QueueId) -> Option<Box<dyn RxQueue>> {
+        let at = self.rx.iter().position(|r| r.id == id)?;
+        let rx = self.rx.remove(at);
+        self.watch(rx.fd, None);
+        rx.queue
+    }
+
     fn entry(&mut self, id: QueueId) -> &mut Rx {
         let at = self.rx.iter().position(|r| r.id == id).unwrap_or_else(|| {
-            let lanes = self.shared.ports.iter().map(|_| Lane::default()).collect();
-            let errors = RxErrors::default();
             self.rx.push(Rx {
                 id,
                 queue: None,
                 fd: None,
-                lanes,
-                pending: Vec::new(),
                 blocked: false,
                 targets: Vec::new(),
                 touched: Vec::new(),
-                errors,
+                errors: RxErrors::default(),
             });
             self.rx.len() - 1
         });
@@ -394,8 +475,14 @@ impl Worker {
 
 impl Rx {
     /// One burst: look up, gate, transmit, give back. True if there was one.
-    fn poll(&mut self, round: &Round<'_>, sent_to: &mut Vec<usize>) -> bool {
+    fn poll(
+        &mut self,
+        side: &mut Side,
+        round: &Round<'_>,
+        sent_to: &mut Vec<(usize, usize)>,
+    ) -> bool {
         let Round {
+            n,
             shared,
             traffic,
             flows,
@@ -417,7 +504,7 @@ impl Rx {
             flows.prefetch(&key, port);
             keys.push(key);
         }
-        let mut egress = Egress::new(shared, traffic, sent_to);
+        let mut egress = Egress::new(round, sent_to);
         let (mut done, mut bytes) = (0, 0);
         let mut run = (usize::MAX, Run::default());
         self.touched.clear();
@@ -425,15 +512,21 @@ impl Rx {
             // What most frames are: several of flows that are known, to one lane that forwards.
             let known = |at: usize| flows.find(keys.get(at)?, port, generation, now_s);
             if let Some(first) = known(done)
-                && self.lanes[first.to()].is_plain()
+                && side.lanes[first.to()].is_plain()
             {
                 let to = first.to();
+                let steering = &shared.ports[to].steering;
+                let wide = steering.is_wide();
+                let hash = |at: usize| keys.get(at).map_or(0, Key::hash);
+                let queue = |at: usize| steering.pick(n, hash(at));
                 let mut same: ArrayVec<&Flow, BURST> = ArrayVec::new();
                 same.push(first);
-                while let Some(f) = known(done + same.len()).filter(|f| f.to() == to) {
+                while let Some(f) = known(done + same.len())
+                    .filter(|f| f.to() == to && (!wide || queue(done + same.len()) == queue(done)))
+                {
                     same.push(f);
                 }
-                let sent = egress.send_run(to, &burst[done..done + same.len()]);
+                let sent = egress.send_run(to, hash(done), &burst[done..done + same.len()]);
                 if run.0 != to {
                     run = traffic.next(port, run, to, now_s);
                 }
@@ -473,20 +566,20 @@ impl Rx {
             let waits = |to: usize| {
                 shared.ports[to].awaited() || (!from.uplink && shared.ports[to].is_patient(now_s))
             };
-            let accepts = |&to: &usize| self.lanes[to].accepts(frame.len, || waits(to));
+            let accepts = |&to: &usize| side.lanes[to].accepts(frame.len, || waits(to));
             if !self.targets.iter().all(accepts) {
                 break;
             }
             for &to in &self.targets {
-                let lane = &mut self.lanes[to];
+                let lane = &mut side.lanes[to];
                 match lane.take(frame, || *now_ns.get_or_init(self::now_ns), &mut |f| {
                     egress.send(to, f)
                 }) {
                     Ok(()) => {}
                     Err(why) => shared.ports[to].counters.drop(why),
                 }
-                if lane.pending() && !self.pending.contains(&to) {
-                    self.pending.push(to);
+                if lane.pending() {
+                    side.is_pending(to);
                 }
                 if !self.touched.contains(&to) {
                     self.touched.push(to);
@@ -516,7 +609,7 @@ impl Rx {
         egress.flush();
         let _ = traffic.next(port, run, usize::MAX, now_s);
         for &to in &self.touched {
-            self.lanes[to].commit();
+            side.lanes[to].commit();
         }
         let got = burst.len();
         drop(burst);
@@ -528,30 +621,37 @@ impl Rx {
         queue.release(done);
         let e = queue.errors();
         if e != self.errors {
-            self.errors = e;
-            for (c, v) in
-                from.counters
-                    .rx_errors
-                    .iter()
-                    .zip([e.malformed, e.ring_broken, e.overrun])
-            {
-                c.store(v, Relaxed);
+            let was = std::mem::replace(&mut self.errors, e);
+            let more = [
+                e.malformed - was.malformed,
+                e.ring_broken - was.ring_broken,
+                e.overrun - was.overrun,
+            ];
+            for (c, n) in from.counters.rx_errors.iter().zip(more) {
+                c.fetch_add(n, Relaxed);
             }
         }
         done > 0
     }
+}
 
-    /// Delivers what waits on this queue's lanes. True if something moved or should be tried again at once.
-    fn drain(&mut self, round: &Round<'_>, sent_to: &mut Vec<usize>) -> bool {
+impl Side {
+    fn is_pending(&mut self, to: usize) {
+        if !self.pending.contains(&to) {
+            self.pending.push(to);
+        }
+    }
+
+    /// Delivers what waits on the lanes. True if something moved.
+    fn drain(&mut self, round: &Round<'_>, sent_to: &mut Vec<(usize, usize)>) -> bool {
         if self.pending.is_empty() {
             return false;
         }
-        let (shared, traffic) = (round.shared, round.traffic);
-        let mut egress = Egress::new(shared, traffic, sent_to);
+        let mut egress = Egress::new(round, sent_to);
         let mut moved = false;
         let lanes = &mut self.lanes;
         self.pending.retain(|&to| {
-            let counters = &shared.ports[to].counters;
+            let counters = &round.shared.ports[to].counters;
             let mut send = |f: &Frame<'_>| {
                 let s = egress.send(to, f);
                 moved |= s == Sent::Yes;

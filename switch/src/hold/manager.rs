@@ -20,7 +20,7 @@ use crate::control::Handler;
 use crate::datapath::Engine;
 use crate::datapath::engine::Mode;
 use crate::datapath::stats::{DROP_NAMES, link_total, port_total};
-use crate::datapath::worker::{Command, Outcome, QueueId, now_ns};
+use crate::datapath::worker::{Command, Outcome, now_ns};
 use crate::port::tap::VmTap;
 use crate::port::{Attach, Burst, VnetHdr};
 use crate::ship::{Acceptor, Incoming, Outgoing, OutgoingArgs};
@@ -68,7 +68,7 @@ pub struct Host {
 }
 
 impl Host {
-    pub(super) fn batch(&self, commands: Vec<(QueueId, Command)>) -> Result<Outcome, Refusal> {
+    pub(super) fn batch(&self, commands: Vec<Command>) -> Result<Outcome, Refusal> {
         self.engine
             .batch(commands)
             .map_err(|e| refuse(RefusalCode::Internal, e.to_string()))

@@ -9,10 +9,10 @@ use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 
 use super::manager::Host;
 use super::{READ_BACK, refuse};
-use crate::datapath::engine::Mode;
-use crate::datapath::lane::{Behind, Drain, Gate, Progress, Source as Older};
+use crate::datapath::engine::{Mode, Pin};
+use crate::datapath::lane::{Behind, Drain, Gate, Progress, Source as Older, Stage};
 use crate::datapath::stats::Drop as Dropped;
-use crate::datapath::worker::{Command, QueueId, now_ns};
+use crate::datapath::worker::{Command, Seat, now_ns};
 use crate::port::{FRAME_MAX, Frame};
 use crate::ship::{Lanes, Outgoing};
 use crate::spool::{Kind, Queue, Writer, sync_all};
@@ -22,7 +22,7 @@ const TAP_EMPTY: Duration = Duration::from_millis(50);
 
 struct Lane {
     key: LaneKey,
-    id: QueueId,
+    seat: Seat,
     to: usize,
     inside: bool,
     queue: Arc<Queue>,
@@ -51,6 +51,8 @@ pub struct SourceHold {
     /// One for each VM on a TAP.
     read_back: Vec<Lane>,
     outgoing: Arc<Outgoing>,
+    /// Until the end: the lanes that were cut are all there are.
+    pin: Option<Pin>,
     /// Frames of backlogs that could not be held.
     lost: u64,
     /// What sockets had dropped when the hold was opened, by port.
@@ -81,6 +83,7 @@ impl SourceHold {
             lanes: Vec::new(),
             read_back: Vec::new(),
             outgoing,
+            pin: Some(host.engine.pin()),
             group,
             lost: 0,
             overruns: ports.iter().map(|p| p.counters.overruns()).collect(),
@@ -103,17 +106,21 @@ impl SourceHold {
 
     fn reserve(&mut self, host: &Host) -> Result<(), Refusal> {
         let ports = &host.engine.shared().ports;
+        let seats = |port| self.pin.as_ref().map_or_else(Vec::new, |p| p.seats(port));
+        let seats: Vec<Vec<Seat>> = (0..ports.len()).map(seats).collect();
         for to in self.group.clone() {
             for from in (0..ports.len()).filter(|&f| f != to) {
                 let inside = self.group.contains(&from);
-                let mut l = self.lane(host, &ports[from].name, from, to, inside)?;
-                if inside {
-                    l.spare = Some(self.queue(host, Kind::Local, &l.key)?);
+                for (n, &seat) in seats[from].iter().enumerate() {
+                    let mut l = self.lane(host, &ports[from].name, n, seat, to, inside)?;
+                    if inside {
+                        l.spare = Some(self.queue(host, Kind::Local, &l.key)?);
+                    }
+                    self.lanes.push(l);
                 }
-                self.lanes.push(l);
             }
-            if host.taps.contains_key(&to) {
-                let l = self.lane(host, READ_BACK, to, to, true)?;
+            if let (true, Some(&seat)) = (host.taps.contains_key(&to), seats[to].first()) {
+                let l = self.lane(host, READ_BACK, 0, seat, to, true)?;
                 self.read_back.push(l);
             }
         }
@@ -141,24 +148,21 @@ impl SourceHold {
         &self,
         host: &Host,
         name: &str,
-        from: usize,
+        n: usize,
+        seat: Seat,
         to: usize,
         inside: bool,
     ) -> Result<Lane, Refusal> {
         let key = LaneKey {
             from: name.into(),
-            queue: 0,
+            queue: n as u16,
             to: host.engine.shared().ports[to].name.clone(),
         };
         let (writer, queue) = self.queue(host, Kind::Source, &key)?;
         queue.set_inside(inside);
-        let id = QueueId {
-            port: from,
-            queue: 0,
-        };
         Ok(Lane {
             key,
-            id,
+            seat,
             to,
             inside,
             queue,
@@ -201,7 +205,7 @@ impl SourceHold {
             .filter(|l| !l.held && (l.inside || scope == Scope::All))
         {
             if let Some(writer) = l.writer.take() {
-                commands.push((l.id, Command::Hold(l.id, l.to, writer)));
+                commands.push(Command::Hold(l.seat, l.to, writer));
                 l.held = true;
             }
         }
@@ -213,10 +217,10 @@ impl SourceHold {
         let out = host.batch(commands)?;
         let at = now_ns();
         self.lost += out.lost;
-        for (id, to) in &out.refused {
+        for (seat, to) in &out.refused {
             tracing::error!(
                 "lane {} -> {} was not forwarding when it was to be held",
-                ports[id.port].name,
+                ports[seat.port].name,
                 ports[*to].name
             );
         }
@@ -281,7 +285,7 @@ impl SourceHold {
             if let Some(mut w) = l.writer.take() {
                 w.seal();
             }
-            commands.push((l.id, Command::Close(l.id, l.to, gate())));
+            commands.push(Command::Close(l.seat, l.to, gate()));
         }
         host.batch(commands).map(drop)
     }
@@ -387,11 +391,12 @@ impl SourceHold {
             .lanes
             .iter()
             .filter(|l| l.closed)
-            .map(|l| (l.id, Command::Open(l.id, l.to)))
+            .map(|l| Command::Open(l.seat, l.to))
             .collect();
         host.batch(ids)?;
         self.live(host);
         self.disarm(host, true);
+        self.pin = None;
         host.free_spool(self.id);
         Ok(())
     }
@@ -401,6 +406,7 @@ impl SourceHold {
         for l in self.lanes.iter_mut().chain(&mut self.read_back) {
             (l.writer, l.spare) = (None, None);
         }
+        self.pin = None;
         host.free_spool(self.id);
     }
 
@@ -434,7 +440,7 @@ impl SourceHold {
                 .map_or(Tally::default(), |s| s.acked),
             flushed: l.flushed.as_ref().map_or(Tally::default(), |p| p.tally()),
             queued_behind: l.spare.as_ref().map_or(0, |(_, q)| q.tally().frames),
-            dropped: std::mem::take(&mut lost) + std::mem::take(&mut overruns[l.id.port]),
+            dropped: std::mem::take(&mut lost) + std::mem::take(&mut overruns[l.seat.port]),
         };
         self.lanes.iter().chain(&self.read_back).map(info).collect()
     }
@@ -451,15 +457,12 @@ impl Lane {
         &mut self,
         before: Option<Arc<AtomicBool>>,
         done: Option<Arc<AtomicBool>>,
-    ) -> (QueueId, Command) {
+    ) -> Command {
         let progress = Arc::new(Progress::default());
         self.flushed = Some(progress.clone());
         self.back = Some(progress.clone());
         if !self.closed {
-            return (
-                self.id,
-                Command::PutBack(self.id, self.to, before, progress),
-            );
+            return Command::PutBack(self.seat, self.to, before, progress);
         }
         let reader = self.queue.reader();
         let behind = self.spare.take().map(|(writer, queue)| {
@@ -471,12 +474,15 @@ impl Lane {
         });
         let drain = Drain {
             before,
-            older: [Older { reader, progress }].into(),
-            done,
+            older: [Stage {
+                sources: vec![Older { reader, progress }],
+                done,
+            }]
+            .into(),
             wait: None,
             behind,
         };
-        (self.id, Command::Drain(self.id, self.to, Box::new(drain)))
+        Command::Drain(self.seat, self.to, Box::new(drain))
     }
 }
 

@@ -5,8 +5,10 @@
 //! * everything else that the source held for a VM (from its network, from other VMs there) drains on one carrier, the
 //!   lane from our uplink; every other lane to that VM waits for it;
 //! * what a paused VM's TAP queue held is older still: it drains on the VM's lane to itself, and all others wait.
+//!
+//! Where several workers have lanes of one port, the first of them drains what was shipped, and the others wait for it.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -16,16 +18,18 @@ use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 
 use super::manager::Host;
 use super::{READ_BACK, refuse};
-use crate::datapath::engine::Mode;
-use crate::datapath::lane::{Behind, Drain, Progress, Source as Older};
+use crate::datapath::engine::{Mode, Pin};
+use crate::datapath::lane::{Behind, Drain, Progress, Source as Older, Stage};
 use crate::datapath::parse;
-use crate::datapath::worker::{Command, QueueId};
+use crate::datapath::worker::{Command, Seat};
 use crate::port::{Frame, Sent, VnetHdr};
 use crate::ship::{Incoming, IncomingLane};
 use crate::spool::{Kind, Queue, Writer};
 
 struct Local {
-    from: usize,
+    seat: Seat,
+    /// Of the port's seats.
+    first: bool,
     to: usize,
     key: LaneKey,
     writer: Option<Writer>,
@@ -39,6 +43,8 @@ pub struct TargetHold {
     group: Vec<usize>,
     macs: Vec<Option<MacAddr>>,
     incoming: Arc<Incoming>,
+    /// Until the end: the local lanes are all there are.
+    pin: Option<Pin>,
     local: Vec<Local>,
     /// Of each shipped lane, once committed.
     flushed: Vec<(LaneKey, Arc<Progress>)>,
@@ -60,19 +66,23 @@ impl TargetHold {
             );
             return Err(refuse(RefusalCode::Busy, what));
         }
+        let pin = host.engine.pin();
+        let seats = (0..ports.len()).flat_map(|from| pin.seats(from).into_iter().enumerate());
+        let seats: Vec<(usize, Seat)> = seats.collect();
         let mut local = Vec::new();
         for &to in &group {
-            for from in 0..ports.len() {
+            for &(n, seat) in &seats {
                 let key = LaneKey {
-                    from: ports[from].name.clone(),
-                    queue: 0,
+                    from: ports[seat.port].name.clone(),
+                    queue: n as u16,
                     to: ports[to].name.clone(),
                 };
                 match host.spool.create(args.hold, Kind::Local, &key) {
                     Ok((writer, queue)) => {
                         let progress = Arc::new(Progress::default());
                         local.push(Local {
-                            from,
+                            seat,
+                            first: n == 0,
                             to,
                             key,
                             writer: Some(writer),
@@ -110,6 +120,7 @@ impl TargetHold {
             group,
             macs,
             incoming,
+            pin: Some(pin),
             local,
             flushed: Vec::new(),
         })
@@ -191,7 +202,7 @@ impl TargetHold {
         to: usize,
         uplink: Option<usize>,
         shipped: &[IncomingLane],
-        commands: &mut Vec<(QueueId, Command)>,
+        commands: &mut Vec<Command>,
     ) {
         let ports = &host.engine.shared().ports;
         let name = &ports[to].name;
@@ -215,35 +226,36 @@ impl TargetHold {
                 progress,
             }
         };
+        // Of each port with several seats: set when its first seat has drained what came from there.
+        let mut inside: HashMap<usize, Arc<AtomicBool>> = HashMap::new();
         for local in self.local.iter_mut().filter(|l| l.to == to) {
             let Some(writer) = local.writer.take() else {
                 continue;
             };
-            let id = QueueId {
-                port: local.from,
-                queue: 0,
-            };
+            let from = local.seat.port;
             let mut before = read_back.clone();
-            let mut done = None;
             let mut wait = None;
-            let mut first: VecDeque<Older> = VecDeque::new();
-            if local.from == to && read_back.is_some() {
-                first.extend(mine().filter(|l| l.key.from == READ_BACK).map(&mut older));
-                done = before.take();
+            let mut stages: VecDeque<Stage> = VecDeque::new();
+            let mut stage =
+                |which: &dyn Fn(&&IncomingLane) -> bool, done: &Arc<AtomicBool>| Stage {
+                    sources: mine().filter(which).map(&mut older).collect(),
+                    done: Some(done.clone()),
+                };
+            if let Some(done) = before.take_if(|_| from == to && local.first) {
+                stages.push_back(stage(&|l| l.key.from == READ_BACK, &done));
             }
-            if local.from == carrier {
-                let out = mine().filter(|l| l.key.from != READ_BACK && inside_from(l).is_none());
-                first.extend(out.map(&mut older));
-                if done.is_none() {
-                    done = Some(outside.clone());
+            if from == carrier && local.first {
+                let is_out =
+                    |l: &&IncomingLane| l.key.from != READ_BACK && inside_from(l).is_none();
+                stages.push_back(stage(&is_out, &outside));
+            } else if self.group.contains(&from) && from != to {
+                let flag = inside.entry(from).or_default().clone();
+                if local.first {
+                    stages.push_back(stage(&|l| inside_from(l) == Some(from), &flag));
+                } else {
+                    wait = Some(flag);
                 }
-            } else if self.group.contains(&local.from) {
-                first.extend(
-                    mine()
-                        .filter(|l| inside_from(l) == Some(local.from))
-                        .map(&mut older),
-                );
-            } else if local.from != to {
+            } else if from != to || from == carrier {
                 wait = Some(outside.clone());
             }
             let own = Older {
@@ -252,12 +264,11 @@ impl TargetHold {
             };
             let drain = Drain {
                 before,
-                older: first,
-                done,
+                older: stages,
                 wait,
                 behind: Some(Behind { writer, local: own }),
             };
-            commands.push((id, Command::Drain(id, to, Box::new(drain))));
+            commands.push(Command::Drain(local.seat, to, Box::new(drain)));
         }
         self.flushed.extend(flushed);
     }
@@ -273,7 +284,7 @@ impl TargetHold {
             let bytes = parse::rarp(*mac);
             let frame = Frame::from_slice(VnetHdr::default(), &bytes);
             for p in ports.iter().filter(|p| p.uplink) {
-                if let Some(tx) = p.tx().as_mut() {
+                if let Some(tx) = p.tx(0).as_mut() {
                     sent += usize::from(tx.send(&frame) == Sent::Yes);
                     tx.flush();
                     std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
@@ -313,6 +324,7 @@ impl TargetHold {
         self.incoming.stop();
         host.unexpect(self.id);
         self.local.iter_mut().for_each(|l| l.writer = None);
+        self.pin = None;
         host.free_spool(self.id);
     }
 

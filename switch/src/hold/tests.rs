@@ -87,14 +87,14 @@ impl Site {
 
     fn plug(&self, port: usize) {
         let (rx, tx) = self.ports[port].queues();
-        self.engine.set_tx(port, Some(tx));
+        self.engine.set_tx(port, vec![(0, tx)]);
         self.engine.attach_rx(port, 0, rx);
     }
 
     /// What a stopping vhost-user VM does.
     fn unplug(&self, port: usize) {
         self.engine.detach_rx(port, 0);
-        self.engine.set_tx(port, None);
+        self.engine.clear_tx(port, 0);
     }
 
     fn ask(&self, r: Request) -> Reply {

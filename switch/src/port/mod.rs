@@ -1,5 +1,5 @@
 //! Data I/O: what a worker sees of a port. A port has receive queues (frames into the switch), each owned by one
-//! worker, and one transmit side, shared behind a lock that is taken once per burst.
+//! worker, and transmit queues, each behind a lock that is taken once per burst. Who uses which: ADR-0011.
 //!
 //! Whether a peer sleeps and wants a signal can only be asked behind a full barrier, which drains the processor's stores:
 //! so there is one per round of a worker, and then [`RxQueue::settle`] and [`TxQueue::settle`] for all it has touched.
@@ -22,6 +22,8 @@ pub mod packet;
 pub mod tap;
 pub mod vhost;
 
+/// Queue pairs of a port, at most.
+pub const QUEUES: usize = 16;
 /// Frames per burst.
 pub const BURST: usize = 32;
 /// Bytes at the start of a frame that are copied once and then looked at, decided on and delivered (a guest that
@@ -221,7 +223,7 @@ pub enum NeverReason {
     Refused,
 }
 
-/// The transmit side of a port: frames from the switch to it.
+/// A transmit queue of a port: frames from the switch to it.
 pub trait TxQueue: Send {
     /// Copies the frame to the receiver.
     fn send(&mut self, frame: &Frame<'_>) -> Sent;
@@ -245,8 +247,10 @@ pub trait Attach: Send + Sync {
     fn attach_rx(&self, port: usize, queue: u16, rx: Box<dyn RxQueue>) -> Option<Box<dyn RxQueue>>;
     /// Takes it away. On return no worker touches it any more.
     fn detach_rx(&self, port: usize, queue: u16) -> Option<Box<dyn RxQueue>>;
-    /// Sets or replaces the transmit side; `None` means down. On return no worker uses the old one.
-    fn set_tx(&self, port: usize, tx: Option<Box<dyn TxQueue>>);
+    /// Sets or replaces transmit queues, all of them at once: until then frames keep to the queues that are there.
+    fn set_tx(&self, port: usize, queues: Vec<(u16, Box<dyn TxQueue>)>);
+    /// Takes a transmit queue away. On return no worker uses it.
+    fn clear_tx(&self, port: usize, queue: u16);
     /// Says what happened to a port (for `gangway` and the log): the reason why it is down or broken, or `None` when well.
     fn port_error(&self, port: usize, error: Option<String>);
 }

@@ -14,7 +14,7 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::early;
 use super::live::clear;
-use super::session::Session;
+use super::session::{Session, TOGETHER};
 use super::{Shared, VhostConfig, lock};
 
 /// Between two attempts to dial or to listen.
@@ -120,7 +120,8 @@ fn session(stream: UnixStream, shared: &Arc<Shared>) {
         if shared.is_stopping() {
             break None;
         }
-        if wait(Some(watch.as_fd()), shared, None) {
+        let timeout = lock(&session).is_waiting().then_some(TOGETHER);
+        if wait(Some(watch.as_fd()), shared, timeout) {
             let early = early::serve(&watch, &mut lock(&session)).map_err(Error::SocketError);
             let done = match early {
                 Ok(false) => handler.handle_request(),
@@ -129,6 +130,8 @@ fn session(stream: UnixStream, shared: &Arc<Shared>) {
             if let Err(e) = done {
                 break Some(e);
             }
+        } else {
+            lock(&session).attach_waiting();
         }
         lock(&session).report_broken();
     };

@@ -23,6 +23,8 @@ const GUEST_CSUM: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_CSUM;
 const GUEST_TSO4: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_TSO4;
 const GUEST_TSO6: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_TSO6;
 const GUEST_ECN: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_ECN;
+/// `VIRTIO_NET_F_MQ`: several queue pairs (virtio 1.2, 5.1.6.5.5).
+pub const MQ: u64 = 1 << virtio_net::VIRTIO_NET_F_MQ;
 // The guest announces itself after a migration; QEMU handles the announcement itself, but masks the bit with ours.
 const GUEST_ANNOUNCE: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_ANNOUNCE;
 
@@ -43,6 +45,7 @@ pub const OFFERED: u64 = VERSION_1
     | GUEST_TSO6
     | GUEST_ECN
     | GUEST_ANNOUNCE
+    | MQ
     | LOG_ALL
     | PROTOCOL_FEATURES;
 

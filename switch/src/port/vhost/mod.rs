@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use super::Attach;
+use super::{Attach, QUEUES};
 
 mod conn;
 pub mod csum;
@@ -88,7 +88,7 @@ pub struct Shared {
     stop: AtomicBool,
     stream: Mutex<Option<UnixStream>>,
     state: Mutex<VhostState>,
-    controls: Mutex<[Option<Arc<live::Control>>; 2]>,
+    controls: Mutex<[Option<Arc<live::Control>>; 2 * QUEUES]>,
 }
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -168,16 +168,17 @@ impl VhostPort {
     pub fn state(&self) -> VhostState {
         let mut s = self.shared.state(|s| s.clone());
         let controls = lock(&self.shared.controls);
-        let [tx, rx] = controls.each_ref().map(Option::as_ref);
-        let get = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
-        s.rx_running = rx.is_some();
-        s.tx_running = tx.is_some();
-        if let Some(c) = rx {
-            s.rx_frames = get(&c.counters.frames);
-            s.malformed = get(&c.counters.malformed);
-        }
-        if let Some(c) = tx {
-            s.tx_frames = get(&c.counters.frames);
+        for (ring, c) in controls.iter().enumerate() {
+            let Some(c) = c else { continue };
+            let frames = c.counters.frames.load(Ordering::Relaxed);
+            if ring % 2 == 1 {
+                s.rx_running = true;
+                s.rx_frames += frames;
+                s.malformed += c.counters.malformed.load(Ordering::Relaxed);
+            } else {
+                s.tx_running = true;
+                s.tx_frames += frames;
+            }
         }
         s
     }

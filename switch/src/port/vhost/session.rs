@@ -14,12 +14,17 @@
 //!      +--------------------------------- addresses no longer valid
 //! ```
 //!
+//! With several queue pairs (`VIRTIO_NET_F_MQ`) the guest's receive rings go to the data path together, when all that are
+//! enabled run: frames for a VM that has just arrived would else take the first ring, and newer ones of the same flow
+//! another, before them.
+//!
 //! Invariant: the answer to GET_VRING_BASE (and to everything that stops a ring) is sent when no worker touches the
 //! ring any more; what the guest has queued and we have not given back stays in guest memory.
 
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -30,7 +35,7 @@ use vhost::vhost_user::{Error, Result, VhostUserBackendReqHandlerMut};
 
 use super::Shared;
 use super::dirty::DirtyLog;
-use super::features::{self, LOG_ALL, OFFERED, PROTOCOL_FEATURES, RING_PACKED, RingFeatures};
+use super::features::{self, LOG_ALL, MQ, OFFERED, PROTOCOL_FEATURES, RING_PACKED, RingFeatures};
 use super::live::{Control, Gate, Live, signal};
 use super::ring::Ring;
 use super::ring::packed::Packed;
@@ -38,12 +43,12 @@ use super::ring::split::Split;
 use super::rx::Rx;
 use super::tx::Tx;
 use crate::mem::guest::{GuestMem, GuestMemError, REGIONS_MAX, Region};
+use crate::port::{QUEUES, TxQueue};
 
-/// The guest's receive ring: we transmit.
-const RING_TX: usize = 0;
-/// The guest's transmit ring: we receive.
-const RING_RX: usize = 1;
-const RINGS: usize = 2;
+/// Even: the guest's receive rings, where we transmit. Odd: its transmit rings (virtio 1.2, 5.1.2).
+const RINGS: usize = 2 * QUEUES;
+/// How long rings may wait for others that the front-end has enabled and does not start.
+pub(super) const TOGETHER: Duration = Duration::from_millis(20);
 /// virtio 1.2, 2.7 and 2.8.1: the largest ring.
 const NUM_MAX: u32 = 32_768;
 
@@ -77,6 +82,18 @@ pub struct Session {
     mem: Option<Arc<GuestMem>>,
     log: Option<Arc<DirtyLog>>,
     vrings: [Vring; RINGS],
+    /// Transmit queues that wait for the others.
+    waiting: Vec<(u16, Box<dyn TxQueue>)>,
+}
+
+/// We receive by this ring; else we transmit.
+fn is_rx(ring: usize) -> bool {
+    ring % 2 == 1
+}
+
+/// Its queue pair.
+fn pair(ring: usize) -> u16 {
+    (ring / 2) as u16
 }
 
 fn refuse(why: impl std::error::Error + Send + Sync + 'static) -> Error {
@@ -96,6 +113,7 @@ impl Session {
             mem: None,
             log: None,
             vrings: Default::default(),
+            waiting: Vec::new(),
         }
     }
 
@@ -196,20 +214,33 @@ impl Session {
             self.attach(i, ring, live, kick, features)
         };
         self.vrings[i].running = Some(control.clone());
-        let (attach, slot) = (&self.shared.attach, self.shared.slot);
         self.shared.set_control(i, Some(control));
-        if self
-            .vrings
-            .iter()
-            .all(|v| v.running.is_some() && !v.reported)
-        {
-            attach.port_error(slot, None);
+        let missing = |v: &Vring| v.enabled && v.running.is_none();
+        if !self.vrings.iter().step_by(2).any(missing) {
+            self.attach_waiting();
+        }
+        let runs = self.vrings[..2].iter().all(|v| v.running.is_some());
+        if runs && !self.vrings.iter().any(|v| v.reported) {
+            self.shared.attach.port_error(self.shared.slot, None);
+        }
+    }
+
+    /// Rings wait for others.
+    pub fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// They do not wait any more.
+    pub fn attach_waiting(&mut self) {
+        let queues = std::mem::take(&mut self.waiting);
+        if !queues.is_empty() {
+            self.shared.attach.set_tx(self.shared.slot, queues);
         }
     }
 
     /// Gives a ring to the data path.
     fn attach<R: Ring + 'static>(
-        &self,
+        &mut self,
         i: usize,
         ring: R,
         live: Live,
@@ -220,16 +251,20 @@ impl Session {
         let control = Control::new(live, v.base, self.shared.alarm.clone());
         let gate = Gate::new(control.clone());
         let (attach, slot) = (&self.shared.attach, self.shared.slot);
-        if i == RING_RX {
+        if is_rx(i) {
             let rx = Rx::new(ring, gate, v.base, kick.clone(), features);
-            attach.attach_rx(slot, 0, Box::new(rx));
+            attach.attach_rx(slot, pair(i), Box::new(rx));
             // The guest may have kicked long before, or may never.
             if let Some(kick) = kick {
                 signal(&kick);
             }
         } else {
             let tx = Tx::new(ring, gate, v.base, v.num, features);
-            attach.set_tx(slot, Some(Box::new(tx)));
+            if self.features.is_some_and(|f| f & MQ != 0) {
+                self.waiting.push((pair(i), Box::new(tx)));
+            } else {
+                attach.set_tx(slot, vec![(pair(i), Box::new(tx))]);
+            }
         }
         control
     }
@@ -239,11 +274,13 @@ impl Session {
         let Some(control) = self.vrings[i].running.take() else {
             return;
         };
-        if i == RING_RX {
-            drop(self.shared.attach.detach_rx(self.shared.slot, 0));
+        if is_rx(i) {
+            drop(self.shared.attach.detach_rx(self.shared.slot, pair(i)));
         } else {
-            self.shared.attach.set_tx(self.shared.slot, None);
+            self.waiting.retain(|(queue, _)| *queue != pair(i));
+            self.shared.attach.clear_tx(self.shared.slot, pair(i));
         }
+        self.vrings[i].reported = false;
         // Whoever might still hold the queue finds it closed.
         if !control.swap(None) {
             tracing::warn!(port = %self.shared.name, ring = i, "a worker does not let go of a stopped ring");
@@ -254,9 +291,9 @@ impl Session {
 
     /// Stops everything, for the end of the connection.
     pub fn stop_all(&mut self) {
-        for i in [RING_RX, RING_TX] {
-            self.stop(i);
-        }
+        let receive = (0..RINGS).filter(|i| is_rx(*i));
+        let transmit = (0..RINGS).filter(|i| !is_rx(*i));
+        receive.chain(transmit).for_each(|i| self.stop(i));
     }
 
     /// Gives a running ring its new snapshot, or stops it if there is none.
@@ -306,8 +343,9 @@ impl Session {
             if let Some(err) = &v.err {
                 signal(err);
             }
-            let which = if i == RING_RX { "transmit" } else { "receive" };
-            let text = format!("guest's {which} ring is broken: {why}");
+            let which = if is_rx(i) { "transmit" } else { "receive" };
+            let n = pair(i);
+            let text = format!("guest's {which} ring {n} is broken: {why}");
             self.shared.state(|s| s.broken += 1);
             self.shared.attach.port_error(self.shared.slot, Some(text));
         }
@@ -493,7 +531,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn get_queue_num(&mut self) -> Result<u64> {
         // Pairs, for a network device.
-        Ok(1)
+        Ok(QUEUES as u64)
     }
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {

@@ -26,17 +26,40 @@ struct Engine {
     rx: Mutex<Option<Box<dyn RxQueue>>>,
     tx: Mutex<Option<Box<dyn TxQueue>>>,
     errors: Mutex<Vec<Option<String>>>,
+    /// Receive queues behind the first that are there.
+    more: Mutex<Vec<u16>>,
+    /// The transmit queues of each call.
+    sets: Mutex<Vec<Vec<u16>>>,
 }
 
 impl Attach for Engine {
-    fn attach_rx(&self, _: usize, _: u16, rx: Box<dyn RxQueue>) -> Option<Box<dyn RxQueue>> {
+    fn attach_rx(&self, _: usize, queue: u16, rx: Box<dyn RxQueue>) -> Option<Box<dyn RxQueue>> {
+        if queue > 0 {
+            self.more.lock().unwrap().push(queue);
+            return None;
+        }
         self.rx.lock().unwrap().replace(rx)
     }
-    fn detach_rx(&self, _: usize, _: u16) -> Option<Box<dyn RxQueue>> {
+    fn detach_rx(&self, _: usize, queue: u16) -> Option<Box<dyn RxQueue>> {
+        if queue > 0 {
+            self.more.lock().unwrap().retain(|q| *q != queue);
+            return None;
+        }
         self.rx.lock().unwrap().take()
     }
-    fn set_tx(&self, _: usize, tx: Option<Box<dyn TxQueue>>) {
-        *self.tx.lock().unwrap() = tx;
+    fn set_tx(&self, _: usize, queues: Vec<(u16, Box<dyn TxQueue>)>) {
+        let all = queues.iter().map(|(q, _)| *q).collect();
+        self.sets.lock().unwrap().push(all);
+        for (queue, tx) in queues {
+            if queue == 0 {
+                *self.tx.lock().unwrap() = Some(tx);
+            }
+        }
+    }
+    fn clear_tx(&self, _: usize, queue: u16) {
+        if queue == 0 {
+            *self.tx.lock().unwrap() = None;
+        }
     }
     fn port_error(&self, _: usize, error: Option<String>) {
         self.errors.lock().unwrap().push(error);

@@ -1,0 +1,216 @@
+//! Which worker serves which receive queue, and in whose hands lanes are.
+//!
+//! Queues are spread evenly. A port that goes leaves an uneven rest, which [`Seating::move_on`] evens out. While a hold is
+//! open nothing moves and a port gets no worker that it did not have: the lanes that the hold has cut are all there are.
+//!
+//! Pure: the engine carries out what it says.
+
+use std::collections::BTreeMap;
+
+use super::worker::QueueId;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Seating {
+    owners: BTreeMap<QueueId, usize>,
+    /// Queues of each worker.
+    load: Vec<usize>,
+    pins: usize,
+    /// Of each port, the workers that have its lanes, as long as something is pinned.
+    pinned: Vec<Vec<usize>>,
+    /// Who served the queues that have left since: what they have sent waits in that worker's lanes.
+    last: BTreeMap<QueueId, usize>,
+}
+
+impl Seating {
+    /// Nothing is there yet.
+    pub fn new(workers: usize) -> Seating {
+        Seating {
+            owners: BTreeMap::new(),
+            load: vec![0; workers.max(1)],
+            pins: 0,
+            pinned: Vec::new(),
+            last: BTreeMap::new(),
+        }
+    }
+
+    /// Who serves a queue.
+    pub fn owner(&self, id: QueueId) -> Option<usize> {
+        self.owners.get(&id).copied()
+    }
+
+    /// Finds a worker for a queue: the one that it has, or the one with least to do.
+    pub fn place(&mut self, id: QueueId) -> usize {
+        if let Some(owner) = self.owner(id) {
+            return owner;
+        }
+        let n = self.load.len();
+        let all: Vec<usize> = match self.pins {
+            0 => (0..n).collect(),
+            _ => self.seats(id.port),
+        };
+        // Of equals the one whose turn it would be if all had the same number of queues.
+        let turn = id.port + usize::from(id.queue);
+        let order = |w: &usize| (self.load[*w], (*w + n - turn % n) % n);
+        let last = self.last.get(&id).copied();
+        let to = last
+            .or_else(|| all.into_iter().min_by_key(order))
+            .unwrap_or(0);
+        self.owners.insert(id, to);
+        self.load[to] += 1;
+        to
+    }
+
+    /// The queue is gone.
+    pub fn leave(&mut self, id: QueueId) -> Option<usize> {
+        let owner = self.owners.remove(&id)?;
+        self.load[owner] -= 1;
+        if self.pins > 0 {
+            self.last.insert(id, owner);
+        }
+        Some(owner)
+    }
+
+    /// The workers that have lanes of a port, in order; at least one.
+    pub fn seats(&self, port: usize) -> Vec<usize> {
+        if let Some(pinned) = self.pinned.get(port) {
+            return pinned.clone();
+        }
+        let mine = self.owners.iter().filter(|(id, _)| id.port == port);
+        let mut all: Vec<usize> = mine.map(|(_, w)| *w).collect();
+        all.sort_unstable();
+        all.dedup();
+        if all.is_empty() {
+            all.push(port % self.load.len());
+        }
+        all
+    }
+
+    /// From now on nothing moves.
+    pub fn pin(&mut self, ports: usize) {
+        if self.pins == 0 {
+            self.pinned = (0..ports).map(|p| self.seats(p)).collect();
+        }
+        self.pins += 1;
+    }
+
+    /// Takes one [`Seating::pin`] back.
+    pub fn unpin(&mut self) {
+        self.pins = self.pins.saturating_sub(1);
+        if self.pins == 0 {
+            self.pinned.clear();
+            self.last.clear();
+        }
+    }
+
+    /// Moves that would even the load out, (queue, from, to), best first; none if it is even or pinned.
+    pub fn moves(&self) -> Vec<(QueueId, usize, usize)> {
+        let most = (0..self.load.len()).max_by_key(|w| self.load[*w]);
+        let least = (0..self.load.len()).min_by_key(|w| self.load[*w]);
+        let (Some(most), Some(least)) = (most, least) else {
+            return Vec::new();
+        };
+        if self.pins > 0 || self.load[most] < self.load[least] + 2 {
+            return Vec::new();
+        }
+        let mine = self.owners.iter().filter(|(_, w)| **w == most);
+        mine.map(|(id, _)| (*id, most, least)).collect()
+    }
+
+    /// One of [`Seating::moves`] was carried out.
+    pub fn moved(&mut self, id: QueueId, to: usize) {
+        self.leave(id);
+        self.owners.insert(id, to);
+        self.load[to] += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[derive(Debug, Clone)]
+    enum Op {
+        Place(usize, u16),
+        Leave(usize, u16),
+        Pin,
+        Unpin,
+        Even,
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        prop_oneof![
+            5 => (0usize..5, 0u16..4).prop_map(|(p, q)| Op::Place(p, q)),
+            3 => (0usize..5, 0u16..4).prop_map(|(p, q)| Op::Leave(p, q)),
+            1 => Just(Op::Pin),
+            1 => Just(Op::Unpin),
+            1 => Just(Op::Even),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn queues_are_spread_and_a_pinned_port_keeps_to_its_seats(workers in 1usize..5, ops in proptest::collection::vec(op(), 1..120)) {
+            let mut s = Seating::new(workers);
+            let mut model: BTreeMap<QueueId, usize> = BTreeMap::new();
+            let mut pins = 0;
+            let mut seats: Vec<Vec<usize>> = Vec::new();
+            let mut last: BTreeMap<QueueId, usize> = BTreeMap::new();
+            for op in ops {
+                match op {
+                    Op::Place(port, queue) => {
+                        let id = QueueId { port, queue };
+                        let w = s.place(id);
+                        let before = model.insert(id, w);
+                        prop_assert!(before.is_none_or(|b| b == w), "one that is there stays");
+                        prop_assert!(pins == 0 || seats[port].contains(&w));
+                        prop_assert!(last.get(&id).is_none_or(|l| *l == w), "one that comes back during a hold, too");
+                    }
+                    Op::Leave(port, queue) => {
+                        let id = QueueId { port, queue };
+                        let owner = model.remove(&id);
+                        prop_assert_eq!(s.leave(id), owner);
+                        last.extend(owner.filter(|_| pins > 0).map(|o| (id, o)));
+                    }
+                    Op::Pin => {
+                        s.pin(5);
+                        if pins == 0 {
+                            seats = (0..5).map(|p| s.seats(p)).collect();
+                        }
+                        pins += 1;
+                    }
+                    Op::Unpin if pins > 0 => {
+                        s.unpin();
+                        pins -= 1;
+                        if pins == 0 {
+                            last.clear();
+                        }
+                    }
+                    Op::Unpin => {}
+                    Op::Even => {
+                        while let Some((id, from, to)) = s.moves().first().copied() {
+                            prop_assert_eq!(pins, 0);
+                            prop_assert_eq!(model.insert(id, to), Some(from));
+                            s.moved(id, to);
+                        }
+                        let load = |w| model.values().filter(|m| **m == w).count();
+                        let all: Vec<usize> = (0..workers).map(load).collect();
+                        let even = all.iter().max().unwrap() - all.iter().min().unwrap() <= 1;
+                        prop_assert!(even || pins > 0, "{:?}", all);
+                    }
+                }
+                for port in 0..5 {
+                    prop_assert!(!s.seats(port).is_empty());
+                    if pins > 0 {
+                        prop_assert_eq!(s.seats(port), seats[port].clone());
+                    }
+                }
+                for (id, w) in &model {
+                    prop_assert_eq!(s.owner(*id), Some(*w));
+                    prop_assert!(s.seats(id.port).contains(w));
+                }
+            }
+        }
+    }
+}
