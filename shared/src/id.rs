@@ -133,7 +133,7 @@ impl<'de> Deserialize<'de> for HoldId {
     }
 }
 
-/// A lane: one sending queue towards one receiving port. The unit of order (ADR-0001).
+/// A lane: what one worker takes in at one port, towards another. The unit of order (ADR-0001, ADR-0011).
 ///
 /// Ports go by their configured names, which are the same on both hosts for the ports of a VM.
 #[derive(
@@ -152,7 +152,7 @@ impl<'de> Deserialize<'de> for HoldId {
 pub struct LaneKey {
     /// The sending port.
     pub from: String,
-    /// The sending port's receive queue (the guest's TX queue pair), from 0.
+    /// Which of the workers that serve the sending port's queues, from 0.
     pub queue: u16,
     /// The receiving port.
     pub to: String,

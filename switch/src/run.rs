@@ -119,12 +119,15 @@ impl Switch {
     }
 }
 
-/// Tells the engine what is wrong with devices, when it changes. A device that is gone for good gives no frames any more:
+/// Evens out the workers' load, and tells the engine what is wrong with devices, when it changes. A device that is gone for good gives no frames any more:
 /// its queue is detached.
 async fn watch(engine: Arc<Engine>, devices: Vec<(usize, Arc<Health>)>) {
     let mut last = vec![None; devices.len()];
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
+        let even = engine.clone();
+        // A panic there would be ours and is logged by the runtime.
+        let _ = tokio::task::spawn_blocking(move || even.rebalance()).await;
         for ((slot, health), last) in devices.iter().zip(&mut last) {
             let fault = health.fault();
             if fault != *last {

@@ -200,11 +200,9 @@ mod tests {
                         prop_assert!(even || pins > 0, "{:?}", all);
                     }
                 }
-                for port in 0..5 {
-                    prop_assert!(!s.seats(port).is_empty());
-                    if pins > 0 {
-                        prop_assert_eq!(s.seats(port), seats[port].clone());
-                    }
+                prop_assert!((0..5).all(|p| !s.seats(p).is_empty()));
+                if pins > 0 {
+                    prop_assert_eq!((0..5).map(|p| s.seats(p)).collect::<Vec<_>>(), seats.clone());
                 }
                 for (id, w) in &model {
                     prop_assert_eq!(s.owner(*id), Some(*w));

@@ -29,6 +29,9 @@ const UP: usize = 2;
 const MAC_P: u8 = 1;
 const MAC_M: u8 = 2;
 const MAC_O: u8 = 3;
+/// A second station of `p`, which sends by its second queue.
+const MAC_Q: u8 = 4;
+const SENDERS: [u8; 3] = [MAC_P, MAC_O, MAC_Q];
 
 struct NoVms;
 
@@ -45,6 +48,8 @@ struct Site {
     manager: Arc<Manager>,
     engine: Arc<Engine>,
     ports: [MemoryPort; 3],
+    /// The second queue of `p`.
+    second: MemoryPort,
 }
 
 impl Site {
@@ -80,6 +85,7 @@ impl Site {
             manager,
             engine,
             ports,
+            second: MemoryPort::new(),
         };
         site.plug(UP);
         site
@@ -89,11 +95,26 @@ impl Site {
         let (rx, tx) = self.ports[port].queues();
         self.engine.set_tx(port, vec![(0, tx)]);
         self.engine.attach_rx(port, 0, rx);
+        if port == P {
+            self.engine.attach_rx(P, 1, self.second.queues().0);
+        }
+    }
+
+    /// What was in the rings of `p` is there again.
+    fn refill(&self, ring: Vec<Vec<u8>>) {
+        for f in ring {
+            let queue = match f[11] {
+                MAC_Q => &self.second,
+                _ => &self.ports[P],
+            };
+            queue.push(f);
+        }
     }
 
     /// What a stopping vhost-user VM does.
     fn unplug(&self, port: usize) {
         self.engine.detach_rx(port, 0);
+        self.engine.detach_rx(port, 1);
         self.engine.clear_tx(port, 0);
     }
 
@@ -123,7 +144,7 @@ struct Scene {
     b: Arc<Site>,
     /// What `m` received, in order: (sender, number).
     got: Arc<Mutex<Vec<(u8, u32)>>>,
-    sent: Arc<[AtomicU32; 2]>,
+    sent: Arc<[AtomicU32; 3]>,
     stop: Arc<AtomicBool>,
     /// 0: p runs on A; 1: stopped; 2: runs on B.
     place: Arc<AtomicU32>,
@@ -140,8 +161,10 @@ impl Scene {
             Arc::new(Site::new(&w, "alpha", true)),
             Arc::new(Site::new(&w, "beta", false)),
         );
-        a.plug(P);
         a.plug(M);
+        a.plug(P);
+        let seats = a.engine.pin().seats(P);
+        assert_eq!(seats.len(), 2, "the queues of p are on both workers");
         // m says where it is.
         a.ports[M].push(frame(MAC_M, MacAddr::BROADCAST, 0));
         eventually("m is learned", || !a.ports[P].take_delivered().is_empty());
@@ -170,7 +193,7 @@ impl Scene {
         self.threads.push(std::thread::spawn(move || {
             // The network: where m is, as a learning switch sees it.
             let mut m_at_b = false;
-            let mut n = [0u32; 2];
+            let mut n = [0u32; 3];
             let mut ending = false;
             while !done.load(Ordering::Relaxed) {
                 ending |= stop.load(Ordering::Relaxed);
@@ -197,9 +220,12 @@ impl Scene {
                     if let Some(p) = p {
                         n[0] += 1;
                         p.ports[P].push(frame(MAC_P, mac(MAC_M), n[0]));
+                        n[2] += 1;
+                        p.second.push(frame(MAC_Q, mac(MAC_M), n[2]));
                     }
-                    sent[0].store(n[0], Ordering::Release);
-                    sent[1].store(n[1], Ordering::Release);
+                    for (sent, n) in sent.iter().zip(n) {
+                        sent.store(n, Ordering::Release);
+                    }
                 }
                 for site in [&a, &b] {
                     let mut got = got.lock().unwrap();
@@ -227,9 +253,12 @@ impl Scene {
     }
 
     fn more(&self) {
-        let (p, o) = (self.received(MAC_P), self.received(MAC_O));
+        let before = SENDERS.map(|s| self.received(s) + 20);
         eventually("frames flow", || {
-            self.received(MAC_P) > p + 20 && self.received(MAC_O) > o + 20
+            SENDERS
+                .iter()
+                .zip(before)
+                .all(|(s, n)| self.received(*s) > n)
         });
     }
 
@@ -264,14 +293,16 @@ impl Scene {
         std::thread::sleep(Duration::from_millis(5));
         self.a.unplug(P);
         self.a.unplug(M);
-        self.a.ports[P].take_waiting()
+        let mut ring = self.a.ports[P].take_waiting();
+        ring.extend(self.a.second.take_waiting());
+        ring
     }
 
     /// Everything once, in order.
     fn verdict(mut self) {
         self.stop.store(true, Ordering::Relaxed);
         std::thread::sleep(Duration::from_millis(50));
-        for (i, who) in [MAC_P, MAC_O].into_iter().enumerate() {
+        for (i, who) in SENDERS.into_iter().enumerate() {
             let n = self.sent[i].load(Ordering::Acquire) as usize;
             eventually("the last frame", || self.received(who) >= n);
         }
@@ -281,7 +312,7 @@ impl Scene {
             t.join().unwrap();
         }
         let got = self.got.lock().unwrap();
-        for (i, who) in [MAC_P, MAC_O].into_iter().enumerate() {
+        for (i, who) in SENDERS.into_iter().enumerate() {
             let n = self.sent[i].load(Ordering::Acquire);
             let seen: Vec<u32> = got
                 .iter()
@@ -338,7 +369,7 @@ fn move_all(scope_first: Option<Scope>) {
     s.b.ask(Request::IncomingRestore { hold: ID });
     s.b.ask(Request::Commit { hold: ID });
     // The VMs run on B: their rings come with what they had queued.
-    ring.into_iter().for_each(|f| s.b.ports[P].push(f));
+    s.b.refill(ring);
     s.b.plug(P);
     s.place.store(2, Ordering::Release);
     std::thread::sleep(Duration::from_millis(10));
@@ -415,7 +446,7 @@ fn an_abort_in_any_state_puts_everything_back_in_order() {
         s.a.ask(Request::HoldAbort { hold: ID });
         s.b.ask(Request::HoldAbort { hold: ID });
         if stage >= 3 {
-            ring.into_iter().for_each(|f| s.a.ports[P].push(f));
+            s.a.refill(ring);
             s.a.plug(P);
             s.a.plug(M);
             s.place.store(0, Ordering::Release);
@@ -560,7 +591,7 @@ fn an_abort_needs_no_room_in_the_spool() {
         s.a.ask(Request::HoldAbort { hold: ID });
         s.b.ask(Request::HoldAbort { hold: ID });
         if sealed {
-            ring.into_iter().for_each(|f| s.a.ports[P].push(f));
+            s.a.refill(ring);
             s.a.plug(P);
             s.a.plug(M);
             s.place.store(0, Ordering::Release);
@@ -593,7 +624,7 @@ fn a_vm_that_stops_before_the_freeze_freezes_the_hold() {
     std::thread::sleep(Duration::from_millis(100));
     s.a.ask(Request::HoldAbort { hold: ID });
     s.b.ask(Request::HoldAbort { hold: ID });
-    ring.into_iter().for_each(|f| s.a.ports[P].push(f));
+    s.a.refill(ring);
     s.a.plug(P);
     s.a.plug(M);
     s.place.store(0, Ordering::Release);
@@ -632,7 +663,7 @@ fn one_vm_moves_alone_although_no_lane_of_it_has_to_be_complete() {
         timeout_ms: 5000,
     });
     s.b.ask(Request::IncomingRestore { hold: ID });
-    assert_eq!(s.b.status().lanes.len(), 2, "both lanes are known");
+    assert_eq!(s.b.status().lanes.len(), 3, "all lanes are known");
     s.b.ask(Request::Commit { hold: ID });
     s.b.plug(M);
     s.a.ask(Request::Depart {
@@ -676,7 +707,7 @@ fn after_the_commit_frames_wait_for_a_vm_that_is_late_and_a_broadcast_comes_once
     let broadcast = frame(9, MacAddr::BROADCAST, 1);
     s.a.ports[UP].push(broadcast.clone());
     s.b.ports[UP].push(broadcast);
-    ring.into_iter().for_each(|f| s.b.ports[P].push(f));
+    s.b.refill(ring);
     s.b.plug(P);
     s.place.store(2, Ordering::Release);
     // `m` takes its time, and its device goes away once more.
@@ -718,7 +749,7 @@ fn a_shipment_that_the_source_has_put_back_cannot_be_committed() {
     assert_eq!(code, RefusalCode::State);
     assert!(what.contains("put everything back"), "{what}");
     s.b.ask(Request::HoldAbort { hold: ID });
-    ring.into_iter().for_each(|f| s.a.ports[P].push(f));
+    s.a.refill(ring);
     s.a.plug(P);
     s.a.plug(M);
     s.place.store(0, Ordering::Release);
@@ -755,7 +786,7 @@ fn a_hold_that_still_waits_for_its_vm_does_not_disarm_the_next_one() {
     s.a.ask(Request::HoldAbort { hold: ID });
     s.b.ask(Request::HoldAbort { hold: ID });
     // Its lanes drain when the VM is there again; so does nothing to the next hold.
-    ring.into_iter().for_each(|f| s.a.ports[P].push(f));
+    s.a.refill(ring);
     s.a.plug(M);
     eventually("it is put back", || {
         s.a.status().state == HoldState::Aborted

@@ -16,7 +16,7 @@ use vhost::{VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData}
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
-use crate::port::vhost::features::{LOG_ALL, PROTOCOL_FEATURES};
+use crate::port::vhost::features::{LOG_ALL, MQ, PROTOCOL_FEATURES};
 use crate::port::vhost::{VhostConfig, VhostPort, spawn};
 use crate::port::{Attach, Burst, Frame, RxQueue, Sent, TxQueue, VnetHdr};
 
@@ -114,7 +114,7 @@ impl Guest {
     fn connect(path: &Path, memory: &Memory, drivers: Option<[Driver; 2]>, bits: u64) -> Guest {
         let mut front = None;
         until("the port listens", || {
-            front = Frontend::connect(path, 2).ok();
+            front = Frontend::connect(path, 4).ok();
             front.is_some()
         });
         let drivers = drivers.unwrap_or_else(|| {
@@ -530,8 +530,51 @@ fn enable_may_come_before_features() {
     let r = ask(&[18, 1 | 8, 8, 0, 1], 20);
     assert_eq!(r[..4], 18u32.to_ne_bytes());
     assert_eq!(r[12..], [0; 8]);
-    let r = ask(&[18, 1 | 8, 8, 7, 1], 20);
-    assert_eq!(r[12], 1, "there is no ring 7");
+    let r = ask(&[18, 1 | 8, 8, 32, 1], 20);
+    assert_eq!(r[12], 1, "there is no ring 32");
+}
+
+/// With several pairs: none of the receive rings is used before all that are enabled run, or keep us waiting.
+#[test]
+fn receive_rings_of_several_pairs_go_live_together() {
+    for complete in [true, false] {
+        let s = Setup::new();
+        let mut g = Guest::connect(
+            &s.dir.path().join("s"),
+            &s.memory,
+            None,
+            VERSION_1 | EVENT_IDX | MQ,
+        );
+        g.negotiate();
+        (2..4).for_each(|i| g.front.set_vring_enable(i, true).unwrap());
+        g.start([0, 0]);
+        assert!(
+            s.engine.rx.lock().unwrap().is_some(),
+            "what it sends is taken"
+        );
+        assert!(s.engine.sets.lock().unwrap().is_empty());
+        let more = [
+            Driver::new(&s.memory, NUM, HIGH + 0x8000, HIGH + 0x20_0000, VERSION_1),
+            Driver::new(&s.memory, NUM, 0x8000, 0x20_0000, VERSION_1),
+        ];
+        g.drivers = more;
+        for i in (0..2).filter(|_| complete) {
+            g.front.set_vring_num(2 + i, NUM).unwrap();
+            g.front.set_vring_base(2 + i, 0).unwrap();
+            g.front.set_vring_addr(2 + i, &g.addr(i, false)).unwrap();
+            g.front.set_vring_kick(2 + i, &g.kicks[i]).unwrap();
+        }
+        if complete {
+            assert_eq!(*s.engine.sets.lock().unwrap(), [vec![0, 1]]);
+            assert_eq!(*s.engine.more.lock().unwrap(), [1]);
+            g.front.get_vring_base(3).unwrap();
+            assert!(s.engine.more.lock().unwrap().is_empty());
+        } else {
+            until("it goes without", || {
+                *s.engine.sets.lock().unwrap() == [vec![0]]
+            });
+        }
+    }
 }
 
 #[test]
