@@ -1,6 +1,6 @@
 //! Which worker serves which receive queue, and in whose hands lanes are.
 //!
-//! Queues are spread evenly. A port that goes leaves an uneven rest, which [`Seating::move_on`] evens out. While a hold is
+//! Queues are spread evenly. A port that goes leaves an uneven rest, which [`Seating::moves`] evens out. While a hold is
 //! open nothing moves and a port gets no worker that it did not have: the lanes that the hold has cut are all there are.
 //!
 //! Pure: the engine carries out what it says.
