@@ -2,7 +2,8 @@
 //!
 //! *Gang stop* is the best that plain tools do: pre-copy all, hold them at the brink by starving their bandwidth, stop all, let
 //! them over in order, resume all. *One by one* is what scripts around `migrate` do. *In place* is a control and moves nothing:
-//! all stop, stay stopped, go on where they are. It tells what a pause alone costs from what a cold target costs.
+//! all stop, stay stopped, go on where they are. It tells what a pause alone costs from what a cold target costs. *In place, cold*
+//! is the same, but the emulators lose their translations in the pause ([`super::cold`]), as the targets of a move have none.
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
@@ -11,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Lab;
+use super::cold::Debugger;
 use super::cpu::{Cpu, CpuMeter};
 use super::group::Group;
 use super::net::MGMT_B;
@@ -42,6 +44,8 @@ pub enum Recipe {
     OneByOne,
     /// All stop together and resume together on A; nothing moves.
     InPlace,
+    /// The same, and each emulator forgets its translations while it is stopped.
+    InPlaceCold,
 }
 
 impl Recipe {
@@ -51,6 +55,7 @@ impl Recipe {
             Self::GangStop => "gang-stop",
             Self::OneByOne => "one-by-one",
             Self::InPlace => "in-place",
+            Self::InPlaceCold => "in-place-cold",
         }
     }
 }
@@ -125,19 +130,24 @@ fn run_in(
     let mut targets = match recipe {
         Recipe::GangStop => start(&lab.b, Incoming::Paused)?,
         Recipe::OneByOne => start(&lab.b, Incoming::Runs)?,
-        Recipe::InPlace => Vec::new(),
+        Recipe::InPlace | Recipe::InPlaceCold => Vec::new(),
     };
     for (at, target) in targets.iter_mut().enumerate() {
         target
             .qmp
             .execute("migrate-incoming", json!({"uri": uri(at)}))?;
     }
+    let debuggers = match recipe {
+        Recipe::InPlaceCold => sources.iter_mut().map(Debugger::open).collect(),
+        _ => Ok(Vec::new()),
+    };
+    let debuggers: Vec<Debugger> = debuggers?;
     cpu.lap();
     let began = Instant::now();
     match recipe {
         Recipe::GangStop => gang_stop(&mut sources, &mut targets, say)?,
         Recipe::OneByOne => one_by_one(&mut sources, &mut targets, say)?,
-        Recipe::InPlace => in_place(&mut sources, say)?,
+        Recipe::InPlace | Recipe::InPlaceCold => in_place(&mut sources, &debuggers, say)?,
     }
     let migration_ms = began.elapsed().as_millis() as f64;
     let moving = cpu.lap();
@@ -172,24 +182,23 @@ fn uri(at: usize) -> String {
 fn figures(source: &mut Vm, target: Option<&mut Vm>) -> Result<VmFigures> {
     let precopy_bytes = source.qmp.migration()?.transferred;
     let mut events = source.qmp.events();
-    let last = |events: &[Event], name: &str| {
-        let found = events.iter().rfind(|event| event.name == name);
-        Ok::<_, anyhow::Error>(
-            found
-                .with_context(|| format!("no event {name} of {}", source.name))?
-                .at_us,
-        )
+    let at_us = |found: Option<&Event>, name: &str| {
+        let found = found.with_context(|| format!("no event {name} of {}", source.name))?;
+        Ok::<_, anyhow::Error>(found.at_us)
     };
-    let stopped_at_us = last(&events, "STOP")?;
+    // The first: a cold control stops and resumes twice.
+    let stop = events.iter().find(|event| event.name == "STOP");
+    let stopped_at_us = at_us(stop, "STOP")?;
     if let Some(target) = target {
         events = target.qmp.events();
     }
+    let resume = events.iter().rfind(|event| event.name == "RESUME");
     Ok(VmFigures {
         name: source.name.clone(),
         precopy_bytes,
         pause_ms: 0.0,
         stopped_at_us,
-        resumed_at_us: last(&events, "RESUME")?,
+        resumed_at_us: at_us(resume, "RESUME")?,
     })
 }
 
@@ -218,11 +227,16 @@ fn one_by_one(sources: &mut [Vm], targets: &mut [Vm], say: &mut dyn FnMut(&str))
     Ok(())
 }
 
-fn in_place(vms: &mut [Vm], say: &mut dyn FnMut(&str)) -> Result<()> {
+/// With `debuggers`, one per VM, the VMs are cold when they go on.
+fn in_place(vms: &mut [Vm], debuggers: &[Debugger], say: &mut dyn FnMut(&str)) -> Result<()> {
+    let began = Instant::now();
     for vm in vms.iter_mut() {
         vm.qmp.execute("stop", json!({}))?;
     }
-    thread::sleep(IN_PLACE);
+    for (vm, debugger) in vms.iter_mut().zip(debuggers) {
+        debugger.flush(vm)?;
+    }
+    thread::sleep(IN_PLACE.saturating_sub(began.elapsed()));
     for vm in vms.iter_mut() {
         vm.qmp.execute("cont", json!({}))?;
     }

@@ -12,6 +12,7 @@
 
 pub mod baseline;
 pub mod cleanup;
+pub mod cold;
 pub mod cpu;
 pub mod demo;
 pub mod gangway;

@@ -28,6 +28,8 @@ pub enum Method {
     GangStop,
     /// Linux bridges, stopped and resumed together without a move
     InPlace,
+    /// The same, and the emulators lose their translations while they are stopped
+    InPlaceCold,
     /// Linux bridges, plain QEMU migration, each VM after the other
     OneByOne,
 }
@@ -40,6 +42,7 @@ impl Method {
             Self::GangwayTap => "gangway-tap",
             Self::GangStop => Recipe::GangStop.name(),
             Self::InPlace => Recipe::InPlace.name(),
+            Self::InPlaceCold => Recipe::InPlaceCold.name(),
             Self::OneByOne => Recipe::OneByOne.name(),
         }
     }
@@ -57,6 +60,7 @@ impl Method {
             Self::GangwayTap => gangway(Ports::Tap, say),
             Self::GangStop => baseline::run(group, Recipe::GangStop, phases, logs, say),
             Self::InPlace => baseline::run(group, Recipe::InPlace, phases, logs, say),
+            Self::InPlaceCold => baseline::run(group, Recipe::InPlaceCold, phases, logs, say),
             Self::OneByOne => baseline::run(group, Recipe::OneByOne, phases, logs, say),
         }
     }
