@@ -19,6 +19,7 @@ pub mod gangway;
 pub mod group;
 pub mod host;
 pub mod image;
+pub mod memory;
 pub mod moved;
 pub mod net;
 pub mod process;
