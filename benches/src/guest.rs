@@ -13,23 +13,33 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::{Result, ensure};
 
+use crate::frames::Pattern;
+use crate::frames::{Flows, HEADER, MAC_BITS, Paint, Pairs, Random, Same, frame};
 use crate::front::Front;
 pub use crate::front::Unsupported;
+use crate::hist::Histogram;
 use crate::ring::packed::Packed;
 use crate::ring::split::Split;
 use crate::ring::{Layout, Place, Ring};
 use crate::sys::{Memory, tsc};
 
-/// Bytes of `virtio_net_hdr` with `VERSION_1`.
-pub const HEADER: usize = 12;
 /// From one buffer to the next: 33 cache lines.
 const STRIDE: usize = 2112;
 /// What fits into a receive buffer.
 const RX_LEN: u32 = 2048;
 const PAGE: usize = 4096;
+/// How long a switch may take to learn all stations, in time-stamp cycles: a few seconds.
+const ANNOUNCE_CYCLES: u64 = 10_000_000_000;
+/// How long a frame may be on its way before it is lost, in time-stamp cycles: some ten milliseconds.
+const SETTLE_CYCLES: u64 = 30_000_000;
+/// A frame that is sent so much later than it was due is late, in time-stamp cycles: about a microsecond.
+const LATE_CYCLES: u64 = 2_500;
+/// Frames that a paced guest sends or receives at once.
+const PACED_BURST: u16 = 32;
+/// Where in a buffer the time stamp is: in the payload, in the first cache line.
+const STAMP: usize = 56;
 const RX: usize = 0;
 const TX: usize = 1;
-const MAC_BITS: u64 = (1 << 48) - 1;
 
 /// How the guest behaves.
 #[derive(Debug, Clone, Copy)]
@@ -42,45 +52,6 @@ pub struct Habits {
     pub mergeable: bool,
     /// `pause` instructions after a look at the rings that found nothing to do.
     pub pauses: u32,
-}
-
-/// The address of a port.
-pub fn mac(port: usize) -> [u8; 6] {
-    [0x52, 0x54, 0x00, 0x67, 0x77, port as u8 + 1]
-}
-
-fn mac_word(port: usize) -> u64 {
-    let m = mac(port);
-    u64::from_le_bytes([m[0], m[1], m[2], m[3], m[4], m[5], 0, 0])
-}
-
-/// A UDP frame of `bytes` from one port to the other, with right lengths and a right IPv4 checksum.
-pub fn frame(bytes: usize, from: usize, to: usize) -> Vec<u8> {
-    let mut f = vec![0u8; bytes];
-    f[..6].copy_from_slice(&mac(to));
-    f[6..12].copy_from_slice(&mac(from));
-    f[12..14].copy_from_slice(&[0x08, 0x00]);
-    let ip_len = (bytes - 14) as u16;
-    let ip = &mut f[14..34];
-    ip[0] = 0x45;
-    ip[2..4].copy_from_slice(&ip_len.to_be_bytes());
-    ip[8] = 64;
-    ip[9] = 17;
-    ip[12..16].copy_from_slice(&[10, 0, 0, from as u8 + 1]);
-    ip[16..20].copy_from_slice(&[10, 0, 0, to as u8 + 1]);
-    let sum: u32 = ip
-        .chunks(2)
-        .map(|w| u32::from(u16::from_be_bytes([w[0], w[1]])))
-        .sum();
-    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
-    ip[10..12].copy_from_slice(&sum.to_be_bytes());
-    f[34..36].copy_from_slice(&1000u16.to_be_bytes());
-    f[36..38].copy_from_slice(&2000u16.to_be_bytes());
-    f[38..40].copy_from_slice(&(ip_len - 20).to_be_bytes());
-    for (i, b) in f[42..].iter_mut().enumerate() {
-        *b = i as u8;
-    }
-    f
 }
 
 struct Port<R> {
@@ -143,6 +114,59 @@ impl<R: Ring> Port<R> {
             }),
         )
     }
+
+    /// Takes back what the switch has taken from us, if less than `want` is free; how much of `want` is.
+    #[inline(always)]
+    fn free_tx(&mut self, want: u16) -> u16 {
+        let num = self.tx.place().num;
+        let free = |tx: &R| num - tx.outstanding();
+        if want == 0 || free(&self.tx) < want {
+            while self.tx.reap(1, |_, _| {}) > 0 {}
+        }
+        free(&self.tx).min(want)
+    }
+
+    /// A frame for each stamp; there is room for them.
+    #[inline(always)]
+    fn send(&mut self, stamps: &[u64]) {
+        for (ahead, stamp) in (0..).zip(stamps) {
+            let at = self.tx.place().buffer(self.tx.next_buffer(ahead));
+            self.memory.u64(at + STAMP).store(*stamp, Relaxed);
+        }
+        if !stamps.is_empty() {
+            self.tx.publish(stamps.len() as u16);
+            if self.tx.wants_kick() {
+                self.front.kick(TX);
+            }
+        }
+    }
+
+    /// What has arrived, about a burst at most: the stamp of each, and what time it is.
+    #[inline(always)]
+    fn receive(&mut self, mut each: impl FnMut(u64, u64)) {
+        let memory = &self.memory;
+        let buffers = self.rx.place().buffers;
+        let (mut n, mut now) = (0, 0);
+        while n < PACED_BURST {
+            let m = self.rx.reap(1, |buffer, _| {
+                if now == 0 {
+                    now = tsc();
+                }
+                let at = buffers + usize::from(buffer) * STRIDE;
+                each(memory.u64(at + STAMP).load(Relaxed), now);
+            });
+            n += m;
+            if m == 0 {
+                break;
+            }
+        }
+        if n > 0 {
+            self.rx.publish(n);
+            if self.rx.wants_kick() {
+                self.front.kick(RX);
+            }
+        }
+    }
 }
 
 /// What a guest has seen in a time.
@@ -170,6 +194,21 @@ pub struct Seen {
     pub kicks: u64,
 }
 
+/// What became of frames that were sent at a given rate.
+#[derive(Debug, Clone, Default)]
+pub struct Paced {
+    /// From when a frame was due (or, if as many as possible are sent, was sent) until it was seen.
+    pub times: Histogram,
+    /// Frames that were sent.
+    pub sent: u64,
+    /// Of these, in time: what could not be sent when it was due is sent later, and its delay counts.
+    pub late: u64,
+    /// Never seen again.
+    pub lost: u64,
+    /// For which it was sent, in time-stamp cycles.
+    pub cycles: u64,
+}
+
 /// A running guest, whatever its rings.
 pub trait Drive {
     /// Whether all memory lies in hugepages.
@@ -178,6 +217,10 @@ pub trait Drive {
     fn announce(&mut self);
     /// Drives all rings for so many time-stamp cycles, in slices of so many.
     fn run(&mut self, cycles: u64, slice: u64) -> Seen;
+    /// Sends frames with a time stamp from the first port to the second, for so many time-stamp cycles, one each
+    /// `interval` (0: as many as the switch takes). Notes how long they were on their way: to the second port, or back at
+    /// the first (`echo`).
+    fn paced(&mut self, cycles: u64, interval: f64, echo: bool) -> Paced;
     /// While the switch stands still: how many of the receivers' buffers hold exactly the sender's frame, of how many.
     fn intact(&self) -> (usize, usize);
     /// Stops the rings; the switch must run.
@@ -190,25 +233,52 @@ pub fn start(
     streams: Vec<UnixStream>,
     bytes: usize,
     habits: Habits,
+    pattern: Pattern,
 ) -> Result<std::result::Result<Box<dyn Drive>, Unsupported>> {
-    Ok(match layout {
-        Layout::Split => Guest::<Split>::start(streams, bytes, habits)?.map(|g| Box::new(g) as _),
-        Layout::Packed => Guest::<Packed>::start(streams, bytes, habits)?.map(|g| Box::new(g) as _),
+    match layout {
+        Layout::Split => with_rings::<Split>(streams, bytes, habits, pattern),
+        Layout::Packed => with_rings::<Packed>(streams, bytes, habits, pattern),
+    }
+}
+
+fn with_rings<R: Ring + 'static>(
+    streams: Vec<UnixStream>,
+    bytes: usize,
+    habits: Habits,
+    pattern: Pattern,
+) -> Result<std::result::Result<Box<dyn Drive>, Unsupported>> {
+    fn boxed<R: Ring + 'static, P: Paint + 'static>(guest: Guest<R, P>) -> Box<dyn Drive> {
+        Box::new(guest)
+    }
+    let random = |below| {
+        ensure!((1..=1 << 20).contains(&below), "{below} flows or pairs");
+        Ok(Random::below(below))
+    };
+    Ok(match pattern {
+        Pattern::One => Guest::<R, _>::start(streams, bytes, habits, Same)?.map(boxed),
+        Pattern::Flows(n) => {
+            Guest::<R, _>::start(streams, bytes, habits, Flows(random(n)?))?.map(boxed)
+        }
+        Pattern::Pairs(n) => {
+            Guest::<R, _>::start(streams, bytes, habits, Pairs(random(n)?))?.map(boxed)
+        }
     })
 }
 
 /// Ports in one process, two or more.
-struct Guest<R> {
+struct Guest<R, P> {
     ports: Vec<Port<R>>,
     habits: Habits,
+    paint: P,
 }
 
-impl<R: Ring> Guest<R> {
+impl<R: Ring, P: Paint> Guest<R, P> {
     fn start(
         streams: Vec<UnixStream>,
         bytes: usize,
         habits: Habits,
-    ) -> Result<std::result::Result<Guest<R>, Unsupported>> {
+        paint: P,
+    ) -> Result<std::result::Result<Guest<R, P>, Unsupported>> {
         ensure!(
             streams.len() >= 2 && streams.len().is_multiple_of(2),
             "ports come in pairs"
@@ -224,17 +294,41 @@ impl<R: Ring> Guest<R> {
                 Err(unsupported) => return Ok(Err(unsupported)),
             }
         }
-        Ok(Ok(Guest { ports, habits }))
+        Ok(Ok(Guest {
+            ports,
+            habits,
+            paint,
+        }))
     }
 }
 
-impl<R: Ring> Drive for Guest<R> {
+impl<R: Ring, P: Paint> Drive for Guest<R, P> {
     fn is_huge(&self) -> bool {
         self.ports.iter().all(|p| p.rx.place().memory.is_huge)
     }
 
     fn announce(&mut self) {
-        for [a, b] in self.ports.as_chunks_mut::<2>().0 {
+        let paint = self.paint;
+        for (pair, [a, b]) in self.ports.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+            let since = tsc();
+            for i in 0..paint.stations() {
+                let buffer = b.tx.place().buffer(b.tx.next_buffer(0));
+                paint.station(&b.memory, buffer, 2 * pair + 1, i);
+                b.tx.publish(1);
+                if b.tx.wants_kick() {
+                    b.front.kick(TX);
+                }
+                while b.tx.outstanding() == self.habits.ring_size && tsc() - since < ANNOUNCE_CYCLES
+                {
+                    b.tx.reap(1, |_, _| {});
+                    let n = a.rx.reap(1, |_, _| {});
+                    a.rx.publish(n);
+                }
+                if b.tx.outstanding() == self.habits.ring_size {
+                    // Too slow a learner: it will have to do with these.
+                    return;
+                }
+            }
             b.tx.reap(1, |_, _| {});
             b.tx.publish(1);
             if b.tx.wants_kick() {
@@ -252,14 +346,19 @@ impl<R: Ring> Drive for Guest<R> {
         };
         let mut counted = 0;
         let habits = self.habits;
-        let want_word: Vec<u64> = (0..self.ports.len()).map(mac_word).collect();
+        let mut paint = self.paint;
+        let want_word: Vec<u64> = (0..self.ports.len()).map(P::dst).collect();
         let begin = tsc();
         let mut before = begin;
         let mut slice_end = begin + slice;
         while before - begin < cycles {
             let mut work = 0;
             for (pair, [a, b]) in self.ports.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-                let n = a.tx.reap(habits.batch, |_, _| {});
+                let (memory, buffers) = (&a.memory, a.tx.place().buffers);
+                let n = a.tx.reap(habits.batch, |buffer, _| {
+                    let at = buffers + usize::from(buffer) * STRIDE;
+                    paint.next(memory, at, 2 * pair);
+                });
                 if n > 0 {
                     seen.tx_empty += u64::from(a.tx.is_drained());
                     a.tx.publish(n);
@@ -281,7 +380,7 @@ impl<R: Ring> Drive for Guest<R> {
                     let buffers = (front >> 16) & 0xffff;
                     // DPDK leaves 0 there if buffers do not merge.
                     let one = (buffers == 1) | (!habits.mergeable & (buffers == 0));
-                    wrong += u64::from((to != want) | (len != want_len) | !one);
+                    wrong += u64::from((to & P::DST_MASK != want) | (len != want_len) | !one);
                 });
                 if m > 0 {
                     seen.rx_full += u64::from(b.rx.is_drained());
@@ -313,19 +412,77 @@ impl<R: Ring> Drive for Guest<R> {
             }
         }
         seen.cycles = before - begin;
+        self.paint = paint;
         seen
+    }
+
+    fn paced(&mut self, cycles: u64, interval: f64, echo: bool) -> Paced {
+        let mut out = Paced::default();
+        let Some([a, b]) = self.ports.first_chunk_mut() else {
+            return out;
+        };
+        // What an earlier run has left on its way.
+        let begin = tsc();
+        while a.tx.outstanding() + b.tx.outstanding() > 0 || tsc() - begin < SETTLE_CYCLES {
+            for port in [&mut *a, &mut *b] {
+                port.free_tx(0);
+                port.receive(|_, _| {});
+            }
+            if tsc() - begin > ANNOUNCE_CYCLES {
+                break;
+            }
+        }
+        let mut stamps = Vec::with_capacity(usize::from(self.habits.ring_size));
+        let (mut due, mut seen) = (0.0, 0);
+        let begin = tsc();
+        let mut now = begin;
+        loop {
+            let passed = now - begin;
+            if passed < cycles {
+                let room = a.free_tx(PACED_BURST);
+                stamps.clear();
+                while due <= passed as f64 && stamps.len() < usize::from(room) {
+                    let stamp = begin + if interval > 0.0 { due as u64 } else { passed };
+                    out.late += u64::from(now - stamp > LATE_CYCLES);
+                    stamps.push(stamp);
+                    due += interval;
+                }
+                a.send(&stamps);
+                out.sent += stamps.len() as u64;
+                out.cycles = passed;
+            } else if seen >= out.sent || passed - cycles > SETTLE_CYCLES {
+                break;
+            }
+            if echo {
+                stamps.clear();
+                b.receive(|stamp, _| stamps.push(stamp));
+                let room = b.free_tx(stamps.len() as u16);
+                b.send(&stamps[..usize::from(room)]);
+            }
+            let last = if echo { &mut *a } else { &mut *b };
+            last.receive(|stamp, now| {
+                out.times.record(now.saturating_sub(stamp));
+                seen += 1;
+            });
+            now = tsc();
+        }
+        out.lost = out.sent.saturating_sub(seen);
+        out
     }
 
     fn intact(&self) -> (usize, usize) {
         let mut same = 0;
         let mut all = 0;
         for [a, b] in self.ports.as_chunks::<2>().0 {
+            let mut sent = a.frame.clone();
+            P::blank(&mut sent);
             let mut found = vec![0; a.frame.len()];
             for i in 0..self.habits.ring_size {
                 b.rx.place()
                     .memory
                     .read(b.rx.place().buffer(i) + HEADER, &mut found);
-                same += usize::from(found == a.frame);
+                P::blank(&mut found);
+                same += usize::from(found == sent);
                 all += 1;
             }
         }

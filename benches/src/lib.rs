@@ -1,23 +1,30 @@
 //! Measurements beside peers, on the same machine, in turn.
 //!
+//! - [`rig`]: the switches of a run and the window that one of them is measured in
+//! - [`pvp`]: a null guest between two ports, ring layouts and frame sizes
 //! - [`guest`]: the null guest: vhost-user front-ends that keep a switch's rings full and touch what arrives
-//! - [`ring`]: the driver's side of split and packed rings
-//! - [`front`]: the vhost-user handshake of a front-end
-//! - [`pingpong`]: how far the two CPUs are apart at the moment
+//! - [`frames`]: its frames, and what they differ in
+//! - [`ring`]: the driver's side of split and packed rings; [`front`]: the vhost-user handshake of a front-end
 //! - [`peer`]: the switches that are measured: ours, OVS-DPDK
-//! - [`pvp`]: cells, windows, retries; [`report`]: JSON and Markdown
-//! - [`host`]: hugepages, processes, folders, all given back
+//! - [`pingpong`]: how far the two CPUs are apart at the moment
+//! - [`report`]: figures, JSON and Markdown; [`plot`]: pictures; [`hist`]: histograms
+//! - [`host`]: hugepages, processes, folders, all given back; [`cli`]: options
 //! - [`sys`]: the one module with `unsafe`
 //!
 //! Invariant: nothing outside of [`sys`] is unsafe; nothing that was started or reserved outlives a run, also when it fails.
 #![deny(unsafe_code)]
 
+pub mod cli;
+pub mod frames;
 pub mod front;
 pub mod guest;
+pub mod hist;
 pub mod host;
 pub mod peer;
 pub mod pingpong;
+pub mod plot;
 pub mod pvp;
 pub mod report;
+pub mod rig;
 pub mod ring;
 pub mod sys;

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::guest::mac;
-use crate::host::{Process, Task, run, until};
+use crate::frames::mac;
+use crate::host::{self, Process, Task, run, until};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -20,6 +20,8 @@ pub trait Switch {
     fn process(&mut self) -> &mut Process;
     /// The thread that moves frames.
     fn worker(&mut self) -> Result<Task>;
+    /// Its ports' sockets, for guests that connect themselves, and which side dials.
+    fn sockets(&self) -> (&[PathBuf], Dials);
     /// A connection for each port, as a VMM would have it.
     fn connect(&mut self) -> Result<Vec<UnixStream>>;
     /// Its rules for what follows.
@@ -36,6 +38,15 @@ pub enum Rule {
     Normal,
     /// All that comes in at one port goes out at another.
     InPort,
+}
+
+/// Who opens a port's connection; the other one listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dials {
+    /// The guest (or its VMM).
+    Guest,
+    /// The switch.
+    Switch,
 }
 
 /// Ours.
@@ -96,6 +107,10 @@ impl Switch for Gangway {
         worker.context("gangway-switch has no thread worker-0")
     }
 
+    fn sockets(&self) -> (&[PathBuf], Dials) {
+        (&self.sockets, Dials::Guest)
+    }
+
     fn connect(&mut self) -> Result<Vec<UnixStream>> {
         let dial = |s: &PathBuf| {
             until("answer", PATIENCE, || match UnixStream::connect(s) {
@@ -121,6 +136,8 @@ pub struct Ovs {
     dir: PathBuf,
     switch: Process,
     _database: Process,
+    sockets: Vec<PathBuf>,
+    /// Ours, once we play the guest ourselves.
     listeners: Vec<UnixListener>,
     now: Option<Rule>,
 }
@@ -128,7 +145,6 @@ pub struct Ovs {
 const OVS: &str = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk";
 /// A plug-in of DPDK without which OVS has no packet buffers ("Failed to create mempool": EINVAL); no dependency of it.
 const POOLS: &str = "/usr/lib/x86_64-linux-gnu/dpdk/pmds-23.0/librte_mempool_ring.so.23";
-const PACKAGES: [&str; 2] = ["openvswitch-switch-dpdk", "librte-mempool-ring23"];
 const BRIDGE: &str = "br-pvp";
 
 /// Hugepages of 2 MB that it gets.
@@ -141,19 +157,7 @@ impl Ovs {
         if there(OVS) && there(POOLS) {
             return Ok(());
         }
-        eprintln!("installing {}", PACKAGES.join(", "));
-        let install = || {
-            run(Command::new("apt-get")
-                .args(["install", "-y", "--no-install-recommends"])
-                .args(["-o", "DPkg::Lock::Timeout=300"])
-                .args(PACKAGES)
-                .env("DEBIAN_FRONTEND", "noninteractive"))
-        };
-        if install().is_err() {
-            run(Command::new("apt-get").arg("update"))?;
-            install()?;
-        }
-        Ok(())
+        host::install(&["openvswitch-switch-dpdk", "librte-mempool-ring23"])
     }
 
     /// Starts it with `ports` vhost-user ports that dial us.
@@ -214,10 +218,10 @@ impl Ovs {
             BRIDGE,
             "datapath_type=netdev",
         ])?;
-        let mut listeners = Vec::new();
+        let mut sockets = Vec::new();
         for i in 0..ports {
             let socket = at(&format!("p{i}.sock"));
-            listeners.push(UnixListener::bind(&socket)?);
+            sockets.push(dir.join(format!("p{i}.sock")));
             let (port, number) = (format!("p{i}"), format!("ofport_request={}", i + 1));
             let path = format!("options:vhost-server-path={socket}");
             vsctl(&[
@@ -237,7 +241,8 @@ impl Ovs {
             dir,
             switch,
             _database: database,
-            listeners,
+            sockets,
+            listeners: Vec::new(),
             now: None,
         })
     }
@@ -275,7 +280,15 @@ impl Switch for Ovs {
         })
     }
 
+    fn sockets(&self) -> (&[PathBuf], Dials) {
+        (&self.sockets, Dials::Switch)
+    }
+
     fn connect(&mut self) -> Result<Vec<UnixStream>> {
+        if self.listeners.is_empty() {
+            let bind = |s: &PathBuf| UnixListener::bind(s).with_context(|| s.display().to_string());
+            self.listeners = self.sockets.iter().map(bind).collect::<Result<_>>()?;
+        }
         let accept = |l: &UnixListener| -> Result<UnixStream> {
             l.set_nonblocking(true)?;
             // It dials once a second.
@@ -292,7 +305,7 @@ impl Switch for Ovs {
         }
         let flows = match rule {
             Rule::Normal => "actions=NORMAL\n".to_owned(),
-            Rule::InPort => (0..self.listeners.len())
+            Rule::InPort => (0..self.sockets.len())
                 .map(|i| format!("in_port={} actions=output:{}\n", i + 1, (i ^ 1) + 1))
                 .collect(),
         };

@@ -14,7 +14,9 @@ const ROUNDS: usize = 50;
 const WARM: usize = 10;
 
 /// Whether the CPUs share a cache, as a measurement before and one after say.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// Both say so.

@@ -14,7 +14,9 @@ pub mod packed;
 pub mod split;
 
 /// Which layout.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Layout {
     /// virtio 1.2, 2.7.
@@ -70,6 +72,8 @@ pub trait Ring {
     fn reap(&mut self, least: u16, each: impl FnMut(u16, u32)) -> u16;
     /// Hands the next `n` slots to the device. They must be free.
     fn publish(&mut self, n: u16);
+    /// The buffer in the slot that is handed out next, `ahead` slots further on.
+    fn next_buffer(&self, ahead: u16) -> u16;
     /// Whether the device wants a kick, after a publish.
     fn wants_kick(&self) -> bool;
     /// Whether the device has used all that it has: it may have waited for us.

@@ -142,6 +142,12 @@ impl Ring for Packed {
     }
 
     #[inline(always)]
+    fn next_buffer(&self, ahead: u16) -> u16 {
+        let slot = self.next.wrapping_add(ahead) & (self.place.num - 1);
+        self.at[usize::from(slot)]
+    }
+
+    #[inline(always)]
     fn wants_kick(&self) -> bool {
         fence(SeqCst);
         let device = self.place.areas[2] + EVENT_FLAGS;

@@ -84,6 +84,12 @@ impl Ring for Split {
     }
 
     #[inline(always)]
+    fn next_buffer(&self, ahead: u16) -> u16 {
+        let slot = self.published.wrapping_add(ahead) & (self.place.num - 1);
+        self.at[usize::from(slot)]
+    }
+
+    #[inline(always)]
     fn wants_kick(&self) -> bool {
         // The index before the look at the flag (virtio 1.2, 2.7.13.4.1).
         fence(SeqCst);
