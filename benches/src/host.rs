@@ -1,6 +1,7 @@
 //! What a run takes from its host, and gives back: processes, hugepages, a folder, CPUs.
 
 use std::fs::File;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -28,9 +29,18 @@ pub struct Process {
 
 impl Process {
     /// Starts it; what it says goes to a file. To be called from the main thread: its end is the child's end.
-    pub fn start(name: &str, mut command: Command, log: &Path) -> Result<Process> {
+    pub fn start(name: &str, command: Command, log: &Path) -> Result<Process> {
+        Process::spawn(name, command, log, Stdio::null())
+    }
+
+    /// The same of one that takes commands ([`Process::tell`]).
+    pub fn start_told(name: &str, command: Command, log: &Path) -> Result<Process> {
+        Process::spawn(name, command, log, Stdio::piped())
+    }
+
+    fn spawn(name: &str, mut command: Command, log: &Path, stdin: Stdio) -> Result<Process> {
         let file = File::create(log).with_context(|| log.display().to_string())?;
-        command.stdin(Stdio::null()).stdout(file.try_clone()?);
+        command.stdin(stdin).stdout(file.try_clone()?);
         command.stderr(file);
         sys::dies_with_us(&mut command);
         let child = command
@@ -112,6 +122,19 @@ impl Process {
             ),
             None => Ok(()),
         }
+    }
+
+    /// Writes to its standard input.
+    pub fn tell(&mut self, lines: &str) -> Result<()> {
+        let stdin = self.child.stdin.as_mut().context("it takes no commands")?;
+        stdin.write_all(lines.as_bytes())?;
+        Ok(stdin.flush()?)
+    }
+
+    /// All that it has said.
+    pub fn has_said(&self) -> Result<String> {
+        let text = std::fs::read(&self.log).with_context(|| self.log.display().to_string())?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
     }
 
     /// The end of what it has said.

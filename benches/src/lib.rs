@@ -2,6 +2,7 @@
 //!
 //! - [`rig`]: the switches of a run and the window that one of them is measured in
 //! - [`pvp`]: a null guest between two ports, ring layouts and frame sizes
+//! - [`testpmd`]: DPDK's driver and testpmd instead, all ring shapes that virtio-user has
 //! - [`guest`]: the null guest: vhost-user front-ends that keep a switch's rings full and touch what arrives
 //! - [`frames`]: its frames, and what they differ in
 //! - [`ring`]: the driver's side of split and packed rings; [`front`]: the vhost-user handshake of a front-end
@@ -28,3 +29,4 @@ pub mod report;
 pub mod rig;
 pub mod ring;
 pub mod sys;
+pub mod testpmd;

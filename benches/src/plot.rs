@@ -9,8 +9,9 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::pingpong::State;
-use crate::report::{Cell, Figure, name};
+use crate::report::{Beside, Cell, Figure, name};
 use crate::ring::Layout;
+use crate::testpmd;
 
 const WIDTH: u32 = 960;
 const PANEL: u32 = 340;
@@ -313,6 +314,48 @@ pub fn pvp(cells: &[Cell]) -> Result<String> {
         categories,
         series: series.filter(is_known).collect(),
     });
+    draw(&panels)
+}
+
+/// Rates by ring shape, a panel for each frame size and state.
+pub fn testpmd(cells: &[testpmd::Cell]) -> Result<String> {
+    let mut frames: Vec<usize> = cells.iter().map(|c| c.frame).collect();
+    frames.sort_unstable();
+    frames.dedup();
+    let mut panels = Vec::new();
+    for frame in frames {
+        for state in [State::Near, State::Far] {
+            let of_panel = cells.iter().filter(|c| c.frame == frame);
+            let known: Vec<_> = of_panel
+                .filter_map(|c| Some((c.shape, c.beside.as_ref()?)))
+                .filter(|(_, b)| b.state == state)
+                .collect();
+            if known.is_empty() {
+                continue;
+            }
+            let letter = |yes: bool, letter: &'static str| if yes { letter } else { "-" };
+            let categories = known.iter().map(|(s, _)| {
+                let ring = if s.ring == Layout::Split { "S" } else { "P" };
+                let (o, m) = (letter(s.in_order, "o"), letter(s.mrg_rxbuf, "m"));
+                format!("{ring} {o}{m}{}", letter(s.vectorized, "v"))
+            });
+            let bars = |name: &str, get: fn(&Beside) -> Option<Figure>| Bars {
+                name: name.to_owned(),
+                values: known.iter().map(|(_, b)| get(b)).collect(),
+            };
+            panels.push(Panel::Bars {
+                title: format!(
+                    "testpmd, {frame} bytes, CPUs {}: Mpps (Split, Packed; in order, mergeable, vectorized)",
+                    name(state)
+                ),
+                categories: categories.collect(),
+                series: vec![
+                    bars("Gangway", |b| b.mpps),
+                    bars("OVS-DPDK", |b| b.ovs_mpps),
+                ],
+            });
+        }
+    }
     draw(&panels)
 }
 
