@@ -312,25 +312,26 @@ impl<R: Ring, P: Paint> Drive for Guest<R, P> {
         for (pair, [a, b]) in self.ports.as_chunks_mut::<2>().0.iter_mut().enumerate() {
             let since = tsc();
             for i in 0..paint.stations() {
+                while b.tx.outstanding() == self.habits.ring_size {
+                    b.tx.reap(1, |_, _| {});
+                    let n = a.rx.reap(1, |_, _| {});
+                    a.rx.publish(n);
+                    if tsc() - since > ANNOUNCE_CYCLES {
+                        // Too slow a learner: it will have to do with these.
+                        return;
+                    }
+                }
                 let buffer = b.tx.place().buffer(b.tx.next_buffer(0));
                 paint.station(&b.memory, buffer, 2 * pair + 1, i);
                 b.tx.publish(1);
                 if b.tx.wants_kick() {
                     b.front.kick(TX);
                 }
-                while b.tx.outstanding() == self.habits.ring_size && tsc() - since < ANNOUNCE_CYCLES
-                {
-                    b.tx.reap(1, |_, _| {});
-                    let n = a.rx.reap(1, |_, _| {});
-                    a.rx.publish(n);
-                }
-                if b.tx.outstanding() == self.habits.ring_size {
-                    // Too slow a learner: it will have to do with these.
-                    return;
-                }
             }
             b.tx.reap(1, |_, _| {});
-            b.tx.publish(1);
+            if b.tx.outstanding() < self.habits.ring_size {
+                b.tx.publish(1);
+            }
             if b.tx.wants_kick() {
                 b.front.kick(TX);
             }

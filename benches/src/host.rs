@@ -352,7 +352,13 @@ impl Hugepages {
         let note = folder.path().join(NOTE);
         std::fs::write(&note, more.to_string())?;
         std::fs::write(HUGEPAGES, (before + more).to_string()).context("hugepages: run as root")?;
-        let added = hugepages()?.saturating_sub(before);
+        let mut added = hugepages()?.saturating_sub(before);
+        if added < more {
+            // Memory in pieces: the kernel can put it together.
+            let _ = std::fs::write("/proc/sys/vm/compact_memory", "1");
+            std::fs::write(HUGEPAGES, (before + more).to_string())?;
+            added = hugepages()?.saturating_sub(before);
+        }
         std::fs::write(&note, added.to_string())?;
         let pages = Hugepages { added };
         if added < more {

@@ -3,6 +3,7 @@
 //! - [`rig`]: the switches of a run and the window that one of them is measured in
 //! - [`pvp`]: a null guest between two ports, ring layouts and frame sizes
 //! - [`testpmd`]: DPDK's driver and testpmd instead, all ring shapes that virtio-user has
+//! - [`growth`]: more ports, flows, addresses
 //! - [`guest`]: the null guest: vhost-user front-ends that keep a switch's rings full and touch what arrives
 //! - [`frames`]: its frames, and what they differ in
 //! - [`ring`]: the driver's side of split and packed rings; [`front`]: the vhost-user handshake of a front-end
@@ -18,6 +19,7 @@
 pub mod cli;
 pub mod frames;
 pub mod front;
+pub mod growth;
 pub mod guest;
 pub mod hist;
 pub mod host;

@@ -40,6 +40,15 @@ pub enum Rule {
     InPort,
 }
 
+/// How large a switch is.
+#[derive(Debug, Clone, Copy)]
+pub struct Size {
+    /// vhost-user ports.
+    pub ports: usize,
+    /// Addresses that it can learn, if that is not left to it.
+    pub addresses: Option<usize>,
+}
+
 /// Who opens a port's connection; the other one listens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dials {
@@ -56,8 +65,8 @@ pub struct Gangway {
 }
 
 impl Gangway {
-    /// Starts it with `ports` vhost-user ports.
-    pub fn start(binary: &Path, dir: &Path, ports: usize, cpu: usize) -> Result<Gangway> {
+    /// Starts it.
+    pub fn start(binary: &Path, dir: &Path, size: Size, cpu: usize) -> Result<Gangway> {
         ensure!(
             binary.exists(),
             "{} is not there: cargo build --release -p gangway-switch",
@@ -70,8 +79,12 @@ impl Gangway {
              [workers]\ncount = 1\ncpus = [{cpu}]\npoll = \"busy\"\n\
              [spool]\nquota_bytes = 67108864\nsync = \"none\"\n"
         );
+        if let Some(addresses) = size.addresses {
+            // Buckets of eight: some of them fill up before the others.
+            config += &format!("[fdb]\ncapacity = {}\n", (2 * addresses).max(65_536));
+        }
         let mut sockets = Vec::new();
-        for i in 0..ports {
+        for i in 0..size.ports {
             let m = mac(i).map(|b| format!("{b:02x}")).join(":");
             config += &format!(
                 "[[port]]\nname = \"p{i}\"\ntype = \"vhost-user\"\nmac = \"{m}\"\n\
@@ -146,6 +159,8 @@ const OVS: &str = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk";
 /// A plug-in of DPDK without which OVS has no packet buffers ("Failed to create mempool": EINVAL); no dependency of it.
 const POOLS: &str = "/usr/lib/x86_64-linux-gnu/dpdk/pmds-23.0/librte_mempool_ring.so.23";
 const BRIDGE: &str = "br-pvp";
+/// What it takes for `mac-table-size`.
+const OVS_ADDRESSES_MAX: usize = 1_000_000;
 
 /// Hugepages of 2 MB that it gets.
 pub const OVS_HUGEPAGES: u64 = 512;
@@ -160,8 +175,8 @@ impl Ovs {
         host::install(&["openvswitch-switch-dpdk", "librte-mempool-ring23"])
     }
 
-    /// Starts it with `ports` vhost-user ports that dial us.
-    pub fn start(dir: &Path, ports: usize, cpu: usize, other_cpu: usize) -> Result<Ovs> {
+    /// Starts it; its ports dial us.
+    pub fn start(dir: &Path, size: Size, cpu: usize, other_cpu: usize) -> Result<Ovs> {
         let dir = dir.join("ovs");
         std::fs::create_dir(&dir)?;
         let at = |name: &str| dir.join(name).display().to_string();
@@ -209,7 +224,7 @@ impl Ovs {
             switch.check()?;
             Ok(dir.join("switch.ctl").exists().then_some(()))
         })?;
-        vsctl(&[
+        let mut request: Vec<String> = [
             "add-br",
             BRIDGE,
             "--",
@@ -217,14 +232,20 @@ impl Ovs {
             "bridge",
             BRIDGE,
             "datapath_type=netdev",
-        ])?;
+        ]
+        .map(String::from)
+        .to_vec();
+        if let Some(addresses) = size.addresses {
+            let most = addresses.min(OVS_ADDRESSES_MAX);
+            request.push(format!("other_config:mac-table-size={most}"));
+        }
         let mut sockets = Vec::new();
-        for i in 0..ports {
-            let socket = at(&format!("p{i}.sock"));
-            sockets.push(dir.join(format!("p{i}.sock")));
-            let (port, number) = (format!("p{i}"), format!("ofport_request={}", i + 1));
-            let path = format!("options:vhost-server-path={socket}");
-            vsctl(&[
+        for i in 0..size.ports {
+            let port = format!("p{i}");
+            let path = format!("options:vhost-server-path={}", at(&format!("{port}.sock")));
+            let number = format!("ofport_request={}", i + 1);
+            let words = [
+                "--",
                 "add-port",
                 BRIDGE,
                 &port,
@@ -232,11 +253,12 @@ impl Ovs {
                 "set",
                 "Interface",
                 &port,
-                "type=dpdkvhostuserclient",
-                &path,
-                &number,
-            ])?;
+            ];
+            request.extend(words.map(String::from));
+            request.extend(["type=dpdkvhostuserclient".to_owned(), path, number]);
+            sockets.push(dir.join(format!("{port}.sock")));
         }
+        vsctl(&request.iter().map(String::as_str).collect::<Vec<_>>())?;
         Ok(Ovs {
             dir,
             switch,

@@ -11,7 +11,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use crate::pingpong::State;
 use crate::report::{Beside, Cell, Figure, name};
 use crate::ring::Layout;
-use crate::testpmd;
+use crate::{growth, testpmd};
 
 const WIDTH: u32 = 960;
 const PANEL: u32 = 340;
@@ -353,6 +353,43 @@ pub fn testpmd(cells: &[testpmd::Cell]) -> Result<String> {
                     bars("Gangway", |b| b.mpps),
                     bars("OVS-DPDK", |b| b.ovs_mpps),
                 ],
+            });
+        }
+    }
+    draw(&panels)
+}
+
+/// Rates over ports, flows, addresses: a panel for each, of the state that has more points.
+pub fn growth(cells: &[growth::Cell]) -> Result<String> {
+    let mut panels = Vec::new();
+    for axis in growth::Axis::ALL {
+        let of_axis: Vec<_> = cells.iter().filter(|c| c.axis == axis).collect();
+        let mut all: Vec<State> = of_axis.iter().map(|c| c.beside.state).collect();
+        all.sort_unstable();
+        all.dedup();
+        for state in all {
+            let of_state = of_axis.iter().filter(|c| c.beside.state == state);
+            let curve = |name: &str, get: fn(&growth::Cell) -> Option<Figure>| Curve {
+                name: name.to_owned(),
+                points: of_state
+                    .clone()
+                    .filter_map(|c| Some((c.n as f64, get(c)?)))
+                    .collect(),
+            };
+            let series = [
+                curve("Gangway", |c| c.beside.mpps),
+                curve("OVS-DPDK, in_port", |c| c.beside.ovs_mpps),
+                curve("OVS-DPDK, NORMAL", |c| c.beside.ovs_normal_mpps),
+                curve("the guest's bound", |c| c.guest_bound_mpps),
+            ];
+            panels.push(Panel::Curves {
+                title: format!("Mpps over {}, CPUs {}", axis.title(), name(state)),
+                x: name(axis),
+                log_y: true,
+                series: series
+                    .into_iter()
+                    .filter(|c| !c.points.is_empty())
+                    .collect(),
             });
         }
     }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::frames::Pattern;
 use crate::guest::{self, Drive, Habits, Seen};
 use crate::host::Task;
-use crate::peer::{Rule, Switch};
+use crate::peer::{Rule, Size, Switch};
 use crate::report::Sample;
 use crate::rig::{self, Common, Meter, Rig, tsc_hz};
 use crate::ring::Layout;
@@ -91,9 +91,22 @@ struct Turn<'a> {
 
 /// Measures all cells.
 pub fn measure(plan: &Plan) -> Result<Results> {
+    let size = Size {
+        ports: plan.ports,
+        addresses: None,
+    };
+    let mut rig = Rig::start(&plan.common, size, hugepages(plan.ports))?;
+    measure_on(plan, &mut rig)
+}
+
+/// Hugepages of 2 MB that the guests of `ports` ports take.
+pub fn hugepages(ports: usize) -> u64 {
     // Every switch has guests of its own.
-    let pages = 2 * PORT_HUGEPAGES * plan.ports as u64;
-    let mut rig = Rig::start(&plan.common, plan.ports, pages)?;
+    2 * PORT_HUGEPAGES * ports as u64
+}
+
+/// The same on switches that run already, with as many ports as the plan says.
+pub fn measure_on(plan: &Plan, rig: &mut Rig) -> Result<Results> {
     let mut results = Results {
         is_huge: true,
         tsc_hz: tsc_hz(),
@@ -239,13 +252,14 @@ fn slice(tsc_hz: f64) -> u64 {
     (tsc_hz / 100.0) as u64
 }
 
-/// Until frames flow, and then for the time that is not counted.
+/// Until frames flow where they should, and then for the time that is not counted.
 fn warm_up(plan: &Plan, turn: &mut Turn<'_>, tsc_hz: f64) -> Result<()> {
     let since = Instant::now();
     loop {
         turn.guest.announce();
         let seen = turn.guest.run((0.05 * tsc_hz) as u64, slice(tsc_hz));
-        if seen.frames > 0 {
+        // A switch floods until it has learned, and a cached decision to flood may outlive that for a while.
+        if seen.frames > 0 && seen.wrong == 0 {
             break;
         }
         if sys::is_interrupted() {
@@ -255,7 +269,7 @@ fn warm_up(plan: &Plan, turn: &mut Turn<'_>, tsc_hz: f64) -> Result<()> {
         turn.switch.process().check()?;
         if since.elapsed() > PATIENCE {
             let said = turn.switch.process().said();
-            bail!("{name}: no frame arrives within {PATIENCE:?}: {seen:?}; it said:\n{said}");
+            bail!("{name}: frames do not arrive, or not where they should, within {PATIENCE:?}: {seen:?}; it said:\n{said}");
         }
     }
     turn.guest.run(

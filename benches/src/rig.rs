@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 
 use crate::host::{self, Alone, CpuTime, Folder, Hugepages, Task};
-use crate::peer::{Gangway, OVS_HUGEPAGES, Ovs, Rule, Switch};
+use crate::peer::{Gangway, OVS_HUGEPAGES, Ovs, Rule, Size, Switch};
 use crate::pingpong::{State, round_trip};
 use crate::sys;
 
@@ -51,9 +51,8 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// Starts them with `ports` vhost-user ports each, and takes `pages` hugepages of 2 MB for their guests. The calling
-    /// thread is pinned to the guest's CPU.
-    pub fn start(common: &Common, ports: usize, pages: u64) -> Result<Rig> {
+    /// Starts them, and takes `pages` hugepages of 2 MB for their guests. The calling thread is pinned to the guest's CPU.
+    pub fn start(common: &Common, size: Size, pages: u64) -> Result<Rig> {
         ensure!(
             common.worker_cpu != common.guest_cpu,
             "the worker and the guest need a CPU each"
@@ -76,11 +75,11 @@ impl Rig {
         };
         let (dir, cpu) = (rig.folder.path(), common.worker_cpu);
         if common.with_gangway {
-            let ours = Gangway::start(&common.switch, dir, ports, cpu)?;
+            let ours = Gangway::start(&common.switch, dir, size, cpu)?;
             rig.switches.push((Box::new(ours), &[Rule::Normal]));
         }
         if common.with_ovs {
-            let ovs = Ovs::start(dir, ports, cpu, common.guest_cpu)?;
+            let ovs = Ovs::start(dir, size, cpu, common.guest_cpu)?;
             let rules = &[Rule::InPort, Rule::Normal];
             rig.switches.push((Box::new(ovs), rules));
         }

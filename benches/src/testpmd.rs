@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::frames::mac;
 use crate::host::{self, Process, Task, until};
-use crate::peer::{Dials, Rule, Switch};
+use crate::peer::{Dials, Rule, Size, Switch};
 use crate::pingpong::State;
 use crate::report::{self, BESIDE_HEAD, Beside, Figure, Sample, beside, columns, name, table};
 use crate::rig::{self, Common, Meter, Rig, tsc_hz};
@@ -355,7 +355,11 @@ pub fn measure(plan: &Plan) -> Result<Results> {
     if !Path::new(TESTPMD).exists() {
         host::install(&PACKAGES)?;
     }
-    let mut rig = Rig::start(&plan.common, 2, 2 * HUGEPAGES)?;
+    let size = Size {
+        ports: 2,
+        addresses: None,
+    };
+    let mut rig = Rig::start(&plan.common, size, 2 * HUGEPAGES)?;
     let mut results = Results {
         tsc_hz: tsc_hz(),
         ..Results::default()
