@@ -75,6 +75,7 @@ impl<'n> Check<'n> {
         let tls = self.tls(root, listen.as_ref());
         let workers = self.workers(root);
         let (fdb_ageing_s, fdb_capacity) = self.fdb(root);
+        let flows_capacity = self.flows(root);
         let spool = self.spool(root, &state_dir, workers.count);
         let migration_address = self.migration(root);
         let vms = self.vms(root, migration_address);
@@ -88,6 +89,7 @@ impl<'n> Check<'n> {
             workers,
             fdb_ageing_s,
             fdb_capacity,
+            flows_capacity,
             spool,
             migration_address,
             ports,
@@ -212,8 +214,15 @@ impl<'n> Check<'n> {
         t.finish(self.notes);
         (
             ageing.map_or(300, |a| a.value as u32),
-            capacity.map_or(65_536, |c| c.value as usize),
+            capacity.map_or(1 << 20, |c| c.value as usize),
         )
+    }
+
+    fn flows(&mut self, root: &mut Section<'_>) -> usize {
+        let mut t = root.table(self.notes, "flows");
+        let capacity = t.integer(self.notes, "capacity", 64, 1 << 24);
+        t.finish(self.notes);
+        capacity.map_or(1 << 20, |c| c.value as usize)
     }
 
     fn spool(

@@ -54,8 +54,9 @@ fn a_complete_file_is_read_with_its_defaults() {
     assert_eq!(c.spool.dir, Path::new("/var/lib/gangway/spool"));
     assert_eq!(
         (c.workers.count, c.fdb_ageing_s, c.fdb_capacity),
-        (1, 300, 65_536)
+        (1, 300, 1 << 20)
     );
+    assert_eq!(c.flows_capacity, 1 << 20);
     let names: Vec<&str> = c.ports.iter().map(|p| p.name.as_str()).collect();
     assert_eq!(names, ["web0", "web1", "up"], "the file's order");
     assert!(matches!(
@@ -288,6 +289,11 @@ const BAD: &[(&str, &str, &str)] = &[
         "",
         "[fdb]\nageing_s = 1\n",
         "host.toml:34: fdb.ageing_s: 1 is out of range; 10 to 1000000",
+    ),
+    (
+        "",
+        "[flows]\ncapacity = 63\n",
+        "host.toml:34: flows.capacity: 63 is out of range; 64 to 16777216",
     ),
     ("", "[fdb\n", "host.toml:33: not TOML: "),
     ("", "[host]\n", "host.toml:33: not TOML: duplicate key"),

@@ -22,8 +22,10 @@ pub struct HostConfig {
     pub workers: Workers,
     /// `fdb.ageing_s` (300, IEEE 802.1Q table 8-6).
     pub fdb_ageing_s: u32,
-    /// `fdb.capacity` (65536).
+    /// `fdb.capacity` (1048576).
     pub fdb_capacity: usize,
+    /// `flows.capacity` (1048576), of each worker.
+    pub flows_capacity: usize,
     /// `[spool]`.
     pub spool: SpoolConfig,
     /// `migration.address`: where this host receives the memory of VMs; absent: none can arrive.

@@ -19,8 +19,6 @@ use super::worker::{Batch, Command, Order, Outcome, QueueId, Seat, Worker, secon
 use crate::port::{Attach, QUEUES, RxQueue, TxQueue};
 use crate::sys;
 
-/// Flows that a worker remembers.
-const FLOWS: usize = 1 << 16;
 /// Batches that may wait for a worker.
 const BATCHES: usize = 64;
 
@@ -291,7 +289,7 @@ impl Engine {
         let shared = Arc::new(Shared {
             traffic: (0..count).map(|_| Traffic::new(cfg.ports.len())).collect(),
             ports: ports.collect(),
-            fdb: Fdb::new(cfg.fdb_capacity, cfg.fdb_ageing_s),
+            fdb: Fdb::new(cfg.fdb_capacity, cfg.fdb_ageing_s)?,
             start: Instant::now(),
             stop: AtomicBool::new(false),
         });
@@ -307,7 +305,7 @@ impl Engine {
                 waker.clone(),
                 asleep.clone(),
                 cfg.workers.poll,
-                FLOWS,
+                cfg.flows_capacity,
             )?;
             let cpu = cfg.workers.cpus.get(n).copied();
             let body = move || {

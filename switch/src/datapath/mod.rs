@@ -14,6 +14,7 @@ pub mod backlog;
 pub mod engine;
 pub mod fdb;
 pub mod flow;
+pub mod hash;
 pub mod lane;
 pub mod parse;
 pub mod seating;

@@ -47,6 +47,7 @@ pub(crate) fn config(names: &[&str], workers: usize, spool: PathBuf) -> HostConf
         },
         fdb_ageing_s: 300,
         fdb_capacity: 1024,
+        flows_capacity: 1024,
         spool: SpoolConfig {
             dir: spool,
             segment_bytes: 1 << 20,

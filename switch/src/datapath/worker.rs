@@ -277,7 +277,7 @@ impl Worker {
             poll,
             rx: Vec::new(),
             sides,
-            flows: Flows::new(flows),
+            flows: Flows::new(flows)?,
             sent_to: Vec::new(),
         })
     }
@@ -501,16 +501,24 @@ impl Rx {
         let mut keys: ArrayVec<Key, BURST> = ArrayVec::new();
         for frame in &burst {
             let key = flows.key(frame.head());
-            flows.prefetch(&key, port);
+            if keys.last().map(Key::hash) != Some(key.hash()) {
+                flows.prefetch(&key, port);
+            }
             keys.push(key);
         }
+        let slots = flows.locate(&keys, port);
+        let look_up = |at: usize| look_up(burst.get(at)?, keys.get(at)?, port, round, generation);
         let mut egress = Egress::new(round, sent_to);
         let (mut done, mut bytes) = (0, 0);
         let mut run = (usize::MAX, Run::default());
         self.touched.clear();
         while done < burst.len() {
             // What most frames are: several of flows that are known, to one lane that forwards.
-            let known = |at: usize| flows.find(keys.get(at)?, port, generation, now_s);
+            let known = |at: usize| {
+                flows
+                    .find(keys.get(at)?, *slots.get(at)?, port, generation, now_s)
+                    .or_else(|| look_up(at))
+            };
             if let Some(first) = known(done)
                 && side.lanes[first.to()].is_plain()
             {
@@ -519,7 +527,7 @@ impl Rx {
                 let wide = steering.is_wide();
                 let hash = |at: usize| keys.get(at).map_or(0, Key::hash);
                 let queue = |at: usize| steering.pick(n, hash(at));
-                let mut same: ArrayVec<&Flow, BURST> = ArrayVec::new();
+                let mut same: ArrayVec<Flow<'_>, BURST> = ArrayVec::new();
                 same.push(first);
                 while let Some(f) = known(done + same.len())
                     .filter(|f| f.to() == to && (!wide || queue(done + same.len()) == queue(done)))
@@ -535,7 +543,7 @@ impl Rx {
                     let overhead = flow.overhead();
                     let (mut n, mut all) = (1, u64::from(frame.len));
                     let mut payload = u64::from(frame.len.saturating_sub(overhead));
-                    while let Some((_, frame)) = rest.next_if(|(f, _)| std::ptr::eq(**f, *flow)) {
+                    while let Some((_, frame)) = rest.next_if(|(f, _)| f.is_same(*flow)) {
                         n += 1;
                         all += u64::from(frame.len);
                         payload += u64::from(frame.len.saturating_sub(overhead));
@@ -552,7 +560,7 @@ impl Rx {
                 }
             }
             // Never out of range: less than all were sent.
-            let (Some(frame), Some(key)) = (burst.get(done), keys.get(done)) else {
+            let Some(frame) = burst.get(done) else {
                 break;
             };
             let Some(targets) = Targets::of(frame, port, shared, now_s) else {
@@ -586,13 +594,11 @@ impl Rx {
                 }
             }
             match targets {
-                Targets::One { to, known } => {
-                    let payload = parse::payload_bytes(frame.head(), frame.len);
-                    let overhead = frame.len - payload.min(frame.len);
-                    if known {
-                        let flow = flows.note(key, port, to, overhead, generation, now_s);
+                Targets::One { to, .. } => {
+                    if let Some(flow) = known(done) {
                         flow.count(1, u64::from(frame.len));
                     }
+                    let payload = parse::payload_bytes(frame.head(), frame.len);
                     if run.0 != to {
                         run = traffic.next(port, run, to, now_s);
                     }
@@ -661,6 +667,27 @@ impl Side {
         });
         egress.flush();
         moved
+    }
+}
+
+/// What the FDB says of a frame whose flow is not known, or not any more, noted; none if it is nothing simple.
+#[inline(never)]
+fn look_up<'a>(
+    frame: &Frame<'_>,
+    key: &Key,
+    from: usize,
+    round: &Round<'a>,
+    generation: u32,
+) -> Option<Flow<'a>> {
+    let (shared, now_s) = (round.shared, round.now_s);
+    match Targets::of(frame, from, shared, now_s)? {
+        Targets::One { to, known: true } => {
+            let payload = parse::payload_bytes(frame.head(), frame.len);
+            let overhead = frame.len - payload.min(frame.len);
+            let flow = round.flows.note(key, from, to, overhead, generation, now_s);
+            Some(flow)
+        }
+        _ => None,
     }
 }
 

@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 pub mod guest;
+pub mod zeros;
 
 use std::marker::PhantomData;
 use std::ptr::NonNull;
@@ -31,6 +32,32 @@ pub fn prefetch_to_write(at: *const u8) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = at;
+}
+
+/// Which of sixteen words are `wanted` in these `bits`, from the lowest bit on.
+#[inline(always)]
+pub fn which(words: &[u32; 16], bits: u32, wanted: u32) -> u16 {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::*;
+        // SAFETY: every x86-64 has SSE2; `n` is at most 3, so the sixteen bytes are of the array.
+        unsafe {
+            let bits = _mm_set1_epi32(bits.cast_signed());
+            let wanted = _mm_set1_epi32(wanted.cast_signed());
+            let four = |n: usize| {
+                let words = _mm_loadu_si128(words.as_ptr().cast::<__m128i>().add(n));
+                _mm_cmpeq_epi32(_mm_and_si128(words, bits), wanted)
+            };
+            let low = _mm_packs_epi32(four(0), four(1));
+            let high = _mm_packs_epi32(four(2), four(3));
+            _mm_movemask_epi8(_mm_packs_epi16(low, high)) as u16
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let hit = |(i, word): (usize, &u32)| u16::from(word & bits == wanted) << i;
+        words.iter().enumerate().map(hit).sum()
+    }
 }
 
 /// A piece of a received frame: readable memory that outlives `'q`, the borrow of the queue it came from. Another
