@@ -365,6 +365,20 @@ fn the_example_of_deploy_is_valid() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples/host.toml");
     let config = HostConfig::load(&path).unwrap_or_else(|e| panic!("{e}"));
     assert!(config.tls.is_some() && !config.vms.is_empty() && config.ports.len() >= 3);
+    // What is commented out shows its default.
+    let text = std::fs::read_to_string(&path).expect("read");
+    let is_key = |line: &str| {
+        let key = line.strip_prefix('#').and_then(|l| l.split_once(" = "));
+        key.is_some_and(|(k, _)| k.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'))
+    };
+    let lines = text.lines();
+    let all: Vec<&str> = lines.map(|l| if is_key(l) { &l[1..] } else { l }).collect();
+    assert_eq!(
+        all.iter().filter(|l| l.starts_with("capacity = ")).count(),
+        2
+    );
+    let with_defaults = HostConfig::parse(&all.join("\n"), "host.toml");
+    assert_eq!(with_defaults.expect("valid"), config);
 }
 
 proptest! {
