@@ -116,7 +116,7 @@ mod tests {
                     .flat_map(|l| &l.0)
                     .map(|w| w.load(Relaxed))
                     .sum();
-                assert_eq!(sum, (0..n as u64).sum());
+                assert_eq!(sum, (0..n as u64).sum::<u64>());
             }
         }
         assert!(Zeros::<AtomicU64>::new(usize::MAX).is_err());
