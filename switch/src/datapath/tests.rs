@@ -174,6 +174,35 @@ fn a_station_that_moves_is_followed_at_once_also_by_known_flows() {
 }
 
 #[test]
+fn four_times_as_many_flows_as_there_is_room_for_go_where_they_should_in_order() {
+    const FLOWS: u32 = 4096;
+    let w = world(&["a", "b", "c"], 1);
+    for (at, n) in [("b", 2), ("c", 3)] {
+        w.ports[at].push(frame(n, MacAddr::BROADCAST, 0));
+        eventually("it is learned", || numbers(&w.ports["a"], n) == [0]);
+    }
+    let to = |n: u32| 2 + (n / 5 % 2) as u8;
+    for n in 0..3 * FLOWS {
+        let mut f = frame(1, mac(to(n)), n);
+        f[12..14].copy_from_slice(&[8, 0]);
+        f[26..30].copy_from_slice(&(n % FLOWS).to_be_bytes());
+        w.ports["a"].push(f);
+    }
+    for (at, port, n) in [("b", 1, 2), ("c", 2, 3)] {
+        let want: Vec<u32> = (0..3 * FLOWS).filter(|i| to(*i) == n).collect();
+        eventually("all arrive", || {
+            numbers(&w.ports[at], 1).len() == want.len()
+        });
+        assert_eq!(numbers(&w.ports[at], 1), want);
+        eventually("all are counted", || {
+            let (sum, _) = super::stats::link_total(&w.engine.shared().traffic, 0, port);
+            sum.frames == want.len() as u64
+        });
+    }
+    w.engine.stop();
+}
+
+#[test]
 fn a_frame_from_one_uplink_does_not_leave_through_another() {
     let w = world(&["a", "up0", "up1"], 1);
     w.ports["up0"].push(frame(1, MacAddr::BROADCAST, 1));
