@@ -533,7 +533,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_table_is_searched_for_room_once_a_second() {
+    fn a_full_table_is_searched_for_room_once_a_second_and_serves_a_burst() {
         let t = table(64);
         let keys: Vec<Key> = (0..100_000).map(|n| numbered(&t, n)).collect();
         for k in &keys {
@@ -541,6 +541,11 @@ mod tests {
         }
         assert_eq!(t.looked.get(), (1, 64));
         assert_eq!(t.hand.get(), 0, "one turn");
+        let burst: Vec<Flow<'_>> = (keys[99_000..].iter().zip(0..BURST))
+            .map(|(k, to)| t.note(k, 0, to, 42, 1, 1))
+            .collect();
+        let told: Vec<usize> = burst.into_iter().map(Flow::to).collect();
+        assert_eq!(told, (0..BURST).collect::<Vec<_>>(), "good for a burst");
     }
 
     #[test]
