@@ -221,7 +221,7 @@ pub fn steal_ns() -> u64 {
 }
 
 /// What the CPUs did in all, and how much of it was work, in ticks.
-fn ticks() -> (u64, u64) {
+pub fn ticks() -> (u64, u64) {
     let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
     let line = stat.lines().next().unwrap_or_default();
     // user, nice, system, idle, iowait, irq, softirq, steal

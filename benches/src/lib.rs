@@ -4,6 +4,7 @@
 //! - [`pvp`]: a null guest between two ports, ring layouts and frame sizes
 //! - [`testpmd`]: DPDK's driver and testpmd instead, all ring shapes that virtio-user has
 //! - [`growth`]: more ports, flows, addresses
+//! - [`tap`]: TCP over TAPs, beside a Linux bridge
 //! - [`guest`]: the null guest: vhost-user front-ends that keep a switch's rings full and touch what arrives
 //! - [`frames`]: its frames, and what they differ in
 //! - [`ring`]: the driver's side of split and packed rings; [`front`]: the vhost-user handshake of a front-end
@@ -31,4 +32,5 @@ pub mod report;
 pub mod rig;
 pub mod ring;
 pub mod sys;
+pub mod tap;
 pub mod testpmd;

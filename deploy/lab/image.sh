@@ -1,6 +1,7 @@
 #!/bin/sh
 # Builds the guests' kernel and initramfs from Debian's packages and our workload: OUT/vmlinux, OUT/initramfs.cpio,
-# and OUT/gangway-workload, the same static program for the outside clients. Rebuilds only what has changed.
+# OUT/tools.cpio (the same with iperf3 and ethtool), and OUT/gangway-workload, the same static program for the outside
+# clients. Rebuilds only what has changed.
 # usage: deploy/lab/image.sh [OUT]        (default: target/lab)
 set -eu
 
@@ -85,4 +86,28 @@ if [ ! -s "$out/initramfs.cpio" ] || [ "$(cat "$out/initramfs.stamp" 2>/dev/null
     (cd "$tree" && find . | cpio --quiet -o -H newc) >"$out/initramfs.cpio.new"
     mv "$out/initramfs.cpio.new" "$out/initramfs.cpio"
     echo "$stamp" >"$out/initramfs.stamp"
+fi
+
+# --- the same with tools of Debian and the libraries that they need
+tools='iperf3 ethtool'
+files=
+for tool in $tools; do
+    path=$(command -v "$tool") || die "$tool is not there; run deploy/lab/setup.sh"
+    files="$files $path $(ldd "$path" | grep -o '/[^ ]*')"
+done
+# shellcheck disable=SC2086
+files=$(printf '%s\n' $files | sort -u)
+# shellcheck disable=SC2086
+stamp="$(sha256sum "$out/initramfs.stamp" $files | sha256sum)"
+if [ ! -s "$out/tools.cpio" ] || [ "$(cat "$out/tools.stamp" 2>/dev/null)" != "$stamp" ]; then
+    more=$(mktemp -d "$out/tree.XXXXXX")
+    trap 'rm -rf "$more" "${tree:-}"' EXIT
+    for file in $files; do
+        mkdir -p "$more$(dirname "$file")"
+        cp -L "$file" "$more$file"
+    done
+    # The kernel unpacks one archive after the other.
+    { cat "$out/initramfs.cpio"; (cd "$more" && find . | cpio --quiet -o -H newc); } >"$out/tools.cpio.new"
+    mv "$out/tools.cpio.new" "$out/tools.cpio"
+    echo "$stamp" >"$out/tools.stamp"
 fi

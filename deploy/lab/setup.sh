@@ -20,6 +20,8 @@ need qemu-system-x86_64 qemu-system-x86
 need ip iproute2
 need tc iproute2
 need ethtool ethtool
+need iperf3 iperf3
+need tcpdump tcpdump
 need cpio cpio
 need lz4 lz4
 need xz xz-utils

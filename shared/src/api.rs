@@ -296,8 +296,19 @@ pub struct PortInfo {
     pub tx_frames: u64,
     /// Bytes to the port.
     pub tx_bytes: u64,
+    /// Its queue pairs, up to the last one that carried a frame.
+    pub queues: Vec<QueueInfo>,
     /// Dropped frames by reason, only those that are not zero.
     pub drops: Vec<(String, u64)>,
+}
+
+/// A queue pair of a port, and its counters since the switch started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, SchemaRead, SchemaWrite)]
+pub struct QueueInfo {
+    /// Frames from the port by this queue.
+    pub rx_frames: u64,
+    /// Frames to the port by this queue.
+    pub tx_frames: u64,
 }
 
 /// A VM that the configuration names.

@@ -237,6 +237,7 @@ fn replies_and_shipment_messages_are_bincode_s_bytes() {
         bincode((1u32, 8u32, "m"))
     );
     let port = PortInfo {
+        queues: vec![api::QueueInfo::default(); 2],
         drops: vec![("why".into(), 300)],
         ..PortInfo::default()
     };

@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
-use crate::port::NeverReason;
+use crate::port::{NeverReason, QUEUES};
 
 /// Why a frame was not delivered. One counter per port (the receiving port, or the sending one where there is none).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,14 +83,28 @@ pub fn add(counter: &AtomicU64, n: u64) {
 #[derive(Debug, Default)]
 #[repr(align(64))]
 pub struct Moved {
-    /// Frames from it.
-    pub rx_frames: AtomicU64,
     /// Bytes from it.
     pub rx_bytes: AtomicU64,
-    /// Frames to it.
-    pub tx_frames: AtomicU64,
     /// Bytes to it.
     pub tx_bytes: AtomicU64,
+    /// Frames from each of its queues.
+    rx_frames: [AtomicU64; QUEUES],
+    /// Frames to each of its queues.
+    tx_frames: [AtomicU64; QUEUES],
+}
+
+impl Moved {
+    /// Frames from one of its queues (the first ones of [`QUEUES`]).
+    #[inline]
+    pub fn rx_frames(&self, queue: usize) -> &AtomicU64 {
+        &self.rx_frames[queue % QUEUES]
+    }
+
+    /// Frames to one of its queues.
+    #[inline]
+    pub fn tx_frames(&self, queue: usize) -> &AtomicU64 {
+        &self.tx_frames[queue % QUEUES]
+    }
 }
 
 /// What one worker has moved from one port to another, unicast.
@@ -151,14 +165,26 @@ impl Traffic {
     }
 }
 
-/// The sum over all workers of what they moved at a port: frames and bytes from it, frames and bytes to it.
-pub fn port_total(workers: &[Traffic], port: usize) -> [u64; 4] {
-    let mut sum = [0u64; 4];
-    for w in workers {
-        let m = w.port(port);
-        let counters = [&m.rx_frames, &m.rx_bytes, &m.tx_frames, &m.tx_bytes];
-        for (s, c) in sum.iter_mut().zip(counters) {
-            *s += c.load(Relaxed);
+/// What all workers together have moved at a port.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PortTotal {
+    /// Bytes from it.
+    pub rx_bytes: u64,
+    /// Bytes to it.
+    pub tx_bytes: u64,
+    /// Frames from and to each of its queues.
+    pub queues: [(u64, u64); QUEUES],
+}
+
+/// The sum over all workers.
+pub fn port_total(workers: &[Traffic], port: usize) -> PortTotal {
+    let mut sum = PortTotal::default();
+    for m in workers.iter().map(|w| w.port(port)) {
+        sum.rx_bytes += m.rx_bytes.load(Relaxed);
+        sum.tx_bytes += m.tx_bytes.load(Relaxed);
+        for (n, (rx, tx)) in sum.queues.iter_mut().enumerate() {
+            *rx += m.rx_frames(n).load(Relaxed);
+            *tx += m.tx_frames(n).load(Relaxed);
         }
     }
     sum

@@ -12,7 +12,7 @@ use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 use super::Engine;
 use super::engine::Mode;
 use super::lane::{Behind, Drain, Progress, Source, Stage};
-use super::stats::Drop as Dropped;
+use super::stats::{Drop as Dropped, port_total};
 use super::worker::{Command, Seat};
 use crate::port::Attach;
 use crate::port::memory::MemoryPort;
@@ -453,6 +453,24 @@ fn flows_are_spread_over_the_queues_of_a_port_and_keep_theirs() {
     t.send(100);
     t.verdict();
     t.w.engine.stop();
+}
+
+#[test]
+fn each_queue_has_its_own_counters() {
+    let mut t = Wide::new();
+    t.send(10);
+    t.verdict();
+    t.w.engine.stop();
+    let traffic = &t.w.engine.shared().traffic;
+    let [a, b] = [0, 1].map(|port| port_total(traffic, port).queues);
+    let sent: u64 = t.sent.values().map(|n| u64::from(*n)).sum();
+    assert_eq!([a[0].0, a[1].0], [sent / 2; 2], "{a:?}");
+    let to: Vec<u64> = t.b.iter().map(|p| p.delivered().len() as u64).collect();
+    let counted: Vec<u64> = b[..4].iter().map(|q| q.1).collect();
+    assert_eq!(counted, to);
+    // What 2 has flooded to be learned.
+    assert_eq!((a[0].1, b[0].0), (1, 1));
+    assert_eq!(b[4..].iter().chain(&a[2..]).max(), Some(&(0, 0)));
 }
 
 #[test]

@@ -248,7 +248,7 @@ impl<'a> Egress<'a> {
             self.sent_to.push((to, queue));
         }
         let moved = self.traffic.port(to);
-        add(&moved.tx_frames, std::mem::take(&mut self.frames));
+        add(moved.tx_frames(queue), std::mem::take(&mut self.frames));
         add(&moved.tx_bytes, std::mem::take(&mut self.bytes));
     }
 }
@@ -621,8 +621,9 @@ impl Rx {
         drop(burst);
         self.blocked = done < got;
         if got > 0 {
-            add(&traffic.port(port).rx_frames, done as u64);
-            add(&traffic.port(port).rx_bytes, bytes);
+            let moved = traffic.port(port);
+            add(moved.rx_frames(usize::from(self.id.queue)), done as u64);
+            add(&moved.rx_bytes, bytes);
         }
         queue.release(done);
         let e = queue.errors();

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use gangway_shared::api::{
-    FdbInfo, HoldInfo, HoldOpen, HoldState, HostInfo, IncomingPrepare, LinkInfo, PortInfo, Refusal,
-    RefusalCode, Reply, Request, Role,
+    FdbInfo, HoldInfo, HoldOpen, HoldState, HostInfo, IncomingPrepare, LinkInfo, PortInfo,
+    QueueInfo, Refusal, RefusalCode, Reply, Request, Role,
 };
 use gangway_shared::config::HostConfig;
 use gangway_shared::id::{HoldId, MacAddr};
@@ -706,7 +706,12 @@ impl Manager {
                     .copied()
                     .chain(["rx_malformed", "rx_ring_broken", "rx_overrun"]);
             let counts = c.drops.iter().chain(&c.rx_errors).map(|v| v.load(Relaxed));
-            let [rx_frames, rx_bytes, tx_frames, tx_bytes] = port_total(&shared.traffic, n);
+            let total = port_total(&shared.traffic, n);
+            let used = total.queues.iter().rposition(|q| *q != (0, 0));
+            let queue = |&(rx_frames, tx_frames): &(u64, u64)| QueueInfo {
+                rx_frames,
+                tx_frames,
+            };
             let state = match p.mode() {
                 Mode::Live if !p.is_up() => "down",
                 m => m.name(),
@@ -718,10 +723,14 @@ impl Manager {
                 mac: self.host.mac_of(n),
                 state: state.into(),
                 error: p.error(),
-                rx_frames,
-                rx_bytes,
-                tx_frames,
-                tx_bytes,
+                rx_frames: total.queues.iter().map(|q| q.0).sum(),
+                rx_bytes: total.rx_bytes,
+                tx_frames: total.queues.iter().map(|q| q.1).sum(),
+                tx_bytes: total.tx_bytes,
+                queues: total.queues[..used.map_or(0, |n| n + 1)]
+                    .iter()
+                    .map(queue)
+                    .collect(),
                 drops: names
                     .map(String::from)
                     .zip(counts)

@@ -58,6 +58,10 @@ impl VnetHdr {
     pub fn gso_type(&self) -> u8 {
         self.0[1]
     }
+    /// `gso_size`: payload bytes of each segment.
+    pub fn gso_size(&self) -> u16 {
+        u16::from_le_bytes([self.0[4], self.0[5]])
+    }
     /// `csum_start`: offset in the frame.
     pub fn csum_start(&self) -> u16 {
         u16::from_le_bytes([self.0[6], self.0[7]])

@@ -73,8 +73,9 @@ pub fn host_config(lab: &Lab, host: &Host, group: &Group, ports: Ports) -> Strin
         "[host]\nname = \"{name}\"\nstate_dir = \"{dir}\"\n\n\
          [control]\nsocket = \"{dir}/switch.sock\"\nlisten = \"{address}:{CONTROL_PORT}\"\n\n\
          [tls]\ncert = \"{pki}/{name}.pem\"\nkey = \"{pki}/{name}.key\"\nca = \"{pki}/ca.pem\"\n\n\
-         [workers]\ncount = 1\n\n[spool]\ndir = \"{dir}/spool\"\n\n[migration]\naddress = \"{address}\"\n\n\
-         [[port]]\nname = \"uplink\"\ntype = \"uplink\"\ndevice = \"up0\"\n"
+         [workers]\ncount = {}\n\n[spool]\ndir = \"{dir}/spool\"\n\n[migration]\naddress = \"{address}\"\n\n\
+         [[port]]\nname = \"uplink\"\ntype = \"uplink\"\ndevice = \"up0\"\n",
+        group.workers
     );
     for vm in &group.vms {
         let nic = nic(host, vm, ports);

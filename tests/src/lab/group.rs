@@ -15,6 +15,8 @@ pub struct VmSpec {
     pub prev: Option<String>,
     /// Whom it sends to: name and address.
     pub next: (String, String),
+    /// Further properties of its network card, as QEMU has them: `guest_csum=off`.
+    pub nic: String,
 }
 
 /// What the group does.
@@ -34,6 +36,12 @@ pub struct Group {
     pub dirty_mb: u32,
     /// Megabytes of memory per VM.
     pub memory_mb: u32,
+    /// Queue pairs of each VM, and its processors.
+    pub queues: u16,
+    /// Workers of each switch.
+    pub workers: u16,
+    /// The guests have iperf3 and ethtool.
+    pub tools: bool,
 }
 
 impl Default for Group {
@@ -55,6 +63,7 @@ impl Group {
                 Some(next) => (next.to_string(), address(at + 1)),
                 None => ("outside".to_owned(), OUTSIDE.to_owned()),
             },
+            nic: String::new(),
         });
         Self {
             vms: vms.collect(),
@@ -65,6 +74,9 @@ impl Group {
             request_rate: 50,
             dirty_mb: 5,
             memory_mb: 128,
+            queues: 1,
+            workers: 1,
+            tools: false,
         }
     }
 

@@ -21,6 +21,8 @@ pub struct Image {
     pub kernel: PathBuf,
     /// The guests' whole system.
     pub initramfs: PathBuf,
+    /// The same with iperf3 and ethtool.
+    pub tools: PathBuf,
     /// The static workload program.
     pub workload: PathBuf,
 }
@@ -36,6 +38,7 @@ impl Image {
         Ok(Self {
             kernel: out.join("vmlinux"),
             initramfs: out.join("initramfs.cpio"),
+            tools: out.join("tools.cpio"),
             workload: out.join("gangway-workload"),
         })
     }

@@ -11,6 +11,7 @@
 //! Invariant: only processes that we started, or that run in a namespace of ours, are ended.
 
 pub mod baseline;
+pub mod capture;
 pub mod cleanup;
 pub mod cold;
 pub mod cpu;
@@ -19,6 +20,7 @@ pub mod gangway;
 pub mod group;
 pub mod host;
 pub mod image;
+pub mod iperf;
 pub mod memory;
 pub mod moved;
 pub mod net;

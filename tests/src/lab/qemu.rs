@@ -63,6 +63,10 @@ pub fn command(
     incoming: Incoming,
 ) -> Vec<String> {
     let memory = memory_kb(group);
+    let queues = match group.queues {
+        0 | 1 => String::new(),
+        n => format!(",queues={n}"),
+    };
     let mut line = vec![
         "qemu-system-x86_64".to_owned(),
         "-name".to_owned(),
@@ -76,7 +80,7 @@ pub fn command(
         "-cpu",
         "qemu64",
         "-smp",
-        "1",
+        &group.queues.to_string(),
         "-m",
         &format!("{memory}k"),
     ]);
@@ -93,11 +97,15 @@ pub fn command(
         "-display",
         "none",
     ]);
+    let initramfs = match group.tools {
+        true => &image.tools,
+        false => &image.initramfs,
+    };
     add(&[
         "-kernel",
         &image.kernel.to_string_lossy(),
         "-initrd",
-        &image.initramfs.to_string_lossy(),
+        &initramfs.to_string_lossy(),
     ]);
     add(&["-append", &group.cmdline(vm)]);
     add(&["-serial", &format!("file:{}", files.serial.display())]);
@@ -111,7 +119,7 @@ pub fn command(
         Nic::Tap { device } => {
             add(&[
                 "-netdev",
-                &format!("tap,id=n0,ifname={device},script=no,downscript=no"),
+                &format!("tap,id=n0,ifname={device},script=no,downscript=no{queues}"),
             ]);
             "virtio-net-pci,netdev=n0"
         }
@@ -128,14 +136,22 @@ pub fn command(
                 "-chardev",
                 &format!("socket,id=c0,path={},{mode}", socket.display()),
             ]);
-            add(&["-netdev", "vhost-user,id=n0,chardev=c0,vhostforce=on"]);
+            add(&[
+                "-netdev",
+                &format!("vhost-user,id=n0,chardev=c0,vhostforce=on{queues}"),
+            ]);
             // With MSI-X, QEMU 7.2 crashes at DRIVER_OK when it emulates the processor.
             "virtio-net-pci,netdev=n0,vectors=0"
         }
     };
+    let multi = if queues.is_empty() { "" } else { ",mq=on" };
+    let more = if vm.nic.is_empty() { "" } else { "," };
     add(&[
         "-device",
-        &format!("{device},mac={},romfile=,id=nic0", vm.mac),
+        &format!(
+            "{device}{multi},mac={},romfile=,id=nic0{more}{}",
+            vm.mac, vm.nic
+        ),
         "-device",
         "virtio-rng-pci",
     ]);

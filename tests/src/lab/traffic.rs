@@ -156,6 +156,23 @@ impl Traffic {
         self.guest(spec.with_context(|| format!("no VM {vm}"))?, command)
     }
 
+    /// Lets a VM's shell run a script of one line that is over within seconds, and returns what it says. It may be run again
+    /// when its answer is late.
+    pub fn shell(&self, vm: &str, script: &str) -> Result<String> {
+        #[derive(Deserialize)]
+        struct Said {
+            status: Option<i32>,
+            said: String,
+        }
+        let answer = self.tell(vm, &format!("sh {script}"))?;
+        let Said { status, said } =
+            serde_json::from_str(&answer).with_context(|| answer.clone())?;
+        if status != Some(0) {
+            bail!("{vm}: {script:?} ends with {status:?}: {said}");
+        }
+        Ok(said)
+    }
+
     /// What the kernels of the VMs and of the outside client say of their own drops: for the message of a failed test.
     pub fn kernels(&self) -> String {
         let mut told = Vec::new();

@@ -1,4 +1,4 @@
-//! The Internet checksum (RFC 1071), for receivers without checksum offload.
+//! The Internet checksum (RFC 1071), for receivers without offloads.
 
 /// Completes the partial checksum of `frame`: the field at `start + offset` holds the pseudo header's sum (virtio 1.2,
 /// 5.1.6.2). False if it lies outside.
@@ -16,8 +16,14 @@ pub fn complete(frame: &mut [u8], start: usize, offset: usize) -> bool {
     true
 }
 
+/// The sum of two sums.
+pub fn add(a: u16, b: u16) -> u16 {
+    let (sum, carry) = a.overflowing_add(b);
+    sum + u16::from(carry)
+}
+
 /// The folded ones' complement sum.
-fn sum(bytes: &[u8]) -> u16 {
+pub fn sum(bytes: &[u8]) -> u16 {
     let mut chunks = bytes.chunks_exact(4);
     let mut acc: u64 = 0;
     for c in &mut chunks {

@@ -6,13 +6,16 @@
 
 use std::sync::atomic::{Ordering, fence};
 
+use arrayvec::ArrayVec;
+
 use super::csum;
+use super::cut::Cut;
 use super::features::{RingFeatures, gso};
 use super::live::{Gate, signal};
 use super::ring::{Broken, Chain, Direction, Piece, Pieces, Plain, Plains, Pos, Ring};
 use super::rx::copy_head;
 use crate::mem::prefetch_to_write;
-use crate::port::{BURST, FRAME_MAX, Frame, NeverReason, PLAIN_HDR, Sent, TxQueue, VnetHdr};
+use crate::port::{BURST, FRAME_MAX, Frame, NeverReason, PLAIN_HDR, SEGS, Sent, TxQueue, VnetHdr};
 
 /// See the module's text.
 pub struct Tx<R: Ring> {
@@ -25,7 +28,7 @@ pub struct Tx<R: Ring> {
     plains: Plains,
     /// The chains of one frame, with their bytes.
     chains: Vec<(Chain, u32)>,
-    /// For checksums in software.
+    /// For checksums and segments in software.
     bounce: Box<[u8]>,
     /// Sent since the last flush.
     unflushed: u64,
@@ -34,6 +37,9 @@ pub struct Tx<R: Ring> {
     /// Something was flushed, and nobody has asked whether the driver wants a signal.
     owes: bool,
 }
+
+/// A piece of what is sent: where it lies, and its length.
+type Part = (*const u8, usize);
 
 /// Why a frame was not sent.
 enum Not {
@@ -95,11 +101,10 @@ impl<R: Ring> Tx<R> {
         live
     }
 
-    /// Finds buffers for `need` bytes.
-    fn collect(&mut self, need: u64) -> Result<Pos, Not> {
+    /// Finds buffers for `need` bytes from `at` on; returns what is behind them.
+    fn collect(&mut self, mut at: Pos, need: u64) -> Result<Pos, Not> {
         self.pieces.clear();
         self.chains.clear();
-        let mut at = self.next;
         let mut room = 0u64;
         let mut pieces = 0;
         while room < need {
@@ -132,31 +137,24 @@ impl<R: Ring> Tx<R> {
     }
 
     fn try_send(&mut self, frame: &Frame<'_>) -> Result<(), Not> {
-        let guest = &self.features.guest;
+        let guest = self.features.guest;
         let len = frame.len as usize;
-        if !guest.takes_gso(frame.vnet.gso_type()) {
-            return Err(Not::Never(NeverReason::Offload));
-        }
         if len > FRAME_MAX {
             return Err(Not::Never(NeverReason::TooLong));
         }
-        let mut hdr = [0u8; 12];
-        hdr[..10].copy_from_slice(&frame.vnet.0);
         let needs_csum = frame.vnet.flags() & VnetHdr::F_NEEDS_CSUM != 0;
         let csum_here = needs_csum && !guest.csum;
-        if csum_here && frame.vnet.gso_type() != gso::NONE {
-            return Err(Not::Never(NeverReason::Offload));
+        let is_gso = frame.vnet.gso_type() != gso::NONE;
+        if !guest.takes_gso(frame.vnet.gso_type()) || (csum_here && is_gso) {
+            return self.send_cut(frame);
         }
-        if !guest.csum {
-            hdr[..10].fill(0);
+        let mut hdr = [0u8; 12];
+        if guest.csum {
+            hdr[..10].copy_from_slice(&frame.vnet.0);
         }
-
-        let hdr_len = usize::from(self.features.hdr_len);
-        let mut left = (hdr_len + len) as u32;
-        let after = self.collect(u64::from(left))?;
-        // virtio 1.2, 5.1.6.4: the number of buffers, one if they can't be merged.
-        hdr[10..].copy_from_slice(&(self.chains.len() as u16).to_le_bytes());
-
+        let whole = self.hdr_bytes() + u64::from(frame.len);
+        let after = self.collect(self.next, whole)?;
+        let mut parts: ArrayVec<Part, { SEGS + 1 }> = ArrayVec::new();
         if csum_here {
             let whole = &mut self.bounce[..len];
             frame.copy_to(whole);
@@ -164,22 +162,76 @@ impl<R: Ring> Tx<R> {
             if !csum::complete(whole, start, usize::from(frame.vnet.csum_offset())) {
                 return Err(Not::Never(NeverReason::Offload));
             }
+            parts.push((self.bounce.as_ptr(), len));
+        } else {
+            parts.push((frame.head().as_ptr(), frame.head().len()));
+            parts.extend(frame.rest().iter().map(|s| (s.as_ptr(), s.len())));
         }
+        // SAFETY: a frame's segments outlive this call, and our own arrays, which nobody changes meanwhile.
+        unsafe { self.place(hdr, &parts, after) }
+    }
 
+    fn hdr_bytes(&self) -> u64 {
+        u64::from(self.features.hdr_len)
+    }
+
+    /// Sends what the guest does not take in one piece as several: all of them or none.
+    fn send_cut(&mut self, frame: &Frame<'_>) -> Result<(), Not> {
+        let mut bounce = std::mem::take(&mut self.bounce);
+        let whole = &mut bounce[..frame.len as usize];
+        frame.copy_to(whole);
+        let sent = match Cut::new(frame.vnet, whole) {
+            Some(cut) => self.send_parts(cut),
+            None => Err(Not::Never(NeverReason::Offload)),
+        };
+        self.bounce = bounce;
+        sent
+    }
+
+    fn send_parts(&mut self, mut cut: Cut<'_>) -> Result<(), Not> {
+        // So that a ring of two descriptors a buffer takes them when it is empty.
+        if cut.lengths().len() > usize::from(self.num / 2) {
+            return Err(Not::Never(NeverReason::Offload));
+        }
+        // A place for each before the first is written.
+        let mut at = self.next;
+        for len in cut.lengths() {
+            at = self.collect(at, self.hdr_bytes() + len as u64)?;
+        }
+        while let Some((front, payload)) = cut.next_frame() {
+            let need = self.hdr_bytes() + (front.len() + payload.len()) as u64;
+            let after = match self.collect(self.next, need) {
+                // It was there a moment ago.
+                Err(Not::Full | Not::Never(_)) => return Err(Not::Broken(Broken::Chain)),
+                found => found?,
+            };
+            let parts = [
+                (front.as_ptr(), front.len()),
+                (payload.as_ptr(), payload.len()),
+            ];
+            // SAFETY: both are in our own memory, as long as `cut` is.
+            unsafe { self.place([0; 12], &parts, after)? };
+        }
+        Ok(())
+    }
+
+    /// Writes a header and a frame into what [`Tx::collect`] has found last.
+    ///
+    /// # Safety
+    /// Each part is readable for its length.
+    unsafe fn place(&mut self, mut hdr: [u8; 12], parts: &[Part], after: Pos) -> Result<(), Not> {
+        let hdr_len = usize::from(self.features.hdr_len);
+        // virtio 1.2, 5.1.6.4: the number of buffers, one if they can't be merged.
+        hdr[10..].copy_from_slice(&(self.chains.len() as u16).to_le_bytes());
+        let mut left = (hdr_len + parts.iter().map(|p| p.1).sum::<usize>()) as u32;
         let mut to = Cursor::new(self.pieces.all());
-        // SAFETY: sources are readable for their lengths (our own arrays, a frame's segments, which outlive this call).
+        // SAFETY: our own array, and the parts by the contract.
         unsafe {
             to.put(hdr.as_ptr(), hdr_len);
-            if csum_here {
-                to.put(self.bounce.as_ptr(), len);
-            } else {
-                to.put(frame.head().as_ptr(), frame.head().len());
-                for s in frame.rest() {
-                    to.put(s.as_ptr(), s.len());
-                }
+            for &(from, len) in parts {
+                to.put(from, len);
             }
         }
-
         if let Some(log) = self.gate.live().and_then(|l| l.log.as_ref()) {
             let mut left = left;
             for p in self.pieces.all() {

@@ -162,6 +162,64 @@ fn a_receiver_without_offload_gets_a_checksum() {
 }
 
 #[test]
+fn a_receiver_without_segmentation_gets_all_of_a_big_frame_in_small_ones_or_nothing() {
+    const PARTS: usize = 20;
+    // 54 bytes of Ethernet, IPv4 and TCP.
+    let mut f = vec![2; 12];
+    f.extend([
+        8, 0, 0x45, 0, 0, 0, 0, 1, 0, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2,
+    ]);
+    f.extend([
+        0, 9, 0, 9, 0, 0, 0, 0, 0, 0, 0, 1, 0x50, 0x18, 1, 0, 0, 0, 0, 0,
+    ]);
+    f.extend(frame(3, PARTS * 1448 - 100));
+    let vnet = VnetHdr([1, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0]);
+    // Checksums taken and segments not, then neither.
+    let csum = 1 << virtio_bindings::virtio_net::VIRTIO_NET_F_GUEST_CSUM;
+    for bits in shapes().map(|b| b & !OFFLOADS).flat_map(|b| [b, b | csum]) {
+        let mut w = World::new(bits);
+        let mrg = bits & MRG != 0;
+        let hdr_len = if bits & (MRG | VERSION_1) != 0 {
+            12
+        } else {
+            10
+        };
+        // Mergeable ones come in two.
+        let sizes: &[u32] = if mrg { &[1000, 600] } else { &[1600] };
+        let give = |w: &mut World, n: usize| {
+            for &size in std::iter::repeat_n(sizes, n).flatten() {
+                let buffer = (w.tx.driver.alloc(size), size);
+                w.tx.driver.add(&[buffer], true, false);
+            }
+        };
+        give(&mut w, PARTS - 1);
+        assert_eq!(w.tx.queue.send(&Frame::from_slice(vnet, &f)), Sent::Full);
+        w.tx.queue.flush();
+        assert!(w.tx.driver.received(hdr_len, mrg).is_empty(), "{bits:#x}");
+        give(&mut w, 1);
+        assert_eq!(w.tx.queue.send(&Frame::from_slice(vnet, &f)), Sent::Yes);
+        w.tx.queue.flush();
+        let got = w.tx.driver.received(hdr_len, mrg);
+        assert_eq!(got.len(), PARTS, "{bits:#x}");
+        let mut payload = Vec::new();
+        for (hdr, part) in &got {
+            assert_eq!(hdr[..10], [0; 10]);
+            payload.extend_from_slice(&part[54..]);
+        }
+        assert!(
+            got[..PARTS - 1]
+                .iter()
+                .all(|(_, part)| part.len() == 54 + 1448)
+        );
+        assert_eq!(payload, f[54..], "{bits:#x}");
+        // More pieces than there ever are buffers for.
+        let tiny = VnetHdr([1, 1, 54, 0, 100, 0, 34, 0, 16, 0]);
+        let never = w.tx.queue.send(&Frame::from_slice(tiny, &f));
+        assert_eq!(never, Sent::Never(NeverReason::Offload));
+    }
+}
+
+#[test]
 fn the_driver_is_woken_when_it_asked_and_only_then() {
     for bits in [VERSION_1, VERSION_1 | EVENT_IDX] {
         let mut w = World::new(bits);

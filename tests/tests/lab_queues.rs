@@ -1,0 +1,96 @@
+//! Guests with several queues on a switch with several workers: both carry frames, and a group of them moves under traffic
+//! without losing one.
+
+use gangway_tests::lab::demo::{Freeze, Ports};
+use gangway_tests::lab::group::Group;
+use gangway_tests::lab::iperf;
+use gangway_tests::lab::moved::World;
+use gangway_tests::lab::process::Process;
+use gangway_tests::lab::{CRASH, once_more_after_a_crash};
+use serde_json::Value;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+/// (frames from, frames to) each queue of a VM's port.
+fn queues(world: &World, host: &str, port: &str) -> Vec<(u64, u64)> {
+    let text = world.coordinator.ask(&["host", "show", host, "-o", "json"]);
+    let shown: Value = serde_json::from_str(&text.unwrap()).unwrap();
+    let ports = shown["ports"].as_array().unwrap();
+    let port = ports.iter().find(|p| p["name"] == port).unwrap();
+    let count = |q: &Value, key: &str| q[key].as_u64().unwrap();
+    let queues = port["queues"].as_array().unwrap().iter();
+    queues
+        .map(|q| (count(q, "rx_frames"), count(q, "tx_frames")))
+        .collect()
+}
+
+/// Both queues of each VM's port have carried frames both ways, and there is no third one.
+fn both_carry(world: &World, host: &str) {
+    for port in ["left0", "right0"] {
+        let queues = queues(world, host, port);
+        eprintln!("{port} on {host}: {queues:?}");
+        let busy = queues.iter().filter(|(rx, tx)| *rx > 50 && *tx > 50);
+        assert_eq!((busy.count(), queues.len()), (2, 2), "{port}: {queues:?}");
+    }
+}
+
+fn moves(world: &mut World) {
+    for vm in ["left", "right"] {
+        let shell = |script: &str| world.traffic.shell(vm, script).unwrap();
+        let channels = shell("ethtool -l eth0");
+        let combined: Vec<&str> = channels
+            .lines()
+            .filter(|l| l.contains("Combined"))
+            .collect();
+        // What could be, and what is.
+        assert_eq!(combined.len(), 2, "{channels}");
+        assert!(combined.iter().all(|l| l.ends_with('2')), "{channels}");
+        // By the flow instead of by the processor: a sender that changes its processor would overtake itself in the guest.
+        shell("for f in /sys/class/net/eth0/queues/tx-*/xps_cpus; do echo 0 >$f; done");
+    }
+    world.traffic.start().unwrap();
+    iperf::serve(&world.traffic, "right").unwrap();
+    // Slow enough that the memory that it touches can be copied meanwhile.
+    let right = &world.group.vms[1].address;
+    let streams = format!("{right} -P 4 -t 14 --bidir -b 4M");
+    iperf::start(&world.traffic, "left", &streams).unwrap();
+    thread::sleep(Duration::from_secs(3));
+    both_carry(world, "a");
+    let command = world.coordinator.migrate(&world.group, Freeze::Switchover);
+    let log = world.lab.dir().join("migrate.log");
+    let status = Process::start("gangway migrate", command, &log).unwrap();
+    let status = status.wait(Duration::from_secs(60)).unwrap();
+    let said = std::fs::read_to_string(&log).unwrap_or_default();
+    assert!(status.success(), "{said}");
+    thread::sleep(Duration::from_secs(1));
+    let seen = iperf::finish(&world.traffic, "left", Duration::from_secs(40)).unwrap();
+    eprintln!("{seen:?}");
+    assert!(seen.bytes > 1 << 20, "{seen:?}");
+    both_carry(world, "b");
+    for flow in world.traffic.stop().unwrap() {
+        assert!(flow.is_clean(), "{flow:#?}\n{}", world.drops());
+    }
+}
+
+#[test]
+fn guests_with_two_queues_move_without_losing_a_frame() {
+    let logs = Path::new(env!("CARGO_TARGET_TMPDIR")).join("queues");
+    let group = Group {
+        queues: 2,
+        workers: 2,
+        tools: true,
+        ..Group::chain(&["left", "right"])
+    };
+    once_more_after_a_crash(|| {
+        let mut world = World::new(&group, Ports::VhostUser, &logs).unwrap();
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| moves(&mut world))) {
+            world.lab.keep_logs(&logs).unwrap();
+            eprintln!("{}\nlogs in {}", world.drops(), logs.display());
+            let crashed = world.lab.crashed();
+            assert!(crashed.is_empty(), "{CRASH}: {crashed:?}");
+            resume_unwind(panic);
+        }
+    });
+}
