@@ -7,7 +7,7 @@
 //! Invariant: a request names a VM; sockets and programs come from the configuration only.
 
 mod process;
-mod qmp;
+pub mod qmp;
 mod relay;
 mod start;
 

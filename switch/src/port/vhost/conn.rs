@@ -100,7 +100,7 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
 }
 
 /// Serves one connection to its end.
-fn session(stream: UnixStream, shared: &Arc<Shared>) {
+pub(super) fn session(stream: UnixStream, shared: &Arc<Shared>) {
     let Ok(handle) = stream.try_clone() else {
         return;
     };

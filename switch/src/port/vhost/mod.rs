@@ -98,6 +98,21 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
+    fn new(name: &str, slot: usize, attach: Arc<dyn Attach>) -> std::io::Result<Arc<Shared>> {
+        use rustix::event::{EventfdFlags, eventfd};
+        let alarm = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Arc::new(Shared {
+            name: name.to_owned(),
+            slot,
+            attach,
+            alarm: Arc::new(File::from(alarm)),
+            stop: AtomicBool::new(false),
+            stream: Mutex::new(None),
+            state: Mutex::default(),
+            controls: Mutex::default(),
+        }))
+    }
+
     fn state<T>(&self, f: impl FnOnce(&mut VhostState) -> T) -> T {
         f(&mut lock(&self.state))
     }
@@ -136,18 +151,7 @@ pub struct VhostPort {
 /// # Errors
 /// If the kernel gives no eventfd or thread.
 pub fn spawn(cfg: VhostConfig, attach: Arc<dyn Attach>) -> std::io::Result<VhostPort> {
-    use rustix::event::{EventfdFlags, eventfd};
-    let alarm = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-    let shared = Arc::new(Shared {
-        name: cfg.name.clone(),
-        slot: cfg.slot,
-        attach,
-        alarm: Arc::new(File::from(alarm)),
-        stop: AtomicBool::new(false),
-        stream: Mutex::new(None),
-        state: Mutex::default(),
-        controls: Mutex::default(),
-    });
+    let shared = Shared::new(&cfg.name, cfg.slot, attach)?;
     let thread = std::thread::Builder::new()
         .name(format!("vhost-{}", cfg.name))
         .spawn({
@@ -158,6 +162,21 @@ pub fn spawn(cfg: VhostConfig, attach: Arc<dyn Attach>) -> std::io::Result<Vhost
         shared,
         thread: Some(thread),
     })
+}
+
+/// Serves one connection in the caller's thread, until the front-end hangs up or breaks the protocol. The reason why it
+/// ended, if the front-end did not just hang up.
+///
+/// # Errors
+/// If the kernel gives no eventfd.
+pub fn serve_one(
+    stream: UnixStream,
+    slot: usize,
+    attach: Arc<dyn Attach>,
+) -> std::io::Result<Option<String>> {
+    let shared = Shared::new("one", slot, attach)?;
+    conn::session(stream, &shared);
+    Ok(shared.state(|s| s.last_error.take()))
 }
 
 impl VhostPort {

@@ -592,7 +592,7 @@ impl<R: Ring> RxQueue for Rx<R> {
                     break;
                 }
             };
-            walked += self.pieces.all().len() + 1;
+            walked += self.pieces.walked() + 1;
             let is_frame = match self.parse(&mut bounce_free) {
                 Parsed::Frame => true,
                 Parsed::Malformed => {

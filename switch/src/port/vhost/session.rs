@@ -172,6 +172,7 @@ impl Session {
             return;
         }
         let Some(live) = self.live(i) else {
+            self.report_unmapped(i);
             return;
         };
         let packed = self.is_packed();
@@ -303,6 +304,7 @@ impl Session {
         };
         let Some(live) = self.live(i) else {
             self.stop(i);
+            self.report_unmapped(i);
             return;
         };
         if !control.swap(Some(live)) {
@@ -329,6 +331,21 @@ impl Session {
             s.features = 0;
             s.logging = false;
         });
+    }
+
+    /// Everything was said about a ring, but it does not lie in the memory that the front-end has given: says so once.
+    fn report_unmapped(&mut self, i: usize) {
+        let has_memory = self.mem.is_some();
+        let v = &mut self.vrings[i];
+        if !has_memory || v.num == 0 || v.addr.is_none() || std::mem::replace(&mut v.reported, true)
+        {
+            return;
+        }
+        let which = if is_rx(i) { "transmit" } else { "receive" };
+        let n = pair(i);
+        let text = format!("guest's {which} ring {n} is not in guest memory, or not aligned");
+        self.shared.state(|s| s.broken += 1);
+        self.shared.attach.port_error(self.shared.slot, Some(text));
     }
 
     /// Reports rings that broke since the last call.

@@ -57,6 +57,9 @@ pub fn buffer(
     mut len: u32,
     pieces: &mut Pieces,
 ) -> Result<(), Broken> {
+    if len == 0 {
+        return pieces.push_empty();
+    }
     while len > 0 {
         let host = mem.at(region, gpa, len).ok_or(Broken::Address(gpa))?;
         pieces.push(Piece { host, gpa })?;

@@ -15,7 +15,7 @@ pub mod split;
 
 /// Descriptors of one chain at most (QEMU's and Linux's own limit).
 pub const CHAIN_MAX: u32 = 1024;
-/// Pieces that the chains of one frame may have together.
+/// Pieces that the chains of one frame may have together, empty ones included.
 pub const PIECES_MAX: usize = 2048;
 
 /// How a guest (or its front-end) broke a ring. The ring stays silent until it is set up again.
@@ -196,7 +196,11 @@ pub trait Ring: Send {
 
 /// Pieces, in memory that was allocated once.
 #[derive(Debug)]
-pub struct Pieces(Vec<Piece>);
+pub struct Pieces {
+    all: Vec<Piece>,
+    /// Buffers without a byte: no piece, but work all the same. Chains of nothing else would cost a worker milliseconds.
+    empty: usize,
+}
 
 #[allow(unsafe_code)]
 mod threads {
@@ -210,27 +214,48 @@ mod threads {
 
 impl Default for Pieces {
     fn default() -> Pieces {
-        Pieces(Vec::with_capacity(PIECES_MAX))
+        Pieces {
+            all: Vec::with_capacity(PIECES_MAX),
+            empty: 0,
+        }
     }
 }
 
 impl Pieces {
     /// Forgets all.
     pub fn clear(&mut self) {
-        self.0.clear();
+        self.all.clear();
+        self.empty = 0;
     }
     /// Adds one, if there is room.
     #[inline]
     pub fn push(&mut self, piece: Piece) -> Result<(), Broken> {
-        if self.0.len() == PIECES_MAX {
-            return Err(Broken::Chain);
-        }
-        self.0.push(piece);
+        self.has_room()?;
+        self.all.push(piece);
         Ok(())
+    }
+    /// Counts an empty one, if there is room.
+    #[inline]
+    pub fn push_empty(&mut self) -> Result<(), Broken> {
+        self.has_room()?;
+        self.empty += 1;
+        Ok(())
+    }
+    #[inline]
+    fn has_room(&self) -> Result<(), Broken> {
+        match self.walked() < PIECES_MAX {
+            true => Ok(()),
+            false => Err(Broken::Chain),
+        }
+    }
+    /// How many buffers were looked at.
+    #[inline]
+    pub fn walked(&self) -> usize {
+        self.all.len() + self.empty
     }
     /// All, in order.
     #[inline]
     pub fn all(&self) -> &[Piece] {
-        &self.0
+        &self.all
     }
 }

@@ -1,8 +1,10 @@
 //! A guest's driver in plain memory, and what the rings must do with it.
 
+mod adversary;
 mod driver;
 mod log;
 mod model;
+mod oracle;
 mod protocol;
 mod rings;
 

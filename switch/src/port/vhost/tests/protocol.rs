@@ -98,20 +98,25 @@ fn until(what: &str, mut f: impl FnMut() -> bool) {
 }
 
 /// A guest with its front-end.
-struct Guest {
-    memory: Memory,
-    front: Frontend,
-    drivers: [Driver; 2],
+pub(super) struct Guest {
+    pub(super) memory: Memory,
+    pub(super) front: Frontend,
+    pub(super) drivers: [Driver; 2],
     calls: [EventFd; 2],
     kicks: [EventFd; 2],
     bits: u64,
 }
 
-const TX: usize = 0;
-const RX: usize = 1;
+pub(super) const TX: usize = 0;
+pub(super) const RX: usize = 1;
 
 impl Guest {
-    fn connect(path: &Path, memory: &Memory, drivers: Option<[Driver; 2]>, bits: u64) -> Guest {
+    pub(super) fn connect(
+        path: &Path,
+        memory: &Memory,
+        drivers: Option<[Driver; 2]>,
+        bits: u64,
+    ) -> Guest {
         let mut front = None;
         until("the port listens", || {
             front = Frontend::connect(path, 4).ok();
@@ -135,7 +140,7 @@ impl Guest {
     }
 
     /// As QEMU negotiates.
-    fn negotiate(&mut self) {
+    pub(super) fn negotiate(&mut self) {
         let offered = self.front.get_features().unwrap();
         assert_eq!(self.bits & !offered, 0);
         let protocol = self.front.get_protocol_features().unwrap();
@@ -152,7 +157,7 @@ impl Guest {
         self.front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
     }
 
-    fn regions(&self) -> [VhostUserMemoryRegionInfo; 2] {
+    pub(super) fn regions(&self) -> [VhostUserMemoryRegionInfo; 2] {
         [(0, UVA, 0), (HIGH, UVA + REGION, REGION)].map(|(gpa, uva, offset)| {
             VhostUserMemoryRegionInfo {
                 guest_phys_addr: gpa,
@@ -164,7 +169,7 @@ impl Guest {
         })
     }
 
-    fn addr(&self, i: usize, log: bool) -> VringConfigData {
+    pub(super) fn addr(&self, i: usize, log: bool) -> VringConfigData {
         let [desc, avail, used] = self.drivers[i].at.map(|gpa| UVA + Memory::offset(gpa));
         VringConfigData {
             queue_max_size: NUM,
@@ -178,7 +183,7 @@ impl Guest {
     }
 
     /// As QEMU starts a device.
-    fn start(&mut self, bases: [u16; 2]) {
+    pub(super) fn start(&mut self, bases: [u16; 2]) {
         for i in [TX, RX] {
             self.front.set_vring_enable(i, true).unwrap();
         }
@@ -193,17 +198,21 @@ impl Guest {
         }
     }
 
-    fn stop(&mut self) -> [u16; 2] {
+    pub(super) fn stop(&mut self) -> [u16; 2] {
         [TX, RX].map(|i| self.front.get_vring_base(i).unwrap() as u16)
     }
 
-    fn send(&mut self, f: &[u8]) -> bool {
+    pub(super) fn send(&mut self, f: &[u8]) -> bool {
         let mut b = vec![0; 12];
         b.extend(f);
         self.drivers[RX].send(&b, 1, false)
     }
 
-    fn offer(&mut self) {
+    pub(super) fn kick(&self, i: usize) {
+        self.kicks[i].write(1).unwrap();
+    }
+
+    pub(super) fn offer(&mut self) {
         let d = &mut self.drivers[TX];
         while d.free_descs() > 0 {
             let buffer = (d.alloc(2048), 2048);

@@ -1,0 +1,344 @@
+//! Guests and front-ends that break every rule beside ports that carry traffic: the port gets a counter and a reason, and
+//! the others lose nothing.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use gangway_shared::id::MacAddr;
+
+use super::driver::{INDIRECT_FLAG, NEXT, WRITE};
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+
+use super::protocol::{Guest, RX, TX};
+use super::*;
+use crate::datapath::Engine;
+use crate::datapath::tests::{config, eventually, frame as numbered, mac};
+use crate::port::memory::MemoryPort;
+use crate::port::vhost::{VhostConfig, VhostPort, spawn};
+use crate::port::{Attach, Burst, Frame, NeverReason, Sent, VnetHdr};
+
+/// A chain of empty buffers is work without a byte.
+const EMPTY: [(u64, u32); 1024] = [(0x10_0000, 0); 1024];
+
+#[test]
+fn a_burst_ends_also_among_chains_of_empty_buffers() {
+    for packed in [0, PACKED] {
+        let mut w = World::new(VERSION_1 | INDIRECT | packed);
+        for _ in 0..NUM {
+            assert!(w.rx.driver.add(&EMPTY, false, true).is_some());
+        }
+        for bursts in 1..NUM / 2 {
+            let mut out = Burst::new();
+            w.rx.queue.burst(&mut out);
+            assert!(out.is_empty());
+            assert_eq!(w.rx.control.next() & 0x7fff, 2 * bursts, "two a burst");
+        }
+        assert_eq!(w.rx.control.broken(), None);
+    }
+}
+
+#[test]
+fn a_frame_looks_at_no_more_empty_buffers_than_a_chain_may_have() {
+    for packed in [0, PACKED] {
+        let mut w = World::new(VERSION_1 | INDIRECT | MRG | packed);
+        for _ in 0..4 {
+            assert!(w.tx.driver.add(&EMPTY, true, true).is_some());
+        }
+        // Who comes as far as this finds the ring broken.
+        assert!(w.tx.driver.add(&[(1 << 40, 100)], true, false).is_some());
+        let f = frame(1, 60);
+        let sent = w.tx.queue.send(&Frame::from_slice(VnetHdr::default(), &f));
+        assert_eq!(sent, Sent::Never(NeverReason::TooLong));
+        assert_eq!(w.tx.control.broken(), None);
+    }
+}
+
+/// A switch with one worker: `a` sends to `b` all the time, `evil` is a guest's.
+struct Switch {
+    engine: Arc<Engine>,
+    evil: VhostPort,
+    socket: PathBuf,
+    b: MemoryPort,
+    stop: Arc<AtomicBool>,
+    sender: JoinHandle<u32>,
+    memory: Memory,
+    _dir: tempfile::TempDir,
+}
+
+impl Switch {
+    fn new() -> Switch {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = Engine::start(&config(&["a", "b", "evil"], 1, dir.path().into())).unwrap();
+        let [a, b] = [0, 1].map(|n| {
+            let p = MemoryPort::new();
+            let (rx, tx) = p.queues();
+            engine.set_tx(n, vec![(0, tx)]);
+            engine.attach_rx(n, 0, rx);
+            engine.shared().fdb.set(mac(n as u8 + 1), n, true, 0);
+            p
+        });
+        let cfg = VhostConfig {
+            name: "evil".into(),
+            slot: 2,
+            socket: dir.path().join("s"),
+            server: true,
+        };
+        let socket = cfg.socket.clone();
+        let evil = spawn(cfg, engine.clone()).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let sender = std::thread::spawn({
+            let stop = stop.clone();
+            move || {
+                let mut n = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    if a.waiting() < 64 {
+                        n += 1;
+                        a.push(numbered(1, mac(2), n));
+                    } else {
+                        std::thread::yield_now();
+                    }
+                }
+                n
+            }
+        });
+        Switch {
+            engine,
+            evil,
+            socket,
+            b,
+            stop,
+            sender,
+            memory: Memory::new(),
+            _dir: dir,
+        }
+    }
+
+    fn guest(&self, bits: u64) -> Guest {
+        let mut g = Guest::connect(&self.socket, &self.memory, None, bits);
+        g.negotiate();
+        g.start([0, 0]);
+        g
+    }
+
+    fn reason(&self) -> String {
+        self.engine.shared().ports[2].error().unwrap_or_default()
+    }
+
+    fn rings_broken(&self) -> u64 {
+        let counters = &self.engine.shared().ports[2].counters;
+        counters.rx_errors[1].load(Ordering::Relaxed)
+    }
+
+    /// Frames go on from `a` to `b`.
+    fn goes_on(&self, what: &str) {
+        let had = self.b.delivered().len();
+        eventually(what, || self.b.delivered().len() > had + 200);
+    }
+
+    /// Nothing was lost or came out of order.
+    fn verdict(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let sent = self.sender.join().unwrap();
+        let number = |f: &Vec<u8>| u32::from_be_bytes(f[20..24].try_into().unwrap());
+        let from_a = |f: &&Vec<u8>| f[6..12] == mac(1).0;
+        let got = || -> Vec<u32> {
+            self.b
+                .delivered()
+                .iter()
+                .filter(from_a)
+                .map(number)
+                .collect()
+        };
+        eventually("the last frame", || got().len() >= sent as usize);
+        assert_eq!(got(), (1..=sent).collect::<Vec<_>>());
+        self.evil.stop();
+        self.engine.stop();
+    }
+}
+
+/// A transmit ring is broken in each way; it is set up again after each.
+#[test]
+fn a_broken_ring_has_a_counter_and_a_reason_and_its_neighbours_lose_nothing() {
+    type Break = fn(&mut Driver);
+    let split: [(Break, &str); 9] = [
+        (|d| d.publish(NUM + 1), "available index"),
+        (|d| d.publish(0x8000), "available index"),
+        (|d| d.offer(NUM), "beyond the table"),
+        (
+            |d| {
+                d.desc(d.at[0], 0, 0x10_0000, 100, NEXT, 1);
+                d.desc(d.at[0], 1, 0x10_0000, 100, NEXT, 0);
+                d.offer(0);
+            },
+            "loops",
+        ),
+        (
+            |d| {
+                d.desc(d.at[0], 0, 1 << 40, 100, 0, 0);
+                d.offer(0);
+            },
+            "not guest memory",
+        ),
+        (
+            |d| {
+                d.desc(d.at[0], 0, REGION - 50, 100, 0, 0);
+                d.offer(0);
+            },
+            "not guest memory",
+        ),
+        (
+            |d| {
+                d.desc(d.at[0], 0, 0x10_0000, u32::MAX, 0, 0);
+                d.offer(0);
+            },
+            "not guest memory",
+        ),
+        (
+            |d| {
+                d.desc(d.at[0], 0, 0x10_0000, 100, WRITE, 0);
+                d.offer(0);
+            },
+            "wrong direction",
+        ),
+        (
+            |d| {
+                d.desc(d.at[0], 0, 0x10_0000, 17, INDIRECT_FLAG, 0);
+                d.offer(0);
+            },
+            "bad indirect",
+        ),
+    ];
+    let s = Switch::new();
+    for (n, (make, why)) in split.into_iter().enumerate() {
+        let mut g = s.guest(VERSION_1 | INDIRECT);
+        eventually("the port is well", || s.reason().is_empty());
+        make(&mut g.drivers[RX]);
+        g.kick(RX);
+        eventually(why, || s.reason().contains(why));
+        eventually("it is counted", || s.rings_broken() == n as u64 + 1);
+        assert_eq!(s.evil.state().broken, 1 + n as u64);
+        s.goes_on(why);
+        drop(g);
+        eventually("it has gone", || !s.evil.state().connected);
+        s.memory.write(0x1000, &[0; 0x8000]);
+        s.memory.write(HIGH, &[0; 0x8000]);
+    }
+    s.verdict();
+}
+
+#[test]
+fn rings_and_buffers_lose_their_memory_under_load_and_others_nothing() {
+    let s = Switch::new();
+    let mut g = s.guest(VERSION_1);
+    // The receive ring lies high, and with it what is flooded.
+    g.offer();
+    let [_, high] = g.regions();
+    g.front.remove_mem_region(&high).unwrap();
+    eventually("a reason", || {
+        s.reason().contains("receive ring 0 is not in guest memory")
+    });
+    assert_eq!(s.evil.state().broken, 1);
+    s.goes_on("after a ring's memory");
+    // A buffer of the other one, in what is gone.
+    g.drivers[RX].add(&[(HIGH + 0x1000, 100)], false, false);
+    g.kick(RX);
+    eventually("a reason", || s.reason().contains("not guest memory"));
+    s.goes_on("after a buffer's memory");
+    // The used ring where there is no memory.
+    let mut at = g.addr(RX, false);
+    at.used_ring_addr = UVA + 16 * REGION;
+    g.front.set_vring_addr(RX, &at).unwrap();
+    eventually("a reason", || {
+        s.reason()
+            .contains("transmit ring 0 is not in guest memory")
+    });
+    assert!(!s.evil.state().rx_running);
+    s.goes_on("after a used ring's memory");
+    drop(g);
+    s.verdict();
+}
+
+/// The destination is rewritten while the switch looks: what it decided on is what it delivers.
+#[test]
+fn a_buffer_that_is_rewritten_is_delivered_as_it_was_looked_at() {
+    let s = Switch::new();
+    let mut g = s.guest(VERSION_1);
+    s.engine.shared().fdb.set(mac(9), 2, true, 0);
+    let mut bytes = vec![0; 12];
+    bytes.extend(numbered(9, mac(2), 0));
+    let stop = Arc::new(AtomicBool::new(false));
+    let at = 0x20_0000;
+    let writer = std::thread::spawn({
+        let (stop, memory) = (stop.clone(), s.memory.clone());
+        move || {
+            let mut n = 0u8;
+            while !stop.load(Ordering::Relaxed) {
+                n = n.wrapping_add(1);
+                // The last byte of the destination: `a` or `b`.
+                memory.write(at + 12 + 5, &[1 + n % 2]);
+            }
+        }
+    });
+    s.memory.write(at, &bytes);
+    let mut back = 0;
+    while back < 5000 {
+        while g.drivers[RX]
+            .add(&[(at, bytes.len() as u32)], false, false)
+            .is_some()
+        {}
+        g.kick(RX);
+        back += g.drivers[RX].reap().len();
+    }
+    stop.store(true, Ordering::Relaxed);
+    writer.join().unwrap();
+    let to_b = s.b.delivered();
+    let evil: Vec<_> = to_b.iter().filter(|f| f[6..12] == mac(9).0).collect();
+    assert!(!evil.is_empty());
+    assert!(evil.iter().all(|f| f[..6] == mac(2).0));
+    drop(g);
+    s.verdict();
+}
+
+#[test]
+fn a_socket_that_speaks_out_of_turn_disturbs_nobody() {
+    let s = Switch::new();
+    eventually("it listens", || s.socket.exists());
+    // Unknown; a reply; SET_FEATURES beyond the offer; memory without a descriptor; a ring 255; half a header.
+    let messages: [&[u32]; 6] = [
+        &[99, 1, 0],
+        &[1, 5, 8, 0, 0],
+        &[2, 1, 8, !0, !0],
+        &[5, 1, 4, 0],
+        &[8, 1, 8, 255, 64],
+        &[1, 1],
+    ];
+    for words in messages {
+        let mut socket = None;
+        eventually("it listens", || {
+            socket = UnixStream::connect(&s.socket).ok();
+            socket.is_some()
+        });
+        let mut socket = socket.unwrap();
+        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
+        socket.write_all(&bytes).unwrap();
+        s.goes_on("while it speaks");
+        socket.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(socket.read(&mut [0; 64]).unwrap_or(0), 0, "{words:?}");
+        eventually("a reason", || {
+            s.reason().contains("no vhost-user front-end")
+        });
+    }
+    // GET_VRING_BASE of a ring that has moved nothing, then frames all the same.
+    let mut g = s.guest(VERSION_1);
+    assert_eq!(g.front.get_vring_base(TX).unwrap(), 0);
+    let broadcast = numbered(9, MacAddr::BROADCAST, 7);
+    assert!(g.send(&broadcast));
+    g.kick(RX);
+    eventually("its frame", || s.b.delivered().contains(&broadcast));
+    drop(g);
+    s.verdict();
+}
