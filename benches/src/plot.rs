@@ -11,7 +11,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use crate::pingpong::State;
 use crate::report::{Beside, Cell, Figure, name};
 use crate::ring::Layout;
-use crate::{growth, testpmd};
+use crate::{growth, hold, testpmd};
 
 const WIDTH: u32 = 960;
 const PANEL: u32 = 340;
@@ -390,6 +390,31 @@ pub fn growth(cells: &[growth::Cell]) -> Result<String> {
                     .into_iter()
                     .filter(|c| !c.points.is_empty())
                     .collect(),
+            });
+        }
+    }
+    draw(&panels)
+}
+
+/// Rates of forwarding, freezing and flushing, a panel for each state.
+pub fn hold(cells: &hold::Cells) -> Result<String> {
+    let mut panels = Vec::new();
+    for state in [State::Near, State::Far] {
+        let of_state: Vec<_> = cells.holds.iter().filter(|c| c.state == state).collect();
+        let category = |c: &&hold::Cell| format!("{} bytes, {}", c.frame, name(c.segments));
+        let bars = |name: &str, get: fn(&hold::Cell) -> Option<Figure>| Bars {
+            name: name.to_owned(),
+            values: of_state.iter().map(|c| get(c)).collect(),
+        };
+        if !of_state.is_empty() {
+            panels.push(Panel::Bars {
+                title: format!("Mpps of one worker, CPUs {}, by segments", name(state)),
+                categories: of_state.iter().map(category).collect(),
+                series: vec![
+                    bars("forward", |c| c.forward[0]),
+                    bars("freeze", |c| c.freeze[0]),
+                    bars("flush", |c| c.flush[0]),
+                ],
             });
         }
     }
