@@ -100,6 +100,16 @@ impl Process {
             .collect()
     }
 
+    /// The CPU time of all its threads so far, in nanoseconds.
+    pub fn cpu_ns(&self) -> Result<u64> {
+        let pid = self.pid();
+        let times = self
+            .threads()
+            .into_iter()
+            .map(|tid| Task { pid, tid }.cpu_time());
+        times.map(|t| Ok(t?.ran)).sum()
+    }
+
     /// Its thread whose name starts so.
     pub fn thread(&self, prefix: &str) -> Option<Task> {
         let pid = self.pid();

@@ -5,6 +5,7 @@
 //! - [`testpmd`]: DPDK's driver and testpmd instead, all ring shapes that virtio-user has
 //! - [`growth`]: more ports, flows, addresses
 //! - [`hold`]: into the spool and out of it; what gates cost
+//! - [`latency`]: round trips under load; [`idle`]: what a switch costs that has nothing to do
 //! - [`guest`]: the null guest: vhost-user front-ends that keep a switch's rings full and touch what arrives
 //! - [`frames`]: its frames, and what they differ in
 //! - [`ring`]: the driver's side of split and packed rings; [`front`]: the vhost-user handshake of a front-end
@@ -27,6 +28,8 @@ pub mod guest;
 pub mod hist;
 pub mod hold;
 pub mod host;
+pub mod idle;
+pub mod latency;
 pub mod peer;
 pub mod pingpong;
 pub mod plot;

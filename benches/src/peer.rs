@@ -168,9 +168,10 @@ impl Gangway {
         let log = dir.join(format!("{host}.log"));
         let mut process = Process::start("gangway-switch", command, &log)?;
         let sockets: Vec<PathBuf> = (0..size.ports).map(|i| setup.socket(dir, i)).collect();
+        let control = setup.control(dir);
         until("sockets of gangway-switch", PATIENCE, || {
             process.check()?;
-            let mut all = sockets.iter().chain([&setup.control(dir)]);
+            let mut all = sockets.iter().chain([&control]);
             Ok(all.all(|s| s.exists()).then_some(()))
         })?;
         Ok(Gangway { process, sockets })
@@ -218,6 +219,7 @@ impl Switch for Gangway {
 /// OVS-DPDK, with everything of its own: database, sockets, network namespace.
 pub struct Ovs {
     dir: PathBuf,
+    db: String,
     switch: Process,
     _database: Process,
     sockets: Vec<PathBuf>,
@@ -265,11 +267,7 @@ impl Ovs {
         until("database", PATIENCE, || {
             Ok(dir.join("db.sock").exists().then_some(()))
         })?;
-        let vsctl = |args: &[&str]| {
-            let mut command = Command::new("ovs-vsctl");
-            command.arg(format!("--db={db}")).args(["--timeout=60"]);
-            run(own(command, &dir).args(args))
-        };
+        let vsctl = |args: &[&str]| vsctl(&dir, &db, args);
         vsctl(&["--no-wait", "init"])?;
         let lcores = format!("other_config:dpdk-lcore-mask={:#x}", 1 << other_cpu);
         let pmds = format!("other_config:pmd-cpu-mask={:#x}", 1 << cpu);
@@ -332,6 +330,7 @@ impl Ovs {
         vsctl(&request.iter().map(String::as_str).collect::<Vec<_>>())?;
         Ok(Ovs {
             dir,
+            db,
             switch,
             _database: database,
             sockets,
@@ -340,11 +339,23 @@ impl Ovs {
         })
     }
 
+    /// Its worker sleeps up to so many microseconds while there is little to do; 0: it does not, as by default. It must run.
+    pub fn sleep_at_most(&self, us: u32) -> Result<()> {
+        let key = format!("other_config:pmd-maxsleep={us}");
+        vsctl(&self.dir, &self.db, &["set", "Open_vSwitch", ".", &key]).map(drop)
+    }
+
     fn ctl(&self, request: &str) -> Result<String> {
         let mut command = Command::new("ovs-appctl");
         command.arg("-t").arg(self.dir.join("switch.ctl"));
         run(own(command, &self.dir).arg(request))
     }
+}
+
+fn vsctl(dir: &Path, db: &str, args: &[&str]) -> Result<String> {
+    let mut command = Command::new("ovs-vsctl");
+    command.arg(format!("--db={db}")).args(["--timeout=60"]);
+    run(own(command, dir).args(args))
 }
 
 /// With the folders that OVS's programs look into.
