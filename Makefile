@@ -4,6 +4,7 @@ PORTS ?= vhost-user
 FREEZE ?= switchover
 BASELINE ?=
 RUNS ?= 5
+BENCHES ?= pvp testpmd growth hold latency idle
 
 .PHONY: demo bench bench-moves test check audit lab clean
 
@@ -17,11 +18,12 @@ bench-moves: lab
 	cargo build --release -q --workspace --bins
 	target/release/gangway-series --runs $(RUNS) --out target/bench/moves
 
-# The switch beside OVS-DPDK, a null guest between them and us: about 10 minutes on two idle processors
+# The switch beside OVS-DPDK and with DPDK guests, what holds and idle ports cost, and its stages one by one: about half an
+# hour on two idle processors. JSON, tables and pictures: target/bench. BENCHES="pvp hold" for some of it
 bench:
-	@test -x /usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk || apt-get install -y -q openvswitch-switch-dpdk librte-mempool-ring23
 	cargo build --release -q -p gangway-switch -p gangway-benches
-	target/release/gangway-pvp --out target/bench/pvp.json
+	for b in $(BENCHES); do target/release/gangway-$$b || exit 1; done
+	cargo bench -q -p gangway-benches --bench micro
 
 # What the lab needs: packages, guest image
 lab:

@@ -107,6 +107,7 @@ impl NullGuest {
             batch: self.batch.min(self.ring_size / 2),
             mergeable: !self.no_mergeable,
             pauses: self.pauses,
+            full: true,
         })
     }
 }

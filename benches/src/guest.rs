@@ -52,6 +52,8 @@ pub struct Habits {
     pub mergeable: bool,
     /// `pause` instructions after a look at the rings that found nothing to do.
     pub pauses: u32,
+    /// The senders' rings are full from the start; otherwise they stay empty until [`Drive::paced`].
+    pub full: bool,
 }
 
 struct Port<R> {
@@ -100,7 +102,7 @@ impl<R: Ring> Port<R> {
             memory.write(rx.place().buffer(i), &[0; RX_LEN as usize]);
         }
         rx.publish(num);
-        if port.is_multiple_of(2) {
+        if habits.full && port.is_multiple_of(2) {
             tx.publish(num);
         }
         let places = [rx.place(), tx.place()];
@@ -186,6 +188,8 @@ pub struct Seen {
     pub rounds: u64,
     /// Frames that arrived in each slice of the time.
     pub slices: Vec<u32>,
+    /// Frames that the switch took in each slice of the time.
+    pub sent_slices: Vec<u32>,
     /// How often a transmit ring was found empty: the switch may have had nothing to do.
     pub tx_empty: u64,
     /// How often a receive ring was found without a free buffer: the switch may have had nowhere to go.
@@ -217,6 +221,8 @@ pub trait Drive {
     fn announce(&mut self);
     /// Drives all rings for so many time-stamp cycles, in slices of so many.
     fn run(&mut self, cycles: u64, slice: u64) -> Seen;
+    /// From now on the senders give the switch nothing new, or they do again.
+    fn rest(&mut self, rest: bool);
     /// Sends frames with a time stamp from the first port to the second, for so many time-stamp cycles, one each
     /// `interval` (0: as many as the switch takes). Notes how long they were on their way: to the second port, or back at
     /// the first (`echo`).
@@ -270,6 +276,7 @@ struct Guest<R, P> {
     ports: Vec<Port<R>>,
     habits: Habits,
     paint: P,
+    rests: bool,
 }
 
 impl<R: Ring, P: Paint> Guest<R, P> {
@@ -298,6 +305,7 @@ impl<R: Ring, P: Paint> Guest<R, P> {
             ports,
             habits,
             paint,
+            rests: false,
         }))
     }
 }
@@ -343,10 +351,11 @@ impl<R: Ring, P: Paint> Drive for Guest<R, P> {
     fn run(&mut self, cycles: u64, slice: u64) -> Seen {
         let mut seen = Seen {
             slices: Vec::with_capacity((cycles / slice) as usize + 1),
+            sent_slices: Vec::with_capacity((cycles / slice) as usize + 1),
             ..Seen::default()
         };
-        let mut counted = 0;
-        let habits = self.habits;
+        let (mut counted, mut counted_sent) = (0, 0);
+        let (habits, rests) = (self.habits, self.rests);
         let mut paint = self.paint;
         let want_word: Vec<u64> = (0..self.ports.len()).map(P::dst).collect();
         let begin = tsc();
@@ -356,10 +365,14 @@ impl<R: Ring, P: Paint> Drive for Guest<R, P> {
             let mut work = 0;
             for (pair, [a, b]) in self.ports.as_chunks_mut::<2>().0.iter_mut().enumerate() {
                 let (memory, buffers) = (&a.memory, a.tx.place().buffers);
-                let n = a.tx.reap(habits.batch, |buffer, _| {
-                    let at = buffers + usize::from(buffer) * STRIDE;
-                    paint.next(memory, at, 2 * pair);
-                });
+                let n = if rests {
+                    0
+                } else {
+                    a.tx.reap(habits.batch, |buffer, _| {
+                        let at = buffers + usize::from(buffer) * STRIDE;
+                        paint.next(memory, at, 2 * pair);
+                    })
+                };
                 if n > 0 {
                     seen.tx_empty += u64::from(a.tx.is_drained());
                     a.tx.publish(n);
@@ -409,12 +422,18 @@ impl<R: Ring, P: Paint> Drive for Guest<R, P> {
             if now >= slice_end {
                 seen.slices.push((seen.frames - counted) as u32);
                 counted = seen.frames;
+                seen.sent_slices.push((seen.sent - counted_sent) as u32);
+                counted_sent = seen.sent;
                 slice_end += slice;
             }
         }
         seen.cycles = before - begin;
         self.paint = paint;
         seen
+    }
+
+    fn rest(&mut self, rest: bool) {
+        self.rests = rest;
     }
 
     fn paced(&mut self, cycles: u64, interval: f64, echo: bool) -> Paced {

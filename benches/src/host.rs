@@ -100,6 +100,16 @@ impl Process {
             .collect()
     }
 
+    /// The CPU time of all its threads so far, in nanoseconds.
+    pub fn cpu_ns(&self) -> Result<u64> {
+        let pid = self.pid();
+        let times = self
+            .threads()
+            .into_iter()
+            .map(|tid| Task { pid, tid }.cpu_time());
+        times.map(|t| Ok(t?.ran)).sum()
+    }
+
     /// Its thread whose name starts so.
     pub fn thread(&self, prefix: &str) -> Option<Task> {
         let pid = self.pid();
@@ -403,14 +413,14 @@ impl Alone {
     }
 }
 
-/// A folder of this run below /tmp; removed when it drops.
+/// A folder of this run; removed when it drops.
 #[derive(Debug)]
 pub struct Folder(PathBuf);
 
 impl Folder {
-    /// Makes it, and removes those of runs that were killed.
-    pub fn new() -> Result<Folder> {
-        let old = std::fs::read_dir("/tmp").into_iter().flatten().flatten();
+    /// Makes it below `base`, and removes those of runs that were killed.
+    pub fn below(base: &Path) -> Result<Folder> {
+        let old = std::fs::read_dir(base).into_iter().flatten().flatten();
         for entry in old {
             let name = entry.file_name();
             let pid = name.to_str().and_then(|n| n.strip_prefix("gangway-pvp-"));
@@ -424,7 +434,7 @@ impl Folder {
                 let _ = std::fs::remove_dir_all(entry.path());
             }
         }
-        let path = PathBuf::from(format!("/tmp/gangway-pvp-{}", std::process::id()));
+        let path = base.join(format!("gangway-pvp-{}", std::process::id()));
         std::fs::create_dir(&path).with_context(|| path.display().to_string())?;
         Ok(Folder(path))
     }

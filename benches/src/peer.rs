@@ -1,5 +1,6 @@
 //! The switches that are measured. Each runs its one worker on the same CPU, so one is stopped while another runs.
 
+use std::net::SocketAddr;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -49,6 +50,86 @@ pub struct Size {
     pub addresses: Option<usize>,
 }
 
+/// What else is asked of a switch of ours.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    /// Its host's name, and that of its files.
+    pub host: String,
+    /// The worker sleeps when it has nothing to do.
+    pub sleeps: bool,
+    /// Lines of `[spool]`.
+    pub spool: String,
+    /// Every port is that of a VM, which has the port's name.
+    pub vms: bool,
+    /// Where other switches reach it, and the folder with its certificate.
+    pub listen: Option<(SocketAddr, PathBuf)>,
+}
+
+impl Default for Setup {
+    fn default() -> Setup {
+        Setup {
+            host: "gangway".to_owned(),
+            sleeps: false,
+            spool: "quota_bytes = 67108864\nsync = \"none\"\n".to_owned(),
+            vms: false,
+            listen: None,
+        }
+    }
+}
+
+impl Setup {
+    /// The name of a port, and of its VM.
+    pub fn port(i: usize) -> String {
+        format!("p{i}")
+    }
+
+    /// Where a switch with this setup listens for its coordinator.
+    pub fn control(&self, dir: &Path) -> PathBuf {
+        dir.join(format!("{}.sock", self.host))
+    }
+
+    fn socket(&self, dir: &Path, port: usize) -> PathBuf {
+        dir.join(format!("{}-{}.sock", self.host, Setup::port(port)))
+    }
+
+    /// Its configuration file.
+    fn config(&self, dir: &Path, size: Size, cpu: usize) -> String {
+        let (d, host) = (dir.display(), &self.host);
+        let poll = if self.sleeps { "adaptive" } else { "busy" };
+        let mut config = format!("[host]\nname = \"{host}\"\nstate_dir = \"{d}/{host}\"\n");
+        config += &format!("[control]\nsocket = \"{}\"\n", self.control(dir).display());
+        if let Some((address, certificates)) = &self.listen {
+            let c = certificates.display();
+            config += &format!(
+                "listen = \"{address}\"\n[tls]\ncert = \"{c}/{host}.pem\"\nkey = \"{c}/{host}.key\"\nca = \"{c}/ca.pem\"\n"
+            );
+        }
+        config += &format!(
+            "[workers]\ncount = 1\ncpus = [{cpu}]\npoll = \"{poll}\"\n[spool]\n{}",
+            self.spool
+        );
+        if let Some(addresses) = size.addresses {
+            // Buckets of eight: some of them fill up before the others.
+            config += &format!("[fdb]\ncapacity = {}\n", (2 * addresses).max(65_536));
+        }
+        for i in 0..size.ports {
+            let (name, m) = (Setup::port(i), mac(i).map(|b| format!("{b:02x}")).join(":"));
+            if self.vms {
+                config += &format!("[[vm]]\nname = \"{name}\"\nqmp = \"{d}/{host}-{name}.qmp\"\n");
+            }
+            config += &format!(
+                "[[port]]\nname = \"{name}\"\ntype = \"vhost-user\"\nmac = \"{m}\"\n\
+                 socket = \"{}\"\nmode = \"server\"\n",
+                self.socket(dir, i).display()
+            );
+            if self.vms {
+                config += &format!("vm = \"{name}\"\n");
+            }
+        }
+        config
+    }
+}
+
 /// Who opens a port's connection; the other one listens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dials {
@@ -66,41 +147,32 @@ pub struct Gangway {
 
 impl Gangway {
     /// Starts it.
-    pub fn start(binary: &Path, dir: &Path, size: Size, cpu: usize) -> Result<Gangway> {
+    pub fn start(
+        binary: &Path,
+        dir: &Path,
+        setup: &Setup,
+        size: Size,
+        cpu: usize,
+    ) -> Result<Gangway> {
         ensure!(
             binary.exists(),
             "{} is not there: cargo build --release -p gangway-switch",
             binary.display()
         );
-        let d = dir.display();
-        let mut config = format!(
-            "[host]\nname = \"bench\"\nstate_dir = \"{d}/gangway\"\n\
-             [control]\nsocket = \"{d}/gangway.sock\"\n\
-             [workers]\ncount = 1\ncpus = [{cpu}]\npoll = \"busy\"\n\
-             [spool]\nquota_bytes = 67108864\nsync = \"none\"\n"
-        );
-        if let Some(addresses) = size.addresses {
-            // Buckets of eight: some of them fill up before the others.
-            config += &format!("[fdb]\ncapacity = {}\n", (2 * addresses).max(65_536));
-        }
-        let mut sockets = Vec::new();
-        for i in 0..size.ports {
-            let m = mac(i).map(|b| format!("{b:02x}")).join(":");
-            config += &format!(
-                "[[port]]\nname = \"p{i}\"\ntype = \"vhost-user\"\nmac = \"{m}\"\n\
-                 socket = \"{d}/gangway-p{i}.sock\"\nmode = \"server\"\n"
-            );
-            sockets.push(dir.join(format!("gangway-p{i}.sock")));
-        }
-        std::fs::create_dir(dir.join("gangway"))?;
-        let file = dir.join("gangway.toml");
-        std::fs::write(&file, config)?;
+        let host = &setup.host;
+        std::fs::create_dir(dir.join(host))?;
+        let file = dir.join(format!("{host}.toml"));
+        std::fs::write(&file, setup.config(dir, size, cpu))?;
         let mut command = Command::new(binary);
         command.arg("--config").arg(&file);
-        let mut process = Process::start("gangway-switch", command, &dir.join("gangway.log"))?;
+        let log = dir.join(format!("{host}.log"));
+        let mut process = Process::start("gangway-switch", command, &log)?;
+        let sockets: Vec<PathBuf> = (0..size.ports).map(|i| setup.socket(dir, i)).collect();
+        let control = setup.control(dir);
         until("sockets of gangway-switch", PATIENCE, || {
             process.check()?;
-            Ok(sockets.iter().all(|s| s.exists()).then_some(()))
+            let mut all = sockets.iter().chain([&control]);
+            Ok(all.all(|s| s.exists()).then_some(()))
         })?;
         Ok(Gangway { process, sockets })
     }
@@ -147,6 +219,7 @@ impl Switch for Gangway {
 /// OVS-DPDK, with everything of its own: database, sockets, network namespace.
 pub struct Ovs {
     dir: PathBuf,
+    db: String,
     switch: Process,
     _database: Process,
     sockets: Vec<PathBuf>,
@@ -194,11 +267,7 @@ impl Ovs {
         until("database", PATIENCE, || {
             Ok(dir.join("db.sock").exists().then_some(()))
         })?;
-        let vsctl = |args: &[&str]| {
-            let mut command = Command::new("ovs-vsctl");
-            command.arg(format!("--db={db}")).args(["--timeout=60"]);
-            run(own(command, &dir).args(args))
-        };
+        let vsctl = |args: &[&str]| vsctl(&dir, &db, args);
         vsctl(&["--no-wait", "init"])?;
         let lcores = format!("other_config:dpdk-lcore-mask={:#x}", 1 << other_cpu);
         let pmds = format!("other_config:pmd-cpu-mask={:#x}", 1 << cpu);
@@ -241,7 +310,7 @@ impl Ovs {
         }
         let mut sockets = Vec::new();
         for i in 0..size.ports {
-            let port = format!("p{i}");
+            let port = Setup::port(i);
             let path = format!("options:vhost-server-path={}", at(&format!("{port}.sock")));
             let number = format!("ofport_request={}", i + 1);
             let words = [
@@ -261,6 +330,7 @@ impl Ovs {
         vsctl(&request.iter().map(String::as_str).collect::<Vec<_>>())?;
         Ok(Ovs {
             dir,
+            db,
             switch,
             _database: database,
             sockets,
@@ -269,11 +339,23 @@ impl Ovs {
         })
     }
 
+    /// Its worker sleeps up to so many microseconds while there is little to do; 0: it does not, as by default. It must run.
+    pub fn sleep_at_most(&self, us: u32) -> Result<()> {
+        let key = format!("other_config:pmd-maxsleep={us}");
+        vsctl(&self.dir, &self.db, &["set", "Open_vSwitch", ".", &key]).map(drop)
+    }
+
     fn ctl(&self, request: &str) -> Result<String> {
         let mut command = Command::new("ovs-appctl");
         command.arg("-t").arg(self.dir.join("switch.ctl"));
         run(own(command, &self.dir).arg(request))
     }
+}
+
+fn vsctl(dir: &Path, db: &str, args: &[&str]) -> Result<String> {
+    let mut command = Command::new("ovs-vsctl");
+    command.arg(format!("--db={db}")).args(["--timeout=60"]);
+    run(own(command, dir).args(args))
 }
 
 /// With the folders that OVS's programs look into.

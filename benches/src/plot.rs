@@ -11,7 +11,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use crate::pingpong::State;
 use crate::report::{Beside, Cell, Figure, name};
 use crate::ring::Layout;
-use crate::{growth, testpmd};
+use crate::{growth, hold, idle, latency, testpmd};
 
 const WIDTH: u32 = 960;
 const PANEL: u32 = 340;
@@ -394,6 +394,84 @@ pub fn growth(cells: &[growth::Cell]) -> Result<String> {
         }
     }
     draw(&panels)
+}
+
+/// Rates of forwarding, freezing and flushing, a panel for each state.
+pub fn hold(cells: &hold::Cells) -> Result<String> {
+    let mut panels = Vec::new();
+    for state in [State::Near, State::Far] {
+        let of_state: Vec<_> = cells.holds.iter().filter(|c| c.state == state).collect();
+        let category = |c: &&hold::Cell| format!("{} bytes, {}", c.frame, name(c.segments));
+        let bars = |name: &str, get: fn(&hold::Cell) -> Option<Figure>| Bars {
+            name: name.to_owned(),
+            values: of_state.iter().map(|c| get(c)).collect(),
+        };
+        if !of_state.is_empty() {
+            panels.push(Panel::Bars {
+                title: format!("Mpps of one worker, CPUs {}, by segments", name(state)),
+                categories: of_state.iter().map(category).collect(),
+                series: vec![
+                    bars("forward", |c| c.forward[0]),
+                    bars("freeze", |c| c.freeze[0]),
+                    bars("flush", |c| c.flush[0]),
+                ],
+            });
+        }
+    }
+    draw(&panels)
+}
+
+/// Round trips, a panel for each frame size and state.
+pub fn latency(cells: &[latency::Cell]) -> Result<String> {
+    let mut all: Vec<(usize, State)> = cells.iter().map(|c| (c.frame, c.state)).collect();
+    all.dedup();
+    let mut panels = Vec::new();
+    for (frame, state) in all {
+        let of_panel = cells
+            .iter()
+            .filter(|c| (c.frame, c.state) == (frame, state));
+        let of_panel: Vec<&latency::Cell> = of_panel.collect();
+        type Times = fn(&latency::Cell) -> Option<latency::Times>;
+        type Share = fn(latency::Times) -> Figure;
+        let switches: [(&str, Times); 2] = [("Gangway", |c| c.gangway), ("OVS-DPDK", |c| c.ovs)];
+        let shares: [(&str, Share); 3] = [
+            ("median", |t| t.median_us),
+            ("99 %", |t| t.p99_us),
+            ("99.9 %", |t| t.p999_us),
+        ];
+        let of_panel = &of_panel;
+        let series = switches.into_iter().flat_map(|(switch, times)| {
+            shares.map(|(share, of)| Bars {
+                name: format!("{switch}, {share}"),
+                values: of_panel.iter().map(|c| times(c).map(of)).collect(),
+            })
+        });
+        panels.push(Panel::Bars {
+            title: format!(
+                "Round trips in microseconds, {frame} bytes, CPUs {}, by load",
+                name(state)
+            ),
+            categories: of_panel
+                .iter()
+                .map(|c| format!("{:.0} %", 100.0 * c.load))
+                .collect(),
+            series: series.collect(),
+        });
+    }
+    draw(&panels)
+}
+
+/// CPU time with idle ports.
+pub fn idle(cells: &[idle::Cell]) -> Result<String> {
+    let ports = cells.first().map_or(0, |c| c.ports);
+    draw(&[Panel::Bars {
+        title: format!("Per cent of a CPU, {ports} idle ports"),
+        categories: cells.iter().map(|c| c.switch.clone()).collect(),
+        series: vec![Bars {
+            name: "process".to_owned(),
+            values: cells.iter().map(|c| Some(c.cpu_percent)).collect(),
+        }],
+    }])
 }
 
 #[cfg(test)]

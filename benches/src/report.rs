@@ -360,21 +360,21 @@ pub fn both(mpps: Option<Figure>, cycles: Option<Figure>) -> String {
 }
 
 /// What a program leaves: cells as JSON at `out`, the table beside it (`.md`), the picture (`.svg`).
-pub fn save<C: Serialize>(out: &Path, cells: &[C], markdown: &str, svg: &str) -> Result<()> {
+pub fn save<C: Serialize + ?Sized>(out: &Path, cells: &C, markdown: &str, svg: &str) -> Result<()> {
     put(out, &(serde_json::to_string_pretty(cells)? + "\n"))?;
     put(&out.with_extension("md"), markdown)?;
     put(&out.with_extension("svg"), svg)
 }
 
 /// All that was measured, beside the cells (`-windows.json`).
-pub fn save_windows<W: Serialize>(out: &Path, windows: &[W]) -> Result<()> {
+pub fn save_windows<W: Serialize + ?Sized>(out: &Path, windows: &W) -> Result<()> {
     let stem = out.file_stem().unwrap_or_default().to_string_lossy();
     let path = out.with_file_name(format!("{stem}-windows.json"));
     put(&path, &(serde_json::to_string_pretty(windows)? + "\n"))
 }
 
 /// The cells of an earlier run.
-pub fn load<C: DeserializeOwned>(path: &Path) -> Result<Vec<C>> {
+pub fn load<C: DeserializeOwned>(path: &Path) -> Result<C> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     serde_json::from_str(&text).with_context(|| path.display().to_string())
 }

@@ -1,13 +1,13 @@
 //! What every measurement here has in common: the switches, started and stopped in turn, and the window that one of them
 //! is measured in, with what spoils it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
 use crate::host::{self, Alone, CpuTime, Folder, Hugepages, Task};
-use crate::peer::{Gangway, OVS_HUGEPAGES, Ovs, Rule, Size, Switch};
+use crate::peer::{Gangway, OVS_HUGEPAGES, Ovs, Rule, Setup, Size, Switch};
 use crate::pingpong::{State, round_trip};
 use crate::sys;
 
@@ -15,6 +15,9 @@ use crate::sys;
 const SHARE_MIN: f64 = 0.95;
 /// A window's steal time at most, of both CPUs' time.
 const STEAL_MAX: f64 = 0.01;
+
+/// Why a window does not count in which the guest shared its CPU.
+pub const GUEST_SHARED: &str = "the guest had not its whole CPU";
 
 /// Where a measurement takes place, and how long each part of it is.
 #[derive(Debug, Clone)]
@@ -39,20 +42,18 @@ pub struct Common {
     pub near_max: u64,
 }
 
-/// The switches of a run, each with the rules that it is measured with; all of them stand still.
+/// What a run has of the machine.
 ///
-/// Fields drop in this order: processes, then hugepages, then the folder, then the turn.
-pub struct Rig {
-    /// In the order of their turns.
-    pub switches: Vec<(Box<dyn Switch>, &'static [Rule])>,
+/// Fields drop in this order: hugepages, then the folder, then the turn.
+pub struct Ground {
     _pages: Hugepages,
     folder: Folder,
     _alone: Alone,
 }
 
-impl Rig {
-    /// Starts them, and takes `pages` hugepages of 2 MB for their guests. The calling thread is pinned to the guest's CPU.
-    pub fn start(common: &Common, size: Size, pages: u64) -> Result<Rig> {
+impl Ground {
+    /// Waits for this run's turn, and takes `pages` hugepages of 2 MB. The calling thread may run on any CPU.
+    pub fn take(common: &Common, pages: u64) -> Result<Ground> {
         ensure!(
             common.worker_cpu != common.guest_cpu,
             "the worker and the guest need a CPU each"
@@ -62,20 +63,48 @@ impl Rig {
         // An earlier rig has pinned us, and what is started inherits that.
         host::unpin()?;
         let alone = Alone::wait()?;
+        let folder = Folder::below(Path::new("/tmp"))?;
+        Ok(Ground {
+            _pages: Hugepages::take(pages, &folder)?,
+            folder,
+            _alone: alone,
+        })
+    }
+
+    /// For what the run puts down.
+    pub fn dir(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
+/// The switches of a run, each with the rules that it is measured with; all of them stand still.
+///
+/// The processes drop before what they use.
+pub struct Rig {
+    /// In the order of their turns.
+    pub switches: Vec<(Box<dyn Switch>, &'static [Rule])>,
+    ground: Ground,
+}
+
+impl Rig {
+    /// Starts them, and takes `pages` hugepages of 2 MB for their guests. The calling thread is pinned to the guest's CPU.
+    pub fn start(common: &Common, size: Size, pages: u64) -> Result<Rig> {
+        Rig::start_with(common, &Setup::default(), size, pages)
+    }
+
+    /// The same, ours with this setup.
+    pub fn start_with(common: &Common, setup: &Setup, size: Size, pages: u64) -> Result<Rig> {
         if common.with_ovs {
             Ovs::install()?;
         }
-        let folder = Folder::new()?;
         let ovs_pages = if common.with_ovs { OVS_HUGEPAGES } else { 0 };
         let mut rig = Rig {
             switches: Vec::new(),
-            _pages: Hugepages::take(pages + ovs_pages, &folder)?,
-            folder,
-            _alone: alone,
+            ground: Ground::take(common, pages + ovs_pages)?,
         };
-        let (dir, cpu) = (rig.folder.path(), common.worker_cpu);
+        let (dir, cpu) = (rig.ground.dir(), common.worker_cpu);
         if common.with_gangway {
-            let ours = Gangway::start(&common.switch, dir, size, cpu)?;
+            let ours = Gangway::start(&common.switch, dir, setup, size, cpu)?;
             rig.switches.push((Box::new(ours), &[Rule::Normal]));
         }
         if common.with_ovs {
@@ -92,7 +121,7 @@ impl Rig {
 
     /// For what else the run puts down.
     pub fn dir(&self) -> PathBuf {
-        self.folder.path().to_owned()
+        self.ground.dir().to_owned()
     }
 }
 
@@ -197,7 +226,7 @@ impl Closed {
         let spoiled = if self.worker_share < SHARE_MIN {
             Some("the worker had not its whole CPU")
         } else if self.guest_share < SHARE_MIN {
-            Some("the guest had not its whole CPU")
+            Some(GUEST_SHARED)
         } else if self.steal > STEAL_MAX {
             Some("the hypervisor gave the CPUs to others")
         } else if state == State::Mixed {

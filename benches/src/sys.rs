@@ -51,6 +51,11 @@ impl Memory {
         self.map.as_mut_ptr() as u64
     }
 
+    /// What it lies in.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
     /// What the switch maps.
     pub fn fd(&self) -> RawFd {
         self.file.as_raw_fd()

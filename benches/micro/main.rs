@@ -1,0 +1,413 @@
+//! Micro benchmarks of the data path's stages: parse, look up, take from a ring, copy into a ring, gate, spool append,
+//! flush. `cargo bench -p gangway-benches`; figures per frame.
+//!
+//! Both sides of a ring are driven by one thread, so every line is in its cache: what a stage costs without waiting for
+//! the other CPU. Only the switch's part is timed.
+
+use std::fs::File;
+use std::hint::black_box;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use gangway_benches::frames::{HEADER, frame, mac};
+use gangway_benches::ring::{self as driver, GPA, Layout, Place, Ring as _};
+use gangway_benches::sys::Memory;
+use gangway_shared::config::valid::{SpoolConfig, Sync};
+use gangway_shared::id::{HoldId, LaneKey, MacAddr};
+use gangway_switch::datapath::fdb::Fdb;
+use gangway_switch::datapath::flow::{Flows, Key};
+use gangway_switch::datapath::lane::Lane;
+use gangway_switch::datapath::parse;
+use gangway_switch::mem::guest::{GuestMem, Region};
+use gangway_switch::port::vhost::features::{OFFERED, RING_PACKED, RingFeatures};
+use gangway_switch::port::vhost::live::{Control, Gate, Live};
+use gangway_switch::port::vhost::ring::{packed, split};
+use gangway_switch::port::vhost::{rx::Rx, tx::Tx};
+use gangway_switch::port::{BURST, Burst, Frame, RxQueue, Sent, TxQueue, VnetHdr};
+use gangway_switch::spool::{Kind, Spool, Writer};
+
+const SIZES: [usize; 2] = [64, 1514];
+const RINGS: [Layout; 2] = [Layout::Split, Layout::Packed];
+const NUM: u16 = 256;
+/// Of a buffer in guest memory.
+const STRIDE: usize = 2112;
+const RX_LEN: u32 = 2048;
+const VERSION_1: u64 = 1 << 32;
+const MRG_RXBUF: u64 = 1 << 15;
+
+/// How often `part` was called for this time, in bursts, each timed alone.
+fn bursts(n: u64, mut part: impl FnMut() -> Duration) -> Duration {
+    (0..n).map(|_| part()).sum()
+}
+
+fn timed(part: impl FnOnce()) -> Duration {
+    let since = Instant::now();
+    part();
+    since.elapsed()
+}
+
+fn parsing(c: &mut Criterion) {
+    let mut group = c.benchmark_group("parse");
+    group.throughput(Throughput::Elements(1));
+    let bytes = frame(128, 0, 1);
+    group.bench_function("addresses and payload", |b| {
+        b.iter(|| {
+            let head = black_box(&bytes[..]);
+            (parse::ether(head), parse::payload_bytes(head, 128))
+        });
+    });
+    group.finish();
+}
+
+fn look_up(c: &mut Criterion) {
+    let mut group = c.benchmark_group("look up");
+    group.throughput(Throughput::Elements(BURST as u64));
+    for many in [1u32, 1 << 10, 1 << 16, 1 << 20] {
+        let flows = Flows::new(4 << 20);
+        let head = |i: u32| {
+            let mut f = frame(64, 0, 1);
+            f[28..32].copy_from_slice(&i.to_be_bytes());
+            f
+        };
+        for i in 0..many {
+            let key = flows.key(&head(i));
+            flows.note(&key, 0, 1, 42, 1, 1);
+        }
+        // Each burst asks for others, in random order.
+        let mut x = 1u32;
+        let mut next = || {
+            x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            head(((u64::from(x) * u64::from(many)) >> 32) as u32)
+        };
+        group.bench_function(BenchmarkId::new("flow", many), |b| {
+            b.iter_custom(|n| {
+                bursts(n, || {
+                    let heads: [Vec<u8>; BURST] = std::array::from_fn(|_| next());
+                    timed(|| {
+                        let keys: [Key; BURST] = std::array::from_fn(|i| {
+                            let key = flows.key(&heads[i]);
+                            flows.prefetch(&key, 0);
+                            key
+                        });
+                        for key in &keys {
+                            black_box(flows.find(key, 0, 1, 1).map(|f| f.to()));
+                        }
+                    })
+                })
+            });
+        });
+    }
+    let fdb = Fdb::new(65_536, 300);
+    for i in 0..1000 {
+        fdb.set(MacAddr::from_u64(0x5254_0000_0000 | i), 1, false, 1);
+    }
+    group.throughput(Throughput::Elements(1));
+    let mut i = 0;
+    group.bench_function("address, 1000 known", |b| {
+        b.iter(|| {
+            i = (i + 7) % 1000;
+            fdb.lookup(MacAddr::from_u64(0x5254_0000_0000 | i), 1)
+        });
+    });
+    group.finish();
+}
+
+/// A queue of the switch and the driver's side of its ring.
+struct Side<Q, R> {
+    queue: Q,
+    ring: R,
+}
+
+fn features(layout: Layout) -> RingFeatures {
+    let packed = if layout == Layout::Packed {
+        RING_PACKED
+    } else {
+        0
+    };
+    RingFeatures::new(OFFERED & (VERSION_1 | MRG_RXBUF) | packed)
+}
+
+/// A ring in a memory of its own, as a guest lays it out; `len` bytes in each buffer.
+fn place(len: u32, device_writes: bool) -> Place {
+    let mut next = 4096;
+    let mut take = |bytes: usize| {
+        let at = next;
+        next += bytes.next_multiple_of(4096);
+        at
+    };
+    let areas = Place::area_bytes(NUM).map(&mut take);
+    let buffers = take(usize::from(NUM) * STRIDE);
+    let memory = Memory::new(next as u64).expect("memory");
+    Place {
+        memory: Arc::new(memory),
+        areas,
+        num: NUM,
+        buffers,
+        stride: STRIDE,
+        len,
+        device_writes,
+    }
+}
+
+fn live(place: &Place, layout: Layout) -> Live {
+    let memory = &place.memory;
+    let uva = memory.user_addr();
+    let region = Region::map(GPA, memory.bytes(), uva, memory.file(), 0).expect("a region");
+    let mem = Arc::new(GuestMem::new(vec![region]).expect("a table"));
+    let [desc, avail, used] = place.areas.map(|at| uva + at as u64);
+    let areas = match layout {
+        Layout::Split => split::Split::areas(&mem, NUM, desc, avail, used),
+        Layout::Packed => packed::Packed::areas(&mem, NUM, desc, avail, used),
+    };
+    Live {
+        mem,
+        areas: areas.expect("the ring's areas"),
+        log: None,
+        used_log: None,
+        call: None,
+    }
+}
+
+fn gate(live: &Live, next: u16) -> Gate {
+    let null = File::options().write(true).open("/dev/null");
+    let alarm = Arc::new(null.expect("/dev/null"));
+    Gate::new(Control::new(live.clone(), next, alarm))
+}
+
+/// A guest's transmit ring, full of frames.
+fn sender<R: driver::Ring>(bytes: usize) -> Side<Box<dyn RxQueue>, R> {
+    let place = place((HEADER + bytes) as u32, false);
+    let (live, f) = (live(&place, R::LAYOUT), features(R::LAYOUT));
+    let mut ring = R::new(place);
+    for i in 0..NUM {
+        let at = ring.place().buffer(i) + HEADER;
+        ring.place().memory.write(at, &frame(bytes, 0, 1));
+    }
+    ring.publish(NUM);
+    let queue: Box<dyn RxQueue> = match R::LAYOUT {
+        Layout::Split => {
+            let q = split::Split::new(&live, NUM, 0, &f);
+            Box::new(Rx::new(q, gate(&live, 0), 0, None, f))
+        }
+        Layout::Packed => {
+            let q = packed::Packed::new(&live, NUM, packed::START, &f);
+            Box::new(Rx::new(
+                q,
+                gate(&live, packed::START),
+                packed::START,
+                None,
+                f,
+            ))
+        }
+    };
+    Side { queue, ring }
+}
+
+/// A guest's receive ring, full of empty buffers.
+fn receiver<R: driver::Ring>() -> Side<Box<dyn TxQueue>, R> {
+    let place = place(RX_LEN, true);
+    let (live, f) = (live(&place, R::LAYOUT), features(R::LAYOUT));
+    let mut ring = R::new(place);
+    ring.publish(NUM);
+    let queue: Box<dyn TxQueue> = match R::LAYOUT {
+        Layout::Split => {
+            let q = split::Split::new(&live, NUM, 0, &f);
+            Box::new(Tx::new(q, gate(&live, 0), 0, NUM, f))
+        }
+        Layout::Packed => {
+            let q = packed::Packed::new(&live, NUM, packed::START, &f);
+            Box::new(Tx::new(
+                q,
+                gate(&live, packed::START),
+                packed::START,
+                NUM,
+                f,
+            ))
+        }
+    };
+    Side { queue, ring }
+}
+
+/// What was used goes to the device again.
+fn turn<Q, R: driver::Ring>(side: &mut Side<Q, R>) {
+    let n = side.ring.reap(1, |_, _| {});
+    side.ring.publish(n);
+}
+
+fn ring<R: driver::Ring>(c: &mut Criterion, layout: Layout) {
+    let mut group = c.benchmark_group(format!("ring, {layout:?}").to_lowercase());
+    group.throughput(Throughput::Elements(BURST as u64));
+    for bytes in SIZES {
+        let mut from = sender::<R>(bytes);
+        group.bench_function(BenchmarkId::new("take and give back", bytes), |b| {
+            b.iter_custom(|n| {
+                bursts(n, || {
+                    let time = timed(|| {
+                        let mut burst = Burst::new();
+                        from.queue.burst(&mut burst);
+                        assert_eq!(burst.len(), BURST);
+                        drop(black_box(burst));
+                        from.queue.release(BURST);
+                    });
+                    turn(&mut from);
+                    time
+                })
+            });
+        });
+        let mut to = receiver::<R>();
+        group.bench_function(BenchmarkId::new("take, copy and give back", bytes), |b| {
+            b.iter_custom(|n| {
+                bursts(n, || {
+                    let time = timed(|| {
+                        let mut burst = Burst::new();
+                        from.queue.burst(&mut burst);
+                        let mut sent = to.queue.send_run(&burst);
+                        // Where a run ends early, as before the first look ahead.
+                        while sent < burst.len() {
+                            assert_eq!(to.queue.send(&burst[sent]), Sent::Yes);
+                            sent += 1;
+                        }
+                        to.queue.flush();
+                        drop(burst);
+                        from.queue.release(BURST);
+                    });
+                    turn(&mut from);
+                    turn(&mut to);
+                    time
+                })
+            });
+        });
+    }
+    group.finish();
+}
+
+fn rings(c: &mut Criterion) {
+    for layout in RINGS {
+        match layout {
+            Layout::Split => ring::<driver::split::Split>(c, layout),
+            Layout::Packed => ring::<driver::packed::Packed>(c, layout),
+        }
+    }
+}
+
+fn gates(c: &mut Criterion) {
+    let mut group = c.benchmark_group("gate");
+    group.throughput(Throughput::Elements(1));
+    let bytes = frame(64, 0, 1);
+    let f = Frame::from_slice(VnetHdr::default(), &bytes);
+    let mut lane = Lane::default();
+    group.bench_function("is it plain", |b| b.iter(|| black_box(&lane).is_plain()));
+    group.bench_function("forward", |b| {
+        b.iter(|| {
+            assert!(lane.accepts(f.len, || false));
+            lane.take(&f, || 1, &mut |f| {
+                black_box(f);
+                Sent::Yes
+            })
+        });
+    });
+    group.finish();
+}
+
+/// A spool whose queues take segments that lie ready, again and again.
+struct Spooled {
+    spool: Arc<Spool>,
+    hold: u64,
+}
+
+impl Spooled {
+    fn new(dir: &Path) -> Spooled {
+        let segment_bytes = 64 << 20;
+        let config = SpoolConfig {
+            dir: dir.to_owned(),
+            segment_bytes,
+            quota_bytes: 4 * segment_bytes,
+            sync: Sync::None,
+        };
+        let (spool, _) = Spool::open(&config).expect("a spool");
+        Spooled { spool, hold: 0 }
+    }
+
+    fn queue(&mut self) -> Writer {
+        if self.hold > 0 {
+            self.spool.remove_hold(HoldId(self.hold)).expect("an end");
+        }
+        self.hold += 1;
+        let [from, to] = [0, 1].map(|i| MacAddr(mac(i)).to_string());
+        let lane = LaneKey { from, queue: 0, to };
+        let hold = HoldId(self.hold);
+        let mut tries = 0;
+        loop {
+            match self.spool.create(hold, Kind::Source, &lane) {
+                Ok((writer, _)) => return writer,
+                // Those of the queue before come back soon.
+                Err(_) if tries < 1000 => std::thread::sleep(Duration::from_millis(5)),
+                Err(e) => panic!("no queue: {e}"),
+            }
+            tries += 1;
+        }
+    }
+}
+
+fn spool(c: &mut Criterion) {
+    let mut group = c.benchmark_group("spool");
+    group.throughput(Throughput::Elements(BURST as u64));
+    let base = Path::new("/dev/shm");
+    let folder = gangway_benches::host::Folder::below(base).expect("a folder in /dev/shm");
+    for bytes in SIZES {
+        let bytes_of_it = frame(bytes, 0, 1);
+        let f = Frame::from_slice(VnetHdr::default(), &bytes_of_it);
+        let mut spooled = Spooled::new(&folder.path().join(format!("append-{bytes}")));
+        let mut writer = spooled.queue();
+        group.bench_function(BenchmarkId::new("append and commit", bytes), |b| {
+            b.iter_custom(|n| {
+                bursts(n, || {
+                    if !writer.has_room(BURST as u32 * (f.len + 64)) {
+                        writer = spooled.queue();
+                    }
+                    timed(|| {
+                        for _ in 0..BURST {
+                            assert!(writer.has_room(f.len));
+                            writer.append(1, f.vnet, &f).expect("room");
+                        }
+                        writer.commit();
+                    })
+                })
+            });
+        });
+        let mut reader = writer.queue().reader();
+        group.bench_function(BenchmarkId::new("read and check", bytes), |b| {
+            b.iter_custom(|n| {
+                bursts(n, || {
+                    if reader.queue().last_seq() < reader.next_seq() + BURST as u64 {
+                        reader = writer.queue().reader();
+                    }
+                    timed(|| {
+                        for _ in 0..BURST {
+                            let record = reader.peek().expect("intact").expect("a record");
+                            black_box(record.frame.len());
+                            reader.advance();
+                        }
+                    })
+                })
+            });
+        });
+    }
+    group.finish();
+}
+
+fn config() -> Criterion {
+    Criterion::default()
+        .sample_size(20)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1))
+}
+
+criterion_group! {
+    name = stages;
+    config = config();
+    targets = parsing, look_up, rings, gates, spool
+}
+criterion_main!(stages);
