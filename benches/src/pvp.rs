@@ -269,7 +269,9 @@ fn warm_up(plan: &Plan, turn: &mut Turn<'_>, tsc_hz: f64) -> Result<()> {
         turn.switch.process().check()?;
         if since.elapsed() > PATIENCE {
             let said = turn.switch.process().said();
-            bail!("{name}: frames do not arrive, or not where they should, within {PATIENCE:?}: {seen:?}; it said:\n{said}");
+            bail!(
+                "{name}: frames do not arrive, or not where they should, within {PATIENCE:?}: {seen:?}; it said:\n{said}"
+            );
         }
     }
     turn.guest.run(
