@@ -61,9 +61,7 @@ pub struct Lab {
 pub const CRASH: &str = "the guest has crashed";
 
 /// Runs a test that moves VMs once more if a guest's kernel has crashed: of some 240 VMs that were moved, two arrived damaged
-/// (a torn kernel stack, a soft lockup right after RESUME). Taken for the race of QEMU 7.2 without KVM between the emulated
-/// processor's store and the clearing of the dirty bitmap ("physmem: Fix migration dirty bitmap coherency with TCG memory
-/// access" ends it in later versions), but not proven: 78 moves by plain QEMU had no such case, which is too few to tell.
+/// (a torn kernel stack, a soft lockup right after RESUME). The cause is not known; docs/benchmarks.md says what was looked at.
 /// Whatever else fails, and a second crash, fails the test.
 pub fn once_more_after_a_crash<T>(mut run: impl FnMut() -> T) -> T {
     use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
