@@ -145,6 +145,29 @@ impl Lane {
         matches!(self.gate, Gate::Forward) && self.backlog.is_empty()
     }
 
+    /// True if what comes goes into a spool queue.
+    #[inline]
+    pub fn spools(&self) -> bool {
+        match &self.gate {
+            Gate::Hold(_) => true,
+            Gate::Drain(d) => d.behind.is_some(),
+            _ => false,
+        }
+    }
+
+    /// Takes frames that came together into the spool queue, as many as it has room for; none if there is no queue.
+    pub fn take_run(&mut self, frames: &[Frame<'_>], now_ns: u64) -> usize {
+        self.writer().map_or(0, |w| w.append_run(now_ns, frames))
+    }
+
+    fn writer(&mut self) -> Option<&mut Writer> {
+        match &mut self.gate {
+            Gate::Hold(w) => Some(w),
+            Gate::Drain(d) => d.behind.as_mut().map(|b| &mut b.writer),
+            _ => None,
+        }
+    }
+
     /// False: the frame has to stay with its sender for now. A backlog that is full is a reason only if the receiver is
     /// `awaited`; otherwise the newest frame is dropped, as at any full queue.
     pub fn accepts(&self, len: u32, awaited: impl FnOnce() -> bool) -> bool {
@@ -196,14 +219,8 @@ impl Lane {
 
     /// Publishes what was taken into a spool. Once per burst, before the frames are released to their sender.
     pub fn commit(&mut self) {
-        match &mut self.gate {
-            Gate::Hold(w) => w.commit(),
-            Gate::Drain(d) => {
-                if let Some(b) = &mut d.behind {
-                    b.writer.commit();
-                }
-            }
-            _ => {}
+        if let Some(w) = self.writer() {
+            w.commit();
         }
     }
 
@@ -291,14 +308,8 @@ impl Lane {
     }
 
     fn seal(&mut self) {
-        match &mut self.gate {
-            Gate::Hold(w) => w.seal(),
-            Gate::Drain(d) => {
-                if let Some(b) = &mut d.behind {
-                    b.writer.seal();
-                }
-            }
-            _ => {}
+        if let Some(w) = self.writer() {
+            w.seal();
         }
     }
 
@@ -351,12 +362,18 @@ impl Drain {
 impl Source {
     /// True when everything committed was delivered.
     fn step(&mut self, left: &mut usize, send: &mut Send<'_>, count: &mut dyn FnMut(Drop)) -> bool {
-        loop {
-            if *left == 0 {
-                return false;
-            }
+        let before = *left;
+        let passed = self.pass(left, send, count);
+        if *left < before {
+            self.progress.set(self.reader.tally());
+        }
+        passed
+    }
+
+    fn pass(&mut self, left: &mut usize, send: &mut Send<'_>, count: &mut dyn FnMut(Drop)) -> bool {
+        while *left > 0 {
             match self.reader.peek() {
-                Ok(None) => break,
+                Ok(None) => return self.reader.at_end(),
                 Err(_) => count(Drop::Corrupt),
                 Ok(Some(r)) => match send(&Frame::from_slice(r.vnet, r.frame)) {
                     Sent::Yes => {}
@@ -366,9 +383,8 @@ impl Source {
             }
             *left -= 1;
             self.reader.advance();
-            self.progress.set(self.reader.tally());
         }
-        self.reader.at_end()
+        false
     }
 }
 
@@ -467,6 +483,14 @@ mod tests {
                     Sent::Yes
                 };
                 match op {
+                    // In runs and one by one.
+                    Op::Frames(n, len) if n % 2 == 0 && lane.spools() => {
+                        let numbers: Vec<u64> = (next + 1..=next + u64::from(n)).collect();
+                        next += u64::from(n);
+                        let bytes: Vec<Vec<u8>> = numbers.iter().map(|n| frame(*n, usize::from(len))).collect();
+                        let frames: Vec<Frame<'_>> = bytes.iter().map(|b| Frame::from_slice(VnetHdr::default(), b)).collect();
+                        accepted.extend(&numbers[..lane.take_run(&frames, 1)]);
+                    }
                     Op::Frames(n, len) => for _ in 0..n {
                         next += 1;
                         let bytes = frame(next, usize::from(len));

@@ -513,18 +513,19 @@ impl Rx {
         let mut run = (usize::MAX, Run::default());
         self.touched.clear();
         while done < burst.len() {
-            // What most frames are: several of flows that are known, to one lane that forwards.
+            // What most frames are: several of flows that are known, to one lane that forwards or is held.
             let known = |at: usize| {
                 flows
                     .find(keys.get(at)?, *slots.get(at)?, port, generation, now_s)
                     .or_else(|| look_up(at))
             };
             if let Some(first) = known(done)
-                && side.lanes[first.to()].is_plain()
+                && let to = first.to()
+                && let plain = side.lanes[to].is_plain()
+                && (plain || side.lanes[to].spools())
             {
-                let to = first.to();
                 let steering = &shared.ports[to].steering;
-                let wide = steering.is_wide();
+                let wide = plain && steering.is_wide();
                 let hash = |at: usize| keys.get(at).map_or(0, Key::hash);
                 let queue = |at: usize| steering.pick(n, hash(at));
                 let mut same: ArrayVec<Flow<'_>, BURST> = ArrayVec::new();
@@ -534,7 +535,16 @@ impl Rx {
                 {
                     same.push(f);
                 }
-                let sent = egress.send_run(to, hash(done), &burst[done..done + same.len()]);
+                let frames = &burst[done..done + same.len()];
+                let sent = if plain {
+                    egress.send_run(to, hash(done), frames)
+                } else {
+                    if !self.touched.contains(&to) {
+                        self.touched.push(to);
+                    }
+                    let now_ns = *now_ns.get_or_init(self::now_ns);
+                    side.lanes[to].take_run(frames, now_ns)
+                };
                 if run.0 != to {
                     run = traffic.next(port, run, to, now_s);
                 }

@@ -134,6 +134,37 @@ impl Writer {
         }
         let total = record_len(frame.len);
         self.make_room(total)?;
+        self.put(time_ns, vnet, frame, total)
+    }
+
+    /// The same for frames that came together, as many as there is room for.
+    pub fn append_run(&mut self, time_ns: u64, frames: &[Frame<'_>]) -> usize {
+        // Whether the queue takes anything and whether the next segment is due is asked once, and at each segment's end.
+        if !self.room_for(0) {
+            return 0;
+        }
+        let mut put = |frame: &Frame<'_>| {
+            let total = record_len(frame.len);
+            if frame.len as usize > FRAME_MAX {
+                return Err(NoRoom);
+            }
+            if self.tail.room() < total + RECORD_HEADER {
+                self.make_room(total)?;
+            }
+            self.put(time_ns, frame.vnet, frame, total)
+        };
+        frames.iter().take_while(|f| put(f).is_ok()).count()
+    }
+
+    /// Writes a record of `total` bytes, for which there is room.
+    #[inline]
+    fn put(
+        &mut self,
+        time_ns: u64,
+        vnet: VnetHdr,
+        frame: &Frame<'_>,
+        total: usize,
+    ) -> Result<u64, NoRoom> {
         let seq = self.next_seq;
         let fields = Fields {
             seq,
