@@ -362,7 +362,7 @@ impl Engine {
         }
     }
 
-    /// Evens out what ports that have gone have left: queues move to workers that have less to do, unless something that they
+    /// Evens out what ports that have gone or a hold have left: queues move to workers that have fewer, unless something that they
     /// have sent still waits. True if one has moved.
     pub fn rebalance(&self) -> bool {
         let mut seating = lock(&self.seating);

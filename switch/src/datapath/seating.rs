@@ -1,7 +1,7 @@
 //! Which worker serves which receive queue, and in whose hands lanes are.
 //!
-//! Queues are spread evenly. A port that goes leaves an uneven rest, which [`Seating::moves`] evens out. While a hold is
-//! open nothing moves and a port gets no worker that it did not have: the lanes that the hold has cut are all there are.
+//! Queues are spread evenly: those of a port, so that a guest with several has several workers, and all together. A port
+//! that goes leaves an uneven rest, which [`Seating::moves`] evens out. While a hold is open nothing moves and a port gets no worker that it did not have: the lanes that the hold has cut are all there are.
 //!
 //! Pure: the engine carries out what it says.
 
@@ -39,7 +39,14 @@ impl Seating {
         self.owners.get(&id).copied()
     }
 
-    /// Finds a worker for a queue: the one that it has, or the one with least to do.
+    /// Queues that a worker has of a port.
+    fn share(&self, port: usize, worker: usize) -> usize {
+        let mine = self.owners.iter();
+        mine.filter(|(id, w)| id.port == port && **w == worker)
+            .count()
+    }
+
+    /// Finds a worker for a queue: the one that it has, or the one with fewest of its port, and of those with least to do.
     pub fn place(&mut self, id: QueueId) -> usize {
         if let Some(owner) = self.owner(id) {
             return owner;
@@ -51,7 +58,10 @@ impl Seating {
         };
         // Of equals the one whose turn it would be if all had the same number of queues.
         let turn = id.port + usize::from(id.queue);
-        let order = |w: &usize| (self.load[*w], (*w + n - turn % n) % n);
+        let order = |w: &usize| {
+            let turn = (*w + n - turn % n) % n;
+            (self.share(id.port, *w), self.load[*w], turn)
+        };
         let last = self.last.get(&id).copied();
         let to = last
             .or_else(|| all.into_iter().min_by_key(order))
@@ -103,18 +113,37 @@ impl Seating {
         }
     }
 
-    /// Moves that would even the load out, (queue, from, to), best first; none if it is even or pinned.
+    /// Moves that would even out a port's queues or the load, (queue, from, to), best first; none if both are even, or
+    /// pinned.
+    ///
+    /// Each makes the ports more even, or the load and no port less: so they come to an end.
     pub fn moves(&self) -> Vec<(QueueId, usize, usize)> {
-        let most = (0..self.load.len()).max_by_key(|w| self.load[*w]);
-        let least = (0..self.load.len()).min_by_key(|w| self.load[*w]);
-        let (Some(most), Some(least)) = (most, least) else {
-            return Vec::new();
-        };
-        if self.pins > 0 || self.load[most] < self.load[least] + 2 {
+        if self.pins > 0 {
             return Vec::new();
         }
-        let mine = self.owners.iter().filter(|(_, w)| **w == most);
-        mine.map(|(id, _)| (*id, most, least)).collect()
+        let workers = 0..self.load.len();
+        let least = workers.clone().min_by_key(|w| self.load[*w]).unwrap_or(0);
+        let mut all = Vec::new();
+        for (id, from) in &self.owners {
+            let more = |to: usize| {
+                let (here, there) = (self.share(id.port, *from), self.share(id.port, to));
+                here.saturating_sub(there)
+            };
+            let scarce = workers
+                .clone()
+                .min_by_key(|w| (self.share(id.port, *w), self.load[*w]))
+                .unwrap_or(0);
+            if more(scarce) >= 2 {
+                all.push((*id, *from, scarce));
+            } else if more(least) >= 1 && self.load[*from] >= self.load[least] + 2 {
+                all.push((*id, *from, least));
+            }
+        }
+        all.sort_by_key(|(id, from, to)| {
+            let even = self.share(id.port, *from) < self.share(id.port, *to) + 2;
+            (even, std::cmp::Reverse(self.load[*from]))
+        });
+        all
     }
 
     /// One of [`Seating::moves`] was carried out.
@@ -147,6 +176,34 @@ mod tests {
             1 => Just(Op::Unpin),
             1 => Just(Op::Even),
         ]
+    }
+
+    /// Two guests that start at once: their queues come in turn.
+    #[test]
+    fn a_guest_with_two_queues_has_two_workers() {
+        let mut s = Seating::new(2);
+        for (port, queue) in [(0, 0), (1, 0), (2, 0), (1, 1), (2, 1)] {
+            s.place(QueueId { port, queue });
+        }
+        assert_eq!((s.seats(1), s.seats(2)), (vec![0, 1], vec![0, 1]));
+        assert!(s.moves().is_empty());
+    }
+
+    /// A hold that was open when it came gave it one worker.
+    #[test]
+    fn two_queues_of_one_worker_part_even_if_all_have_as_much_to_do() {
+        let mut s = Seating::new(2);
+        s.pin(2);
+        for (port, queue) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            s.place(QueueId { port, queue });
+        }
+        assert_eq!((s.seats(0), s.seats(1)), (vec![0], vec![1]));
+        s.unpin();
+        while let Some((id, _, to)) = s.moves().first().copied() {
+            s.moved(id, to);
+        }
+        assert_eq!((s.seats(0), s.seats(1)), (vec![0, 1], vec![0, 1]));
+        assert_eq!(s.load, [2, 2]);
     }
 
     proptest! {
@@ -198,6 +255,12 @@ mod tests {
                         let all: Vec<usize> = (0..workers).map(load).collect();
                         let even = all.iter().max().unwrap() - all.iter().min().unwrap() <= 1;
                         prop_assert!(even || pins > 0, "{:?}", all);
+                        for port in 0..5 {
+                            let of = |w| model.iter().filter(|(id, m)| id.port == port && **m == w).count();
+                            let all: Vec<usize> = (0..workers).map(of).collect();
+                            let even = all.iter().max().unwrap() - all.iter().min().unwrap() <= 1;
+                            prop_assert!(even || pins > 0, "port {}: {:?}", port, all);
+                        }
                     }
                 }
                 prop_assert!((0..5).all(|p| !s.seats(p).is_empty()));

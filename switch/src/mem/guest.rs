@@ -44,9 +44,6 @@ pub enum GuestMemError {
     /// More than [`REGIONS_MAX`].
     #[error("more than {REGIONS_MAX} memory regions")]
     TooMany,
-    /// To be removed, but not there.
-    #[error("no memory region at guest address {0:#x}")]
-    Absent(u64),
     /// The kernel did not map it.
     #[error("mapping guest memory: {0}")]
     Map(#[source] std::io::Error),
@@ -109,6 +106,8 @@ pub struct Region {
     pub len: u64,
     /// The front-end's own address of its first byte.
     pub uva: u64,
+    /// The file's device and inode, and where in it the region begins.
+    place: (u64, u64, u64),
     /// Keeps what `base` points to.
     _map: Arc<Mapping>,
     base: NonNull<u8>,
@@ -132,14 +131,22 @@ impl Region {
         if gpa.checked_add(len).is_none() || uva.checked_add(len).is_none() || len == 0 {
             return Err(GuestMemError::Range { gpa, len });
         }
+        let meta = file.metadata().map_err(GuestMemError::Map)?;
         let map = Arc::new(Mapping::new(file, offset, len)?);
         Ok(Region {
             gpa,
             len,
             uva,
+            place: (meta.dev(), meta.ino(), offset),
             base: map.base(),
             _map: map,
         })
+    }
+
+    /// The same memory at the same addresses.
+    fn is(&self, other: &Region) -> bool {
+        let of = |r: &Region| (r.gpa, r.len, r.uva, r.place);
+        of(self) == of(other)
     }
 }
 
@@ -168,8 +175,12 @@ impl GuestMem {
         Ok(mem)
     }
 
-    /// This table and one more region (`ADD_MEM_REG`).
+    /// This table and one more region (`ADD_MEM_REG`). One that is there changes nothing: QEMU before 8.0 sends each
+    /// region once per queue pair.
     pub fn with(&self, region: Region) -> Result<GuestMem, GuestMemError> {
+        if self.regions.iter().any(|r| r.is(&region)) {
+            return Ok(self.clone());
+        }
         if self.regions.len() >= REGIONS_MAX {
             return Err(GuestMemError::TooMany);
         }
@@ -183,15 +194,12 @@ impl GuestMem {
         Ok(GuestMem { regions })
     }
 
-    /// This table without one region (`REM_MEM_REG`).
-    pub fn without(&self, gpa: u64, len: u64, uva: u64) -> Result<GuestMem, GuestMemError> {
+    /// This table without one region (`REM_MEM_REG`), which may be gone: it is removed once per queue pair, too, and
+    /// another one may be in its place by then.
+    pub fn without(&self, gpa: u64, len: u64, uva: u64) -> GuestMem {
         let mut regions = self.regions.clone();
-        let at = regions
-            .iter()
-            .position(|r| r.gpa == gpa && r.len == len && r.uva == uva)
-            .ok_or(GuestMemError::Absent(gpa))?;
-        regions.remove(at);
-        Ok(GuestMem { regions })
+        regions.retain(|r| (r.gpa, r.len, r.uva) != (gpa, len, uva));
+        GuestMem { regions }
     }
 
     /// The memory at a guest physical address: `len` bytes of it, or as many as its region still has. `hint` is the
@@ -323,8 +331,26 @@ mod tests {
         assert!(Region::map(0, 0x1000, 0, &file(0x1000), 1).is_err());
         assert!(Region::map(0, 0, 0, &file(0x1000), 0).is_err());
         assert!(GuestMem::new(vec![region(0, 0x1000, 0), region(0xfff, 0x1000, 0)]).is_err());
-        let m = GuestMem::new(vec![region(0, 0x1000, 0)]).unwrap();
-        assert!(m.without(0, 0x1000, 1).is_err());
-        assert!(m.without(0, 0x1000, 0).unwrap().regions().is_empty());
+    }
+
+    /// As QEMU 7.2 changes one region into another, for each of two queue pairs.
+    #[test]
+    fn what_comes_twice_counts_once() {
+        let f = file(0x3000);
+        let map = |len, offset| Region::map(0, len, 0, &f, offset).unwrap();
+        let mut m = GuestMem::default();
+        for _ in 0..2 {
+            m = m.with(map(0x1000, 0)).unwrap();
+        }
+        assert_eq!(m.regions().len(), 1);
+        // Other memory at the same addresses.
+        assert!(m.with(map(0x1000, 0x1000)).is_err());
+        assert!(m.with(region(0, 0x1000, 0)).is_err());
+        for _ in 0..2 {
+            m = m.without(0, 0x1000, 0).with(map(0x2000, 0)).unwrap();
+        }
+        assert_eq!(m.end(), 0x2000);
+        assert_eq!(m.without(0, 0x2000, 1).regions().len(), 1);
+        assert!(m.without(0, 0x2000, 0).regions().is_empty());
     }
 }

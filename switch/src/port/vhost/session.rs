@@ -585,8 +585,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn remove_mem_region(&mut self, r: &VhostUserSingleMemoryRegion) -> Result<()> {
         let old = self.mem.clone().unwrap_or_default();
-        let new = old.without(r.guest_phys_addr, r.memory_size, r.user_addr);
-        self.set_mem(new.map_err(refuse_mem)?);
+        self.set_mem(old.without(r.guest_phys_addr, r.memory_size, r.user_addr));
         Ok(())
     }
 
