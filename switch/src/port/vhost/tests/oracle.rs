@@ -1,8 +1,8 @@
 //! Split rings against a second device, which is not ours: rust-vmm's `virtio-queue`.
 
 use proptest::prelude::*;
-use virtio_queue::{Queue, QueueT};
-use vm_memory::{Address, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Address, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
 use super::driver::{INDIRECT_FLAG, NEXT, WRITE};
 use super::*;
@@ -31,7 +31,7 @@ fn theirs(memory: &Memory, driver: &Driver) -> Vec<Option<Chain>> {
         let ends = all.last().is_some_and(|d| !d.has_next());
         let fine = all.iter().all(|d| {
             let len = d.len() as usize;
-            !d.is_write_only() && (len == 0 || mem.check_range(d.addr(), len))
+            !d.is_write_only() && (len == 0 || mem.check_range(d.addr(), len, Permissions::Read))
         });
         let all = all.iter().map(|d| (d.addr().raw_value(), d.len()));
         (ends && fine).then(|| (head, all.filter(|(_, len)| *len > 0).collect()))
