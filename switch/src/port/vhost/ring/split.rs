@@ -231,10 +231,6 @@ impl Ring for Split {
             if i >= table_len {
                 return Err(Broken::Descriptor(i as u16));
             }
-            steps += 1;
-            if steps > CHAIN_MAX {
-                return Err(Broken::Chain);
-            }
             // SAFETY: `i < table_len`; the ring's own table was checked for `num` descriptors, an indirect one below.
             let d = unsafe { Self::desc(table, i) };
             if d.flags & DESC_INDIRECT != 0 {
@@ -250,6 +246,10 @@ impl Ring for Split {
                     .ok_or(Broken::Address(d.addr))?;
                 (table, table_len, in_indirect, i) = (host.ptr, d.len / DESC_BYTES, true, 0);
                 continue;
+            }
+            steps += 1;
+            if steps > CHAIN_MAX {
+                return Err(Broken::Chain);
             }
             if (d.flags & DESC_WRITE != 0) != (direction == Direction::Write) {
                 return Err(Broken::Direction);
