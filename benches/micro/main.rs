@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use gangway_benches::frames::{HEADER, frame, mac};
-use gangway_benches::ring::{self as driver, GPA, Layout, Place, Ring as _};
+use gangway_benches::ring::{self as driver, GPA, Layout, Place};
 use gangway_benches::sys::Memory;
 use gangway_shared::config::valid::{SpoolConfig, Sync};
 use gangway_shared::id::{HoldId, LaneKey, MacAddr};
