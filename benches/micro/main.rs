@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use gangway_benches::frames::{HEADER, frame, mac};
-use gangway_benches::ring::{self as driver, GPA, Layout, Place, Ring as _};
+use gangway_benches::ring::{self as driver, GPA, Layout, Place};
 use gangway_benches::sys::Memory;
 use gangway_shared::config::valid::{SpoolConfig, Sync};
 use gangway_shared::id::{HoldId, LaneKey, MacAddr};
@@ -65,7 +65,7 @@ fn look_up(c: &mut Criterion) {
     let mut group = c.benchmark_group("look up");
     group.throughput(Throughput::Elements(BURST as u64));
     for many in [1u32, 1 << 10, 1 << 16, 1 << 20] {
-        let flows = Flows::new(4 << 20);
+        let flows = Flows::new(4 << 20).expect("a flow table");
         let head = |i: u32| {
             let mut f = frame(64, 0, 1);
             f[28..32].copy_from_slice(&i.to_be_bytes());
@@ -91,15 +91,16 @@ fn look_up(c: &mut Criterion) {
                             flows.prefetch(&key, 0);
                             key
                         });
-                        for key in &keys {
-                            black_box(flows.find(key, 0, 1, 1).map(|f| f.to()));
+                        let slots = flows.locate(&keys, 0);
+                        for (key, slot) in keys.iter().zip(slots) {
+                            black_box(flows.find(key, slot, 0, 1, 1).map(|f| f.to()));
                         }
                     })
                 })
             });
         });
     }
-    let fdb = Fdb::new(65_536, 300);
+    let fdb = Fdb::new(65_536, 300).expect("an address table");
     for i in 0..1000 {
         fdb.set(MacAddr::from_u64(0x5254_0000_0000 | i), 1, false, 1);
     }

@@ -452,7 +452,10 @@ pub fn measure_gates(plan: &Plan, results: &mut Results) -> Result<()> {
             let guest = guest::start(plan.ring, streams, frame, plan.habits, Pattern::One)?;
             guest.map_err(|_| anyhow!("the switch does not offer {:?} rings", plan.ring))
         };
-        let (mut guest, other) = (start(streams)?, start(others)?);
+        let (mut guest, mut other) = (start(streams)?, start(others)?);
+        // Nothing is flooded to ports that nobody empties: it would be held there, and never end.
+        guest.announce();
+        other.announce();
         for round in 0..plan.pairs * ROUNDS_PER_PAIR {
             let of_cell = results.gates.iter().filter(|w| w.frame == frame);
             let so_far: Vec<_> = of_cell.map(|w| (w.round, w.on)).collect();

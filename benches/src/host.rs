@@ -82,12 +82,12 @@ impl Process {
             &format!("{} in state {what}", self.name),
             Duration::from_secs(5),
             || {
-                let states = self
+                // One that has ended since is in no state.
+                let mut states = self
                     .threads()
                     .into_iter()
-                    .map(|t| state(self.pid(), t))
-                    .collect::<Result<Vec<_>>>()?;
-                Ok(states.iter().all(|s| is(s)).then_some(()))
+                    .filter_map(|t| state(self.pid(), t));
+                Ok(states.all(|s| is(&s)).then_some(()))
             },
         )
     }
@@ -101,13 +101,11 @@ impl Process {
     }
 
     /// The CPU time of all its threads so far, in nanoseconds.
-    pub fn cpu_ns(&self) -> Result<u64> {
+    pub fn cpu_ns(&self) -> u64 {
         let pid = self.pid();
-        let times = self
-            .threads()
-            .into_iter()
-            .map(|tid| Task { pid, tid }.cpu_time());
-        times.map(|t| Ok(t?.ran)).sum()
+        let tasks = self.threads().into_iter().map(|tid| Task { pid, tid });
+        // Without one that ends meanwhile.
+        tasks.filter_map(|t| Some(t.cpu_time().ok()?.ran)).sum()
     }
 
     /// Its thread whose name starts so.
@@ -163,13 +161,11 @@ impl Drop for Process {
     }
 }
 
-fn state(pid: u32, tid: u32) -> Result<String> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat"))?;
+fn state(pid: u32, tid: u32) -> Option<String> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
     // The name before it may contain anything, but ends with the last parenthesis.
-    let state = stat
-        .rsplit_once(") ")
-        .and_then(|(_, rest)| rest.split(' ').next());
-    Ok(state.unwrap_or_default().to_owned())
+    let (_, rest) = stat.rsplit_once(") ")?;
+    Some(rest.split(' ').next()?.to_owned())
 }
 
 /// A thread of some process.

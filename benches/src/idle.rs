@@ -20,6 +20,8 @@ use crate::{pvp, sys};
 /// What goes through after a window, in frames per second, and for how long.
 const PROOF_HZ: f64 = 20_000.0;
 const PROOF: Duration = Duration::from_millis(50);
+/// After this a switch knows where the receivers are.
+const HEARD: Duration = Duration::from_millis(200);
 /// The longest sleep of OVS's PMD threads, in microseconds.
 const OVS_SLEEP_US: u32 = 500;
 
@@ -80,9 +82,14 @@ pub fn measure(plan: &Plan) -> Result<Vec<Cell>> {
     let guest_of = |switch: &mut dyn Switch| -> Result<Box<dyn Drive>> {
         let streams = switch.connect()?;
         let guest = guest::start(plan.ring, streams, 64, plan.habits, Pattern::One)?;
+        let refused = |_| anyhow!("{} does not offer {:?} rings", switch.name(), plan.ring);
+        let mut guest = guest.map_err(refused)?;
         switch.rule(Rule::Normal)?;
+        // Nothing is flooded to ports that nobody empties: a switch would try again and again.
+        guest.announce();
+        std::thread::sleep(HEARD);
         switch.process().pause()?;
-        guest.map_err(|_| anyhow!("{} does not offer {:?} rings", switch.name(), plan.ring))
+        Ok(guest)
     };
     let mut our_guest = ours.as_mut().map(|s| guest_of(s)).transpose()?;
     let mut ovs_guest = ovs.as_mut().map(|s| guest_of(s)).transpose()?;
@@ -126,9 +133,9 @@ fn idle(plan: &Plan, switch: &mut dyn Switch, guest: &mut dyn Drive, tsc_hz: f64
     let common = &plan.common;
     switch.process().go_on()?;
     std::thread::sleep(common.skip);
-    let (since, from) = (Instant::now(), switch.process().cpu_ns()?);
+    let (since, from) = (Instant::now(), switch.process().cpu_ns());
     std::thread::sleep(common.measure);
-    let used = switch.process().cpu_ns()?.saturating_sub(from);
+    let used = switch.process().cpu_ns().saturating_sub(from);
     let cpu = 100.0 * used as f64 / since.elapsed().as_nanos() as f64;
     ensure!(!sys::is_interrupted(), "interrupted");
     let cycles = (PROOF.as_secs_f64() * tsc_hz) as u64;
