@@ -22,12 +22,13 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use arrayvec::ArrayVec;
 use gangway_shared::api::Tally;
 
 use super::backlog::Backlog;
 use super::stats::Drop;
 use crate::port::{Frame, Sent};
-use crate::spool::{Reader, Writer};
+use crate::spool::{RUN, Reader, Writer};
 
 /// What a drain has delivered of one queue; written by the worker, read by control.
 #[derive(Debug, Default)]
@@ -113,6 +114,25 @@ pub enum Gate {
 
 /// Hands a frame to the receiving port.
 pub type Send<'a> = dyn FnMut(&Frame<'_>) -> Sent + 'a;
+
+/// Where a lane delivers to.
+pub trait Sink {
+    /// One frame.
+    fn send(&mut self, frame: &Frame<'_>) -> Sent;
+
+    /// As many of them as simply go, in order. What becomes of the next one [`Sink::send`] tells.
+    fn send_run(&mut self, frames: &[Frame<'_>]) -> usize;
+}
+
+impl<F: FnMut(&Frame<'_>) -> Sent> Sink for F {
+    fn send(&mut self, frame: &Frame<'_>) -> Sent {
+        self(frame)
+    }
+
+    fn send_run(&mut self, frames: &[Frame<'_>]) -> usize {
+        frames.iter().take_while(|f| self(f) == Sent::Yes).count()
+    }
+}
 
 /// What [`Lane::step`] came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -230,15 +250,10 @@ impl Lane {
     }
 
     /// Delivers up to `budget` frames of what waits, oldest first. `count` is told what was dropped.
-    pub fn step(
-        &mut self,
-        budget: usize,
-        send: &mut Send<'_>,
-        count: &mut dyn FnMut(Drop),
-    ) -> Step {
+    pub fn step(&mut self, budget: usize, to: &mut dyn Sink, count: &mut dyn FnMut(Drop)) -> Step {
         let mut left = budget;
         if let Gate::Drain(d) = &mut self.gate {
-            match d.step(&mut left, send, count) {
+            match d.step(&mut left, to, count) {
                 Step::More => return Step::More,
                 Step::Idle => self.gate = Gate::Forward,
             }
@@ -247,7 +262,7 @@ impl Lane {
             if left == 0 {
                 return Step::More;
             }
-            match send(&f) {
+            match to.send(&f) {
                 Sent::Yes => {}
                 Sent::Never(r) => count(r.into()),
                 Sent::Down => count(Drop::Down),
@@ -322,7 +337,7 @@ impl Lane {
 }
 
 impl Drain {
-    fn step(&mut self, left: &mut usize, send: &mut Send<'_>, count: &mut dyn FnMut(Drop)) -> Step {
+    fn step(&mut self, left: &mut usize, to: &mut dyn Sink, count: &mut dyn FnMut(Drop)) -> Step {
         let closed =
             |f: &Option<Arc<AtomicBool>>| f.as_ref().is_some_and(|f| !f.load(Ordering::Acquire));
         if closed(&self.before) {
@@ -330,7 +345,7 @@ impl Drain {
         }
         while let Some(stage) = self.older.front_mut() {
             stage.sources.retain_mut(|s| {
-                let ended = s.step(left, send, count) && s.reader.finished();
+                let ended = s.step(left, to, count) && s.reader.finished();
                 if ended {
                     s.progress.finished.store(true, Ordering::Release);
                 }
@@ -349,7 +364,7 @@ impl Drain {
         }
         if let Some(b) = &mut self.behind {
             b.writer.commit();
-            if !b.local.step(left, send, count) {
+            if !b.local.step(left, to, count) {
                 return Step::More;
             }
             b.writer.seal();
@@ -361,21 +376,31 @@ impl Drain {
 
 impl Source {
     /// True when everything committed was delivered.
-    fn step(&mut self, left: &mut usize, send: &mut Send<'_>, count: &mut dyn FnMut(Drop)) -> bool {
+    fn step(&mut self, left: &mut usize, to: &mut dyn Sink, count: &mut dyn FnMut(Drop)) -> bool {
         let before = *left;
-        let passed = self.pass(left, send, count);
+        let passed = self.pass(left, to, count);
         if *left < before {
             self.progress.set(self.reader.tally());
         }
         passed
     }
 
-    fn pass(&mut self, left: &mut usize, send: &mut Send<'_>, count: &mut dyn FnMut(Drop)) -> bool {
+    fn pass(&mut self, left: &mut usize, to: &mut dyn Sink, count: &mut dyn FnMut(Drop)) -> bool {
         while *left > 0 {
+            let sent = self.reader.pass_run(*left, |records| {
+                let frames = records.iter();
+                let run: ArrayVec<Frame<'_>, RUN> =
+                    frames.map(|r| Frame::from_slice(r.vnet, r.frame)).collect();
+                to.send_run(&run)
+            });
+            if sent > 0 {
+                *left -= sent;
+                continue;
+            }
             match self.reader.peek() {
                 Ok(None) => return self.reader.at_end(),
                 Err(_) => count(Drop::Corrupt),
-                Ok(Some(r)) => match send(&Frame::from_slice(r.vnet, r.frame)) {
+                Ok(Some(r)) => match to.send(&Frame::from_slice(r.vnet, r.frame)) {
                     Sent::Yes => {}
                     Sent::Never(r) => count(r.into()),
                     Sent::Full | Sent::Down => return false,
@@ -532,7 +557,7 @@ mod tests {
                 let source = |q: &Arc<crate::spool::Queue>| Source { reader: q.reader(), progress: Arc::default() };
                 lane.drain(Box::new(Drain { before: None, older: [Stage { sources: vec![source(&q)], done: None }].into(), wait: None, behind: Some(Behind { writer, local: source(&local) }) }));
             }
-            while lane.step(64, &mut |f| { out.push(number(f)); Sent::Yes }, &mut |_| dropped += 1) == Step::More {}
+            while lane.step(64, &mut |f: &Frame<'_>| { out.push(number(f)); Sent::Yes }, &mut |_| dropped += 1) == Step::More {}
             prop_assert!(matches!(lane.gate, Gate::Forward));
             prop_assert_eq!(dropped, 0, "room was enough for all");
             prop_assert_eq!(out, accepted);

@@ -12,7 +12,7 @@ use gangway_shared::config::valid::Poll;
 
 use super::engine::{Mode, Port, Shared, TxGuard};
 use super::flow::{Flow, Flows, Key};
-use super::lane::{Drain, Gate, Lane, Progress, Step};
+use super::lane::{Drain, Gate, Lane, Progress, Sink, Step};
 use super::parse;
 use super::stats::{Drop, Run, Traffic, add};
 use crate::port::{BURST, Burst, Frame, RxErrors, RxQueue, Sent, TxQueue};
@@ -207,6 +207,22 @@ impl<'a> Egress<'a> {
         self.frames += sent as u64;
         self.bytes += frames[..sent].iter().map(|f| u64::from(f.len)).sum::<u64>();
         sent
+    }
+
+    /// The same of frames of any flows: none behind the first that takes another queue.
+    fn send_some(&mut self, to: usize, frames: &[Frame<'_>]) -> usize {
+        let steering = &self.ports[to].steering;
+        if !steering.is_wide() {
+            return self.send_run(to, 0, frames);
+        }
+        let hash = |f: &Frame<'_>| self.flows.key(f.head()).hash();
+        let Some(first) = frames.first().map(hash) else {
+            return 0;
+        };
+        let queue = steering.pick(self.n, first);
+        let same = |f: &&Frame<'_>| steering.pick(self.n, hash(f)) == queue;
+        let n = frames.iter().take_while(same).count();
+        self.send_run(to, first, &frames[..n])
     }
 
     /// The queue for a flow with this hash; none if the port is down.
@@ -669,15 +685,38 @@ impl Side {
         let lanes = &mut self.lanes;
         self.pending.retain(|&to| {
             let counters = &round.shared.ports[to].counters;
-            let mut send = |f: &Frame<'_>| {
-                let s = egress.send(to, f);
-                moved |= s == Sent::Yes;
-                s
+            let mut sink = Towards {
+                egress: &mut egress,
+                to,
+                moved: false,
             };
-            lanes[to].step(DRAIN_BUDGET, &mut send, &mut |why| counters.drop(why)) == Step::More
+            let step = lanes[to].step(DRAIN_BUDGET, &mut sink, &mut |why| counters.drop(why));
+            moved |= sink.moved;
+            step == Step::More
         });
         egress.flush();
         moved
+    }
+}
+
+/// What waits on a lane goes here.
+struct Towards<'e, 'a> {
+    egress: &'e mut Egress<'a>,
+    to: usize,
+    moved: bool,
+}
+
+impl Sink for Towards<'_, '_> {
+    fn send(&mut self, frame: &Frame<'_>) -> Sent {
+        let sent = self.egress.send(self.to, frame);
+        self.moved |= sent == Sent::Yes;
+        sent
+    }
+
+    fn send_run(&mut self, frames: &[Frame<'_>]) -> usize {
+        let sent = self.egress.send_some(self.to, frames);
+        self.moved |= sent > 0;
+        sent
     }
 }
 

@@ -29,7 +29,7 @@ pub(crate) mod tests;
 
 pub use format::Record;
 pub use queue::{Queue, sync_all};
-pub use reader::{Damaged, Reader};
+pub use reader::{Damaged, RUN, Reader};
 pub use store::Spool;
 pub use writer::{NoRoom, RejectedRecord, Writer};
 

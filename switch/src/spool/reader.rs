@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use arrayvec::ArrayVec;
 use gangway_shared::api::Tally;
 use gangway_shared::id::LaneKey;
 
@@ -9,6 +10,9 @@ use super::format::{self, FILE_HEADER, Marker, Record, Step};
 use super::map::Segment;
 use super::queue::Queue;
 use super::recover::resync;
+
+/// Records that [`Reader::pass_run`] gives at once, at most.
+pub const RUN: usize = 32;
 
 /// Reads a queue from its first record on, independent of other readers.
 #[derive(Debug)]
@@ -19,8 +23,8 @@ pub struct Reader {
     at: u32,
     next_seq: u64,
     tally: Tally,
-    /// Of the record at `at`, once its checksum was found right.
-    checked: Option<Checked>,
+    /// Of the records from `at` on, in one segment, whose checksums were found right.
+    checked: ArrayVec<Checked, RUN>,
     damaged: Option<(Damaged, Resume)>,
 }
 
@@ -29,6 +33,16 @@ struct Checked {
     total: u32,
     frame_len: u32,
     crc: u32,
+}
+
+impl Checked {
+    fn of(r: &Record<'_>) -> Checked {
+        Checked {
+            total: r.raw.len() as u32,
+            frame_len: r.frame.len() as u32,
+            crc: r.crc,
+        }
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -57,7 +71,7 @@ impl Reader {
             at: FILE_HEADER as u32,
             next_seq: 1,
             tally: Tally::default(),
-            checked: None,
+            checked: ArrayVec::new(),
             damaged: None,
         }
     }
@@ -73,14 +87,47 @@ impl Reader {
         if let Some((d, _)) = &self.damaged {
             return Err(d.clone());
         }
-        if self.checked.is_none() && !self.find()? {
+        if self.checked.is_empty() && !self.find()? {
             return Ok(None);
         }
-        let (Some(c), Some(seg)) = (self.checked, &self.seg) else {
+        let (Some(c), Some(seg)) = (self.checked.first(), &self.seg) else {
             return Ok(None);
         };
         let raw = seg.read(self.at, self.at + c.total);
         Ok(format::view(raw))
+    }
+
+    /// Gives `take` the next records, up to `most` that follow each other intact in one segment, and passes as many as it
+    /// says. Zero at the end and where something is damaged, which [`Reader::peek`] tells apart.
+    pub fn pass_run(&mut self, most: usize, take: impl FnOnce(&[Record<'_>]) -> usize) -> usize {
+        if self.damaged.is_some() || (self.checked.is_empty() && !self.find().unwrap_or(false)) {
+            return 0;
+        }
+        let Some(seg) = &self.seg else {
+            return 0;
+        };
+        let mut at = self.at + self.checked.iter().map(|c| c.total).sum::<u32>();
+        let last = self.queue.last_seq();
+        while !self.checked.is_full() && self.next_seq + self.checked.len() as u64 <= last {
+            match format::step(seg.read(at, u32::MAX), self.queue.salt()) {
+                Step::Record(r) if r.seq == self.next_seq + self.checked.len() as u64 => {
+                    let checked = Checked::of(&r);
+                    at += checked.total;
+                    self.checked.push(checked);
+                }
+                _ => break,
+            }
+        }
+        let mut at = self.at;
+        let mut records: ArrayVec<Record<'_>, RUN> = ArrayVec::new();
+        for c in self.checked.iter().take(most) {
+            records.extend(format::view(seg.read(at, at + c.total)));
+            at += c.total;
+        }
+        let n = take(&records).min(records.len());
+        drop(records);
+        self.advance_by(n);
+        n
     }
 
     /// Moves to the next record and checks it.
@@ -95,11 +142,7 @@ impl Reader {
             let bytes = seg.read(self.at, u32::MAX);
             match format::step(bytes, self.queue.salt()) {
                 Step::Record(r) if r.seq == self.next_seq => {
-                    self.checked = Some(Checked {
-                        total: r.raw.len() as u32,
-                        frame_len: r.frame.len() as u32,
-                        crc: r.crc,
-                    });
+                    self.checked.push(Checked::of(&r));
                     return Ok(true);
                 }
                 Step::Marker(Marker::Next, seq) if seq + 1 == self.next_seq => {
@@ -156,7 +199,13 @@ impl Reader {
             self.next_seq = d.last_seq + 1;
             self.seg = Some(r.seg);
             self.at = r.at;
-        } else if let Some(c) = self.checked.take() {
+        } else {
+            self.advance_by(1);
+        }
+    }
+
+    fn advance_by(&mut self, n: usize) {
+        for c in self.checked.drain(..n.min(self.checked.len())) {
             self.tally.add(self.next_seq, c.frame_len, c.crc);
             self.next_seq += 1;
             self.at += c.total;

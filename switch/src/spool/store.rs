@@ -5,11 +5,13 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use gangway_shared::api::Tally;
 use gangway_shared::config::valid::SpoolConfig;
 use gangway_shared::id::{HoldId, LaneKey};
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use super::format::{FileHeader, NAME_MAX, QUEUE_MAGIC};
 use super::keeper::{Host, segment_name};
@@ -27,6 +29,9 @@ pub struct Spool {
     _lock: File,
 }
 
+/// A process that its predecessor was just starting has the lock, too, until it executes its program.
+const LOCK_PATIENCE: Duration = Duration::from_millis(200);
+
 impl Spool {
     /// Takes the directory (making it if need be), and finds what an earlier run left in it. Blocks.
     pub fn open(cfg: &SpoolConfig) -> Result<(Arc<Spool>, Vec<Recovered>), SpoolError> {
@@ -38,10 +43,17 @@ impl Spool {
             .write(true)
             .open(&lock_path)
             .map_err(SpoolError::io(&lock_path))?;
-        flock(&lock_file, FlockOperation::NonBlockingLockExclusive).map_err(|e| match e {
-            rustix::io::Errno::WOULDBLOCK => SpoolError::InUse(cfg.dir.clone()),
-            e => SpoolError::io(&lock_path)(e.into()),
-        })?;
+        let patience = Instant::now() + LOCK_PATIENCE;
+        loop {
+            match flock(&lock_file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                Err(Errno::WOULDBLOCK) if Instant::now() < patience => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(Errno::WOULDBLOCK) => return Err(SpoolError::InUse(cfg.dir.clone())),
+                Err(e) => return Err(SpoolError::io(&lock_path)(e.into())),
+            }
+        }
         let pool = cfg.dir.join("pool");
         match std::fs::remove_dir_all(&pool) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {

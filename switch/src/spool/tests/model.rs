@@ -105,9 +105,22 @@ fn a_reader_in_another_thread_sees_everything_in_order() {
         let q = q.clone();
         move || {
             let mut r = q.reader();
+            let mut turn = 0;
             while !r.finished() {
-                if let Some(x) = r.peek().unwrap() {
+                // One by one, in runs, and in runs of which only a part is taken.
+                turn += 1;
+                let passed = r.pass_run(turn % 40, |run| {
+                    for x in run {
+                        assert_eq!(x.frame, bytes(x.time_ns, x.frame.len()));
+                    }
+                    assert!(run.windows(2).all(|w| w[0].seq + 1 == w[1].seq));
+                    run.len() - run.len().min(turn % 3)
+                });
+                if passed == 0
+                    && let Some(x) = r.peek().unwrap()
+                {
                     assert_eq!(x.frame, bytes(x.time_ns, x.frame.len()));
+
                     r.advance();
                 }
                 let t = q.tally();
