@@ -139,7 +139,7 @@ fn idle(plan: &Plan, switch: &mut dyn Switch, guest: &mut dyn Drive, tsc_hz: f64
     let cpu = 100.0 * used as f64 / since.elapsed().as_nanos() as f64;
     ensure!(!sys::is_interrupted(), "interrupted");
     let cycles = (PROOF.as_secs_f64() * tsc_hz) as u64;
-    let seen = guest.paced(cycles, PROOF_HZ / tsc_hz, false);
+    let seen = guest.paced(cycles, tsc_hz / PROOF_HZ, false);
     switch.process().check()?;
     ensure!(
         seen.sent > 0 && seen.lost == 0,
