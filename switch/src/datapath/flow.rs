@@ -14,7 +14,7 @@
 //! up in the FDB: no flood of flows slows those down that are there.
 //!
 //! Invariant: bounded work for any input, in a bucket that a seeded hash chooses: it, the entries of its lanes with the same
-//! tag, and at most [`PROBES`] entries of other flows, which may have to go.
+//! tag, and at most `PROBES` entries of other flows, which may have to go.
 
 use std::cell::Cell;
 use std::io;
@@ -588,6 +588,11 @@ mod tests {
         assert!(placed > 56, "{placed}");
     }
 
+    /// A flow: what its frames are made of, and the port they come from.
+    type Of = (u8, u8, u16, usize);
+    /// The port they go to, generation, second, frames.
+    type Said = (usize, u32, u32, u64);
+
     proptest! {
         /// Whatever comes, collides or gives way: what is found was noted last for just that flow, in that second and
         /// generation; what was just noted is found, as long as there is room; counters count the frames since then.
@@ -597,7 +602,7 @@ mod tests {
             ops in proptest::collection::vec((0u8..6, 0u8..6, 0u16..40, 0usize..4, 0u8..8), 1..600),
         ) {
             let t = table(capacity);
-            let mut model: HashMap<(u8, u8, u16, usize), (usize, u32, u32, u64)> = HashMap::new();
+            let mut model: HashMap<Of, Said> = HashMap::new();
             let (mut generation, mut second) = (1, 1);
             for (n, (dst, src, port, from, what)) in ops.into_iter().enumerate() {
                 let k = t.key(&udp4(dst, src, port));
