@@ -209,6 +209,8 @@ pub struct Paced {
     pub late: u64,
     /// Never seen again.
     pub lost: u64,
+    /// Of these, those that the echoing port had no room for: the switch had not taken what it sent before.
+    pub unechoed: u64,
     /// For which it was sent, in time-stamp cycles.
     pub cycles: u64,
 }
@@ -477,6 +479,7 @@ impl<R: Ring, P: Paint> Drive for Guest<R, P> {
                 stamps.clear();
                 b.receive(|stamp, _| stamps.push(stamp));
                 let room = b.free_tx(stamps.len() as u16);
+                out.unechoed += (stamps.len() - usize::from(room)) as u64;
                 b.send(&stamps[..usize::from(room)]);
             }
             let last = if echo { &mut *a } else { &mut *b };

@@ -58,6 +58,8 @@ pub struct Loaded {
     pub late: f64,
     /// Frames that did not come back.
     pub lost: u64,
+    /// Of these, those that the echoing station had no room for.
+    pub unechoed: u64,
 }
 
 /// One window's result.
@@ -196,6 +198,7 @@ fn loaded(seen: &Paced, load: f64, tsc_hz: f64) -> Result<Loaded> {
         max_us: seen.times.max() as f64 / tsc_hz * 1e6,
         late: seen.late as f64 / seen.sent.max(1) as f64,
         lost: seen.lost,
+        unechoed: seen.unechoed,
     })
 }
 
@@ -235,8 +238,13 @@ pub struct Times {
     pub p99_us: Figure,
     /// 999 in 1000.
     pub p999_us: Figure,
+    /// Of all frames, those that were sent more than a microsecond late, in per cent: what is measured then is the queue
+    /// before the switch.
+    pub late_percent: Figure,
     /// Frames that did not come back, of all windows.
     pub lost: u64,
+    /// Of these, those that the echoing station had no room for.
+    pub unechoed: u64,
     /// Windows.
     pub windows: usize,
 }
@@ -303,7 +311,9 @@ fn times(windows: &[&Window], i: usize) -> Option<Times> {
         median_us: figure(|l| l.median_us)?,
         p99_us: figure(|l| l.p99_us)?,
         p999_us: figure(|l| l.p999_us)?,
+        late_percent: figure(|l| 100.0 * l.late)?,
         lost: loads().map(|l| l.lost).sum(),
+        unechoed: loads().map(|l| l.unechoed).sum(),
         windows: loads().count(),
     })
 }
@@ -311,7 +321,18 @@ fn times(windows: &[&Window], i: usize) -> Option<Times> {
 /// The table.
 pub fn markdown(cells: &[Cell]) -> String {
     let head = [
-        "frame", "load", "state", "switch", "Mpps", "median", "99 %", "99.9 %", "lost", "windows",
+        "frame",
+        "load",
+        "state",
+        "switch",
+        "Mpps",
+        "sent late, %",
+        "median",
+        "99 %",
+        "99.9 %",
+        "lost",
+        "at the station",
+        "windows",
     ];
     let rows = cells.iter().flat_map(|c| {
         let all = [
@@ -332,10 +353,12 @@ pub fn markdown(cells: &[Cell]) -> String {
                 name(c.state),
                 switch.to_owned(),
                 figure(|t| t.mpps),
+                figure(|t| t.late_percent),
                 figure(|t| t.median_us),
                 figure(|t| t.p99_us),
                 figure(|t| t.p999_us),
                 count(|t| t.lost),
+                count(|t| t.unechoed),
                 count(|t| t.windows as u64),
             ]
         })
@@ -368,6 +391,7 @@ mod tests {
                 max_us: 100.0,
                 late: 0.0,
                 lost: 1,
+                unechoed: 0,
             }],
             on: Conditions {
                 spoiled,
