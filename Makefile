@@ -18,8 +18,8 @@ bench-moves: lab
 	cargo build --release -q --workspace --bins
 	target/release/gangway-series --runs $(RUNS) --out target/bench/moves
 
-# The switch beside OVS-DPDK and with DPDK guests, what holds and idle ports cost, and its stages one by one: about half an
-# hour on two idle processors. JSON, tables and pictures: target/bench. BENCHES="pvp hold" for some of it
+# The switch beside OVS-DPDK and with DPDK guests, what holds and idle ports cost, and its stages one by one: about an hour
+# on two idle processors, more on busy ones. JSON, tables and pictures: target/bench. BENCHES="pvp hold" for some of it
 bench:
 	cargo build --release -q -p gangway-switch -p gangway-benches
 	for b in $(BENCHES); do target/release/gangway-$$b || exit 1; done
