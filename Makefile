@@ -6,7 +6,15 @@ BASELINE ?=
 RUNS ?= 5
 BENCHES ?= pvp testpmd growth hold latency idle
 
-.PHONY: demo bench bench-moves test check audit lab clean
+FUZZ ?= vhost_user split_ring packed_ring packet codec shipment spool_scan spool_open config qmp
+FUZZ_S ?= 120
+# As cargo-fuzz builds: libFuzzer's counters in all of it, and AddressSanitizer.
+FUZZ_FLAGS := --cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+	-Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions -Coverflow-checks -Zsanitizer=address
+FUZZ_HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+
+.PHONY: demo bench bench-moves test check fuzz audit lab clean
 
 # A group of real VMs moves between two hosts. PORTS=vhost-user|tap FREEZE=switchover|early BASELINE=1
 demo: lab
@@ -43,6 +51,13 @@ check:
 	RUSTDOCFLAGS="-D warnings" cargo doc -q --workspace --no-deps
 	@command -v cargo-deny >/dev/null || cargo install --locked -q cargo-deny
 	cargo deny -L error check bans licenses sources
+
+# Looks for bytes that break what reads foreign bytes, and puts those that reached something new into tests/fuzz/corpus, which
+# `make test` replays; needs a nightly compiler and g++. FUZZ="split_ring qmp" FUZZ_S=120 (seconds each)
+fuzz:
+	RUSTFLAGS="$(FUZZ_FLAGS)" cargo +nightly build -q --release --target $(FUZZ_HOST) -p gangway-fuzz --features search
+	for t in $(FUZZ); do target/$(FUZZ_HOST)/release/gangway-fuzz $$t $(FUZZ_S) || exit 1; done
+	target/$(FUZZ_HOST)/release/gangway-fuzz pack
 
 # Known vulnerabilities of dependencies; needs the network
 audit:

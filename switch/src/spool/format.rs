@@ -18,6 +18,8 @@ pub const RECORD_HEADER: usize = 40;
 pub const ALIGN: usize = 8;
 /// The longest record.
 pub const RECORD_MAX: usize = record_len(FRAME_MAX as u32);
+/// The highest number of a record: so far from a counter's end that nothing that counts on from it overflows.
+pub const SEQ_MAX: u64 = u64::MAX >> 1;
 /// The longest port name that fits.
 pub const NAME_MAX: usize = 64;
 
@@ -154,7 +156,7 @@ pub enum Step<'a> {
     Free,
     /// More bytes are needed to tell (for streams; a segment's end cuts a record).
     Short(usize),
-    /// No record: a wrong magic, length or checksum.
+    /// No record: a wrong magic, length, number or checksum.
     Bad,
 }
 
@@ -201,6 +203,9 @@ pub fn step(bytes: &[u8], salt: u32) -> Step<'_> {
         return Step::Bad;
     }
     let seq = le64(bytes, 8);
+    if seq > SEQ_MAX {
+        return Step::Bad;
+    }
     match magic {
         NEXT => Step::Marker(Marker::Next, seq),
         SEAL => Step::Marker(Marker::Seal, seq),

@@ -147,18 +147,19 @@ impl Reader {
                 }
                 Step::Marker(Marker::Next, seq) if seq + 1 == self.next_seq => {
                     let Some(next) = seg.next().cloned() else {
-                        return Err(self.damage(seg.clone()));
+                        self.damage(seg.clone())?;
+                        continue;
                     };
                     self.seg = Some(next);
                     self.at = FILE_HEADER as u32;
                 }
-                _ => return Err(self.damage(seg.clone())),
+                _ => self.damage(seg.clone())?,
             }
         }
     }
 
     /// What is at the cursor is not what must be there: finds where the lane goes on.
-    fn damage(&mut self, mut seg: Arc<Segment>) -> Damaged {
+    fn damage(&mut self, mut seg: Arc<Segment>) -> Result<(), Damaged> {
         let salt = self.queue.salt();
         let last = self.queue.last_seq();
         let mut at = self.at;
@@ -182,6 +183,13 @@ impl Reader {
                 }
             }
         };
+        let there = format::step(resume.seg.read(resume.at, u32::MAX), salt);
+        if next_seq == self.next_seq && matches!(there, Step::Record(_)) {
+            // Only what stood between two records, as a marker: none is missing.
+            self.seg = Some(resume.seg);
+            self.at = resume.at;
+            return Ok(());
+        }
         let d = Damaged {
             lane: self.queue.lane().clone(),
             first_seq: self.next_seq,
@@ -190,7 +198,7 @@ impl Reader {
                 .clamp(self.next_seq, last.max(self.next_seq)),
         };
         self.damaged = Some((d.clone(), resume));
-        d
+        Err(d)
     }
 
     /// Passes what [`Reader::peek`] returned last; without it, nothing.

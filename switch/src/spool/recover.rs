@@ -4,7 +4,7 @@
 
 use gangway_shared::api::Tally;
 
-use super::format::{ALIGN, FILE_HEADER, Marker, RECORD_HEADER, Step, step};
+use super::format::{ALIGN, FILE_HEADER, Marker, RECORD_HEADER, SEQ_MAX, Step, step};
 
 /// Where a lane goes on behind bytes that are no record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -152,8 +152,8 @@ impl Scanner {
         }
     }
 
-    /// After the last segment: records up to `committed` should have been there.
+    /// After the last segment: records up to `committed` (at most [`SEQ_MAX`]) should have been there.
     pub fn finish(&mut self, committed: u64) {
-        self.expect(committed.saturating_add(1));
+        self.expect(committed.min(SEQ_MAX) + 1);
     }
 }

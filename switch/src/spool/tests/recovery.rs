@@ -185,6 +185,26 @@ fn a_long_queue_survives_a_restart_and_goes_on() {
     assert!(spool.used_bytes() >= (f.queue.segment_count() as u64 + 1) * (128 << 10));
 }
 
+/// A marker is no record: without it all records are still there, in the next segment.
+#[test]
+fn a_flipped_bit_between_two_segments_costs_no_record() {
+    let dir = tmp();
+    {
+        let (spool, _) = open(dir.path());
+        let (mut w, _q) = spool.create(HOLD, Kind::Source, &lane(0)).unwrap();
+        (0..400).for_each(|n| put(&mut w, n, 700));
+        w.commit();
+    }
+    let path = segment(dir.path(), 0);
+    let mut b = std::fs::read(&path).unwrap();
+    let at = b.windows(4).position(|w| w == b"GWnx").unwrap();
+    b[at + 9] ^= 4;
+    std::fs::write(&path, &b).unwrap();
+    let (_spool, found) = open(dir.path());
+    assert!(found[0].damaged.is_empty());
+    assert_eq!(all(&found[0].queue), ((1..=400).collect(), vec![]));
+}
+
 /// A segment that a dead hold has used must not bring its frames into the next hold's queue.
 #[test]
 fn what_a_recycled_segment_held_never_comes_back() {

@@ -1,0 +1,215 @@
+//! What is in a spool's files after a crash, on a bad disk, or by somebody's hand.
+
+use std::path::Path;
+
+use gangway_shared::config::valid::{SpoolConfig, Sync};
+use gangway_shared::id::{HoldId, LaneKey};
+use gangway_switch::port::{Frame, VnetHdr};
+use gangway_switch::spool::format::{
+    Fields, FileHeader, Marker, QUEUE_MAGIC, SEGMENT_MAGIC, Step, marker, record_len, salt, step,
+    stream_len, view, write_record,
+};
+use gangway_switch::spool::recover::{End, Scanner, resync};
+use gangway_switch::spool::{Kind, Spool};
+
+use crate::input::Input;
+
+pub const HOLD: HoldId = HoldId(7);
+const SEGMENT: usize = 128 << 10;
+
+pub fn lane() -> LaneKey {
+    LaneKey {
+        from: "a".into(),
+        queue: 0,
+        to: "b".into(),
+    }
+}
+
+/// A directory in memory, if there is one.
+pub fn folder() -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    let made = match memory.is_dir() {
+        true => tempfile::tempdir_in(memory),
+        false => tempfile::tempdir(),
+    };
+    made.expect("a folder")
+}
+
+pub fn config(dir: &Path) -> SpoolConfig {
+    SpoolConfig {
+        dir: dir.to_owned(),
+        segment_bytes: SEGMENT as u64,
+        quota_bytes: 64 * SEGMENT as u64,
+        sync: Sync::None,
+    }
+}
+
+/// A record or a marker, mostly the next one and intact; or anything.
+pub fn item(input: &mut Input<'_>, seq: &mut u64, salt: u32) -> Vec<u8> {
+    let op = input.u8();
+    let number = match op >> 4 & 7 {
+        0..4 => *seq,
+        4 => seq.wrapping_add(u64::from(input.u8())),
+        5 => seq.wrapping_sub(u64::from(input.u8())),
+        6 => u64::MAX - u64::from(input.u8() & 1),
+        _ => input.u64(),
+    };
+    let mut bytes = match op & 7 {
+        0..4 => {
+            let len = u32::from(input.u16() & 0x7ff);
+            let fields = Fields {
+                seq: number,
+                time_ns: 5,
+                frame_len: len,
+                vnet: VnetHdr(if op & 1 == 1 { input.vnet() } else { [0; 10] }),
+            };
+            let mut out = vec![0; record_len(len)];
+            let head = input.take(8);
+            write_record(&mut out, &fields, salt, |frame| {
+                frame
+                    .iter_mut()
+                    .zip(head)
+                    .for_each(|(to, from)| *to = *from);
+            });
+            *seq = number.wrapping_add(1);
+            out
+        }
+        4 => marker(Marker::Next, number, salt).to_vec(),
+        5 => marker(Marker::Seal, number, salt).to_vec(),
+        6 => {
+            let n = input.u8();
+            input.take(usize::from(n)).to_vec()
+        }
+        _ => vec![0; 8 * usize::from(input.u8())],
+    };
+    if op & 128 != 0 {
+        let at = usize::from(input.u16());
+        let bit = 1 << (input.u8() & 7);
+        if let Some(b) = bytes.get_mut(at) {
+            *b ^= bit;
+        }
+    }
+    bytes
+}
+
+fn header(kind: Kind, number: u32) -> FileHeader {
+    FileHeader {
+        hold: HOLD,
+        kind,
+        lane: lane(),
+        index: 0,
+        number,
+        first_seq: 1,
+        segment_bytes: SEGMENT as u64,
+    }
+}
+
+fn segments(input: &mut Input<'_>, seq: &mut u64) -> Vec<Vec<u8>> {
+    let salt = salt(HOLD, &lane());
+    let count = u32::from(input.u8() % 3) + 1;
+    let each = input.0.len() / count as usize;
+    let one = |number| {
+        let mut bytes = header(Kind::Source, number).encode(SEGMENT_MAGIC).to_vec();
+        let mut own = Input(input.take(each));
+        while !own.is_empty() {
+            bytes.extend(item(&mut own, seq, salt));
+        }
+        bytes.truncate(SEGMENT);
+        bytes
+    };
+    (0..count).map(one).collect()
+}
+
+/// Pure: bytes in, findings out.
+pub fn scan(data: &[u8]) {
+    let salt = salt(HOLD, &lane());
+    for magic in [SEGMENT_MAGIC, QUEUE_MAGIC] {
+        let _ = FileHeader::decode(data, magic);
+    }
+    let _ = (stream_len(data), view(data), resync(data, salt, 1));
+    if let Step::Short(want) = step(data, salt) {
+        assert!(want > data.len());
+    }
+
+    let mut input = Input(data);
+    let committed = match input.u8() {
+        255 => input.u64(),
+        n => u64::from(n),
+    };
+    let mut scan = Scanner::new(salt);
+    let mut records = 0;
+    for bytes in segments(&mut input, &mut 1) {
+        let found = scan.segment(&bytes);
+        assert!(found.records_end <= found.used && found.used <= bytes.len());
+        assert!(found.torn <= bytes.len() - found.used);
+        assert_eq!(found.records_end == found.used, found.end == End::Open);
+        records += found.records;
+    }
+    scan.finish(committed);
+    assert_eq!(scan.tally().frames, records);
+    let mut last = 0;
+    let mut missing = 0u64;
+    for (a, b) in scan.damaged() {
+        assert!(last < *a && a <= b && *b < scan.next_seq());
+        missing += b - a + 1;
+        last = *b;
+    }
+    assert_eq!(missing + records + 1, scan.next_seq(), "each number once");
+}
+
+/// A directory as an earlier run may have left it.
+pub fn open(data: &[u8]) {
+    let mut input = Input(data);
+    let dir = folder();
+    let how = input.u8();
+    let queue = dir.path().join(HOLD.to_string()).join("s-0000");
+    std::fs::create_dir_all(&queue).expect("a folder");
+    let mut meta = header(Kind::Source, 0).encode(QUEUE_MAGIC).to_vec();
+    meta.resize(4096, 0);
+    for _ in 0..how & 3 {
+        let at = usize::from(input.u16()) % meta.len();
+        meta[at] = input.u8();
+    }
+    if how & 4 != 0 {
+        meta.truncate(usize::from(input.u16()));
+    }
+    if how & 8 == 0 {
+        std::fs::write(queue.join("queue.meta"), &meta).expect("a file");
+    }
+    for (n, mut bytes) in segments(&mut input, &mut 1).into_iter().enumerate() {
+        if how & 16 == 0 {
+            bytes.resize(SEGMENT, 0);
+        } else if how & 32 == 0 {
+            bytes.resize(bytes.len().max(4096), 0);
+        }
+        std::fs::write(queue.join(format!("{n:06}.seg")), bytes).expect("a file");
+    }
+    let Ok((spool, found)) = Spool::open(&config(dir.path())) else {
+        return;
+    };
+    for mut r in found {
+        let damaged = r.damaged.len();
+        let last = r.queue.last_seq();
+        if let Some(writer) = &mut r.writer {
+            let _ = writer.append(
+                1,
+                VnetHdr::default(),
+                &Frame::from_slice(VnetHdr::default(), &[9; 60]),
+            );
+            writer.seal();
+        }
+        let mut reader = r.queue.reader();
+        let (mut good, mut bad) = (0u64, 0);
+        loop {
+            match reader.peek() {
+                Ok(None) => break,
+                Ok(Some(_)) => good += 1,
+                Err(_) => bad += 1,
+            }
+            reader.advance();
+        }
+        assert!(good <= last.saturating_add(1));
+        assert!((damaged == 0) == (bad == 0), "{damaged} found, {bad} read");
+    }
+    drop(spool);
+}
