@@ -196,7 +196,7 @@ fn serve(data: &[u8], packed: bool) {
             (true, false) => 1 << 15,
             (true, true) => {
                 let at = input.u16();
-                (at & 0x7fff) % num | at & 1 << 15
+                ((at & 0x7fff) % num) | (at & (1 << 15))
             }
         };
         guest.at[ring] = start;
@@ -231,7 +231,7 @@ fn serve(data: &[u8], packed: bool) {
                 let n = input.u8();
                 guest.write(at, input.take(usize::from(n)));
             }
-            5 => guest.write(Guest::area(ring, 1) + 2, &input.take(2)),
+            5 => guest.write(Guest::area(ring, 1) + 2, input.take(2)),
             6 | 7 => {
                 let mut burst = Burst::new();
                 rx.burst(&mut burst);
