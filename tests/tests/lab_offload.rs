@@ -148,11 +148,12 @@ fn bytes_arrive(world: &World, from: &str, to: &str) {
     shell(from, "rm -f /tmp/sent");
 }
 
-/// iperf3 from one guest to the other and back.
-fn both_ways(world: &World, what: &str) {
+/// iperf3 from one guest to the other and back, with so many bits per second at most (0: without a limit).
+fn both_ways(world: &World, what: &str, rate: &str) {
     let right = &world.group.vms[1].address;
     iperf::serve(&world.traffic, "right").unwrap();
     for args in ["-t 3", "-t 3 -R"] {
+        let args = format!("{args} -b {rate}");
         let seen = iperf::run(&world.traffic, "left", &format!("{right} {args}")).unwrap();
         eprintln!(
             "{what}, {args}: {:.2} Gbit/s, {} segments again",
@@ -193,7 +194,7 @@ fn big_frames_pass_whole_between_two_guests() {
             let before = ports(world);
             bytes_arrive(world, "left", "right");
             bytes_arrive(world, "right", "left");
-            both_ways(world, &format!("MTU {mtu}"));
+            both_ways(world, &format!("MTU {mtu}"), "0");
             for port in ["left0", "right0"] {
                 let mean = mean(world, &before, port);
                 eprintln!("MTU {mtu}: {mean} bytes per frame to {port}");
@@ -232,7 +233,8 @@ fn a_guest_without_offloads_gets_small_frames_with_right_checksums() {
         }
         let before = ports(world);
         bytes_arrive(world, "left", "right");
-        both_ways(world, "a receiver without offloads");
+        // Without a limit iperf3's server has once closed its control connection; why is not known.
+        both_ways(world, "a receiver without offloads", "100M");
         let mean = mean(world, &before, "right0");
         assert!(mean > 4000, "{mean} bytes per frame came from left");
         let card = world.traffic.shell("right", "ethtool -S eth0").unwrap();
