@@ -10,12 +10,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use arrayvec::ArrayVec;
 use gangway_shared::config::valid::Poll;
 
-use super::engine::{Mode, Port, Shared, TxGuard};
+use super::egress::{Egress, Towards};
+use super::engine::Shared;
 use super::flow::{Flow, Flows, Key};
-use super::lane::{Drain, Gate, Lane, Progress, Sink, Step};
+use super::lane::{Drain, Gate, Lane, Progress, Step};
 use super::parse;
 use super::stats::{Drop, Run, Traffic, add};
-use crate::port::{BURST, Burst, Frame, RxErrors, RxQueue, Sent, TxQueue};
+use super::targets::Targets;
+use crate::port::{BURST, Burst, Frame, RxErrors, RxQueue};
 use crate::spool::Writer;
 use crate::sys;
 
@@ -143,130 +145,15 @@ pub struct Worker {
 }
 
 /// What is the same for all queues of a worker's round.
-struct Round<'a> {
+pub(super) struct Round<'a> {
     /// The worker.
-    n: usize,
-    shared: &'a Shared,
-    traffic: &'a Traffic,
-    flows: &'a Flows,
+    pub(super) n: usize,
+    pub(super) shared: &'a Shared,
+    pub(super) traffic: &'a Traffic,
+    pub(super) flows: &'a Flows,
     now_s: u32,
     /// Wanted only for what is held.
     now_ns: OnceCell<u64>,
-}
-
-/// The transmit queues in use during a burst: one lock at a time, every one flushed at the end.
-struct Egress<'a> {
-    n: usize,
-    ports: &'a [Arc<Port>],
-    flows: &'a Flows,
-    traffic: &'a Traffic,
-    held: Option<(usize, usize, TxGuard<'a>)>,
-    /// Sent to the queue whose lock is held.
-    frames: u64,
-    bytes: u64,
-    sent_to: &'a mut Vec<(usize, usize)>,
-}
-
-impl<'a> Egress<'a> {
-    fn new(round: &Round<'a>, sent_to: &'a mut Vec<(usize, usize)>) -> Egress<'a> {
-        Egress {
-            n: round.n,
-            ports: &round.shared.ports,
-            flows: round.flows,
-            traffic: round.traffic,
-            sent_to,
-            held: None,
-            frames: 0,
-            bytes: 0,
-        }
-    }
-
-    #[inline]
-    fn send(&mut self, to: usize, frame: &Frame<'_>) -> Sent {
-        let hash = match self.ports[to].steering.is_wide() {
-            true => self.flows.key(frame.head()).hash(),
-            false => 0,
-        };
-        let sent = self
-            .turn_to(to, hash)
-            .map_or(Sent::Down, |tx| tx.send(frame));
-        match sent {
-            Sent::Yes => {
-                self.frames += 1;
-                self.bytes += u64::from(frame.len);
-            }
-            Sent::Down if self.ports[to].awaited() => return Sent::Full,
-            _ => {}
-        }
-        sent
-    }
-
-    /// As many of them as simply go, at once. They are of flows with the same queue; `hash` is of one of them.
-    fn send_run(&mut self, to: usize, hash: u64, frames: &[Frame<'_>]) -> usize {
-        let sent = self.turn_to(to, hash).map_or(0, |tx| tx.send_run(frames));
-        self.frames += sent as u64;
-        self.bytes += frames[..sent].iter().map(|f| u64::from(f.len)).sum::<u64>();
-        sent
-    }
-
-    /// The same of frames of any flows: none behind the first that takes another queue.
-    fn send_some(&mut self, to: usize, frames: &[Frame<'_>]) -> usize {
-        let steering = &self.ports[to].steering;
-        if !steering.is_wide() {
-            return self.send_run(to, 0, frames);
-        }
-        let hash = |f: &Frame<'_>| self.flows.key(f.head()).hash();
-        let Some(first) = frames.first().map(hash) else {
-            return 0;
-        };
-        let queue = steering.pick(self.n, first);
-        let same = |f: &&Frame<'_>| steering.pick(self.n, hash(f)) == queue;
-        let n = frames.iter().take_while(same).count();
-        self.send_run(to, first, &frames[..n])
-    }
-
-    /// The queue for a flow with this hash; none if the port is down.
-    #[inline]
-    fn turn_to(&mut self, to: usize, hash: u64) -> Option<&mut dyn TxQueue> {
-        let port = &self.ports[to];
-        let mut queue = port.steering.pick(self.n, hash);
-        if self
-            .held
-            .as_ref()
-            .is_none_or(|(p, q, _)| (*p, *q) != (to, queue))
-        {
-            self.flush();
-            let mut guard = port.tx(queue);
-            if guard.is_none() {
-                // It may have just gone, and left others.
-                drop(guard);
-                queue = port.steering.pick(self.n, hash);
-                guard = port.tx(queue);
-            }
-            self.held = Some((to, queue, guard));
-        }
-        let (_, _, guard) = self.held.as_mut()?;
-        guard.as_deref_mut().map(|tx| tx as &mut dyn TxQueue)
-    }
-
-    fn flush(&mut self) {
-        let Some((to, queue, mut guard)) = self.held.take() else {
-            return;
-        };
-        if let Some(tx) = guard.as_mut() {
-            tx.flush();
-        }
-        drop(guard);
-        if self.frames == 0 {
-            return;
-        }
-        if !self.sent_to.contains(&(to, queue)) {
-            self.sent_to.push((to, queue));
-        }
-        let moved = self.traffic.port(to);
-        add(moved.tx_frames(queue), std::mem::take(&mut self.frames));
-        add(&moved.tx_bytes, std::mem::take(&mut self.bytes));
-    }
 }
 
 impl Worker {
@@ -699,27 +586,6 @@ impl Side {
     }
 }
 
-/// What waits on a lane goes here.
-struct Towards<'e, 'a> {
-    egress: &'e mut Egress<'a>,
-    to: usize,
-    moved: bool,
-}
-
-impl Sink for Towards<'_, '_> {
-    fn send(&mut self, frame: &Frame<'_>) -> Sent {
-        let sent = self.egress.send(self.to, frame);
-        self.moved |= sent == Sent::Yes;
-        sent
-    }
-
-    fn send_run(&mut self, frames: &[Frame<'_>]) -> usize {
-        let sent = self.egress.send_some(self.to, frames);
-        self.moved |= sent > 0;
-        sent
-    }
-}
-
 /// What the FDB says of a frame whose flow is not known, or not any more, noted; none if it is nothing simple.
 #[inline(never)]
 fn look_up<'a>(
@@ -738,96 +604,6 @@ fn look_up<'a>(
             Some(flow)
         }
         _ => None,
-    }
-}
-
-/// Where a frame goes.
-enum Targets {
-    One {
-        /// The port.
-        to: usize,
-        /// Nothing but the addresses was asked: the next frame like this one goes the same way.
-        known: bool,
-    },
-    /// Everywhere but to where it came from; the port whose own address is the source gets no echo.
-    Flood {
-        own: Option<usize>,
-        moved: bool,
-    },
-    Nowhere(Drop),
-}
-
-impl Targets {
-    fn of(frame: &Frame<'_>, from: usize, shared: &Shared, now_s: u32) -> Option<Targets> {
-        let e = parse::ether(frame.head())?;
-        let from_uplink = shared.ports[from].uplink;
-        let mut own = None;
-        let mut moved = false;
-        if let Some(home) = shared.fdb.learn(e.src, from, now_s) {
-            // A configured address of another port: believed only when that VM is on its way out (then this is the
-            // mark that the network has learned its new place), or when its port is not up.
-            own = Some(home);
-            match shared.ports[home].mode() {
-                Mode::Held | Mode::Departing if from_uplink => {
-                    moved = true;
-                    shared.ports[home]
-                        .marker
-                        .store(true, std::sync::atomic::Ordering::Release);
-                }
-                Mode::Live if !shared.ports[home].is_up() && !shared.ports[home].armed() => {
-                    shared.ports[home].unfix();
-                    shared.fdb.set(e.src, from, false, now_s);
-                }
-                _ => {}
-            }
-        } else if shared.ports[from].mac == Some(e.src) && shared.ports[from].fix_own_address() {
-            shared.fdb.set(e.src, from, true, now_s);
-        }
-        if e.dst.is_multicast() {
-            return Some(Targets::Flood { own, moved });
-        }
-        Some(match shared.fdb.lookup(e.dst, now_s) {
-            Some(to) if to == from || (from_uplink && shared.ports[to].uplink) => {
-                Targets::Nowhere(Drop::Hairpin)
-            }
-            Some(to) if shared.ports[to].mode() == Mode::Standby => Targets::Nowhere(Drop::Down),
-            Some(to) => Targets::One {
-                to,
-                known: own.is_none(),
-            },
-            None => Targets::Flood { own, moved },
-        })
-    }
-
-    fn iter<'a>(&self, shared: &'a Shared, from: usize) -> impl Iterator<Item = usize> + use<'a> {
-        let (one, flood) = match self {
-            Targets::One { to, .. } => (Some(*to), None),
-            Targets::Flood { own, moved } => (None, Some((*own, *moved))),
-            Targets::Nowhere(_) => (None, None),
-        };
-        let from_uplink = shared.ports[from].uplink;
-        // What anybody but the arriving group floods reaches the source, too, until the announcement.
-        let from_deaf = !shared.ports[from].hears_uplink();
-        let all = if flood.is_some() {
-            shared.ports.len()
-        } else {
-            0
-        };
-        let (own, moved) = flood.unwrap_or_default();
-        let floods = (0..all).filter(move |&to| {
-            let p = &shared.ports[to];
-            to != from
-                && Some(to) != own
-                && !(from_uplink && p.uplink)
-                && (p.hears_uplink() || from_deaf)
-                && match p.mode() {
-                    Mode::Live => p.is_up() || p.armed(),
-                    // What comes from a VM that has moved already reaches the others of its group where they are now.
-                    Mode::Held | Mode::Departing => !moved,
-                    Mode::Standby | Mode::Departed => false,
-                }
-        });
-        one.into_iter().chain(floods)
     }
 }
 
