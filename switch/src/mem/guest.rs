@@ -5,8 +5,8 @@
 //! mappings that stay.
 //! Invariant: what a translation returns lies within one mapping, which lives as long as any table with it.
 //!
-//! The front-end (QEMU) is trusted not to truncate the files under us: a read past the end is a SIGBUS. QEMU seals
-//! its memfds against that. The guest can't.
+//! A front-end that truncates the files under us (QEMU seals its memfds against that; the guest can't) finds its mapping
+//! [`lost`]: zeros, by which no ring goes on.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -14,6 +14,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use memmap2::{MmapOptions, MmapRaw};
+
+use super::lost::Watch;
 
 /// Regions of a table at most.
 pub const REGIONS_MAX: usize = 64;
@@ -52,6 +54,8 @@ pub enum GuestMemError {
 /// A shared mapping of somebody else's file.
 #[derive(Debug)]
 pub struct Mapping {
+    /// Goes before what it watches.
+    watch: Watch,
     map: MmapRaw,
     skip: usize,
 }
@@ -83,7 +87,12 @@ impl Mapping {
             .len(whole)
             .map_raw(file)
             .map_err(GuestMemError::Map)?;
+        let start = NonNull::new(map.as_mut_ptr()).unwrap_or(NonNull::dangling());
+        // SAFETY: a shared mapping of `whole` bytes of the front-end's file, which is copied from and to only, and is
+        // unmapped when `watch` was dropped: fields are dropped in their order.
+        let watch = unsafe { Watch::new(start, whole, page as usize) };
         Ok(Mapping {
+            watch,
             map,
             skip: offset as usize,
         })
@@ -94,6 +103,11 @@ impl Mapping {
         let base = self.map.as_mut_ptr().wrapping_add(self.skip);
         // mmap never returns null, and `skip` lies within the mapping.
         NonNull::new(base).unwrap_or(NonNull::dangling())
+    }
+
+    /// Its file was truncated, and somebody has looked where it was.
+    pub fn is_lost(&self) -> bool {
+        self.watch.is_lost()
     }
 }
 
@@ -109,11 +123,11 @@ pub struct Region {
     /// The file's device and inode, and where in it the region begins.
     place: (u64, u64, u64),
     /// Keeps what `base` points to.
-    _map: Arc<Mapping>,
+    map: Arc<Mapping>,
     base: NonNull<u8>,
 }
 
-// SAFETY: `base` points into the shared mapping that `_map` keeps; nothing here dereferences it, and a mapping is the
+// SAFETY: `base` points into the shared mapping that `map` keeps; nothing here dereferences it, and a mapping is the
 // same for all threads.
 unsafe impl Send for Region {}
 // SAFETY: as above.
@@ -139,7 +153,7 @@ impl Region {
             uva,
             place: (meta.dev(), meta.ino(), offset),
             base: map.base(),
-            _map: map,
+            map,
         })
     }
 
@@ -277,6 +291,11 @@ impl GuestMem {
             .map(|r| r.gpa + r.len)
             .max()
             .unwrap_or(0)
+    }
+
+    /// Some of it is [`super::lost`].
+    pub fn is_lost(&self) -> bool {
+        self.regions.iter().any(|r| r.map.is_lost())
     }
 
     /// The regions, in the front-end's order.

@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 pub mod guest;
+pub mod lost;
 pub mod zeros;
 
 use std::marker::PhantomData;

@@ -72,6 +72,11 @@ impl DirtyLog {
         true
     }
 
+    /// Some of it is [`crate::mem::lost`].
+    pub fn is_lost(&self) -> bool {
+        self.map.is_lost()
+    }
+
     /// Bytes of the log.
     pub fn bytes(&self) -> u64 {
         self.bytes

@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 use super::dirty::DirtyLog;
 use super::ring::Broken;
 use crate::mem::guest::GuestMem;
+use crate::mem::lost;
 use crate::sys;
 
 /// Where a ring's three areas lie (virtio 1.2, 2.7), valid for its size.
@@ -52,6 +53,17 @@ pub struct Live {
     pub used_log: Option<u64>,
     /// Signals the driver; none if it polls.
     pub call: Option<Arc<File>>,
+}
+
+impl Live {
+    /// What it needs and was lost.
+    fn lost(&self) -> Option<Broken> {
+        if self.mem.is_lost() {
+            return Some(Broken::MemoryLost);
+        }
+        let log = self.log.as_ref().filter(|l| l.is_lost());
+        log.map(|_| Broken::LogLost)
+    }
 }
 
 #[allow(unsafe_code)]
@@ -143,6 +155,8 @@ pub struct Gate {
     seen: u64,
     turn: u64,
     live: Option<Arc<Live>>,
+    /// [`lost::count`] when this snapshot was last looked at.
+    lost: u64,
 }
 
 impl Gate {
@@ -153,6 +167,7 @@ impl Gate {
             seen: control.generation.load(Ordering::SeqCst),
             turn: 0,
             live,
+            lost: 0,
             control,
         }
     }
@@ -171,7 +186,24 @@ impl Gate {
         let slot = self.control.slot();
         self.seen = self.control.generation.load(Ordering::SeqCst);
         self.live.clone_from(&slot);
+        self.lost = 0;
         true
+    }
+
+    /// What the ring works on and was lost since the last call: it can't go on.
+    #[inline]
+    pub fn lost(&mut self) -> Option<Broken> {
+        let count = lost::count();
+        if count == self.lost {
+            return None;
+        }
+        self.lost = count;
+        self.find_lost().filter(|_| !self.is_broken())
+    }
+
+    #[cold]
+    fn find_lost(&self) -> Option<Broken> {
+        self.live.as_ref().and_then(|l| l.lost())
     }
 
     /// Whether a newer snapshot waits: what looked wrong may be right by that one.
@@ -219,6 +251,8 @@ impl Gate {
 
     /// The ring is unusable: says so once.
     pub fn set_broken(&self, why: Broken) {
+        // Zeros where memory was are what is wrong, whatever they look like.
+        let why = self.find_lost().unwrap_or(why);
         if self.control.broken.set(why).is_ok() {
             signal(&self.control.alarm);
         }

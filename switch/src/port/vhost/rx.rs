@@ -145,6 +145,9 @@ impl<R: Ring> Rx<R> {
                 self.ring.rebind(live);
             }
         }
+        if let Some(why) = self.gate.lost() {
+            self.set_broken(why);
+        }
         self.gate.live().is_some() && !self.gate.is_broken()
     }
 

@@ -94,6 +94,9 @@ impl<R: Ring> Tx<R> {
                 self.ring.rebind(live);
             }
         }
+        if let Some(why) = self.gate.lost() {
+            self.set_broken(why);
+        }
         let live = self.gate.live().is_some() && !self.gate.is_broken();
         if !live {
             self.gate.leave();
@@ -451,7 +454,10 @@ impl<R: Ring> TxQueue for Tx<R> {
             return Sent::Never(NeverReason::RingBroken);
         }
         if !self.enter() {
-            return Sent::Down;
+            return match self.gate.is_broken() {
+                true => Sent::Never(NeverReason::RingBroken),
+                false => Sent::Down,
+            };
         }
         let not = match self.try_send(frame) {
             Ok(()) => {

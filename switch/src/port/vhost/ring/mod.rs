@@ -43,6 +43,12 @@ pub enum Broken {
     /// The front-end's dirty log does not cover what we write.
     #[error("dirty log does not cover address {0:#x}")]
     Log(u64),
+    /// The front-end truncated a file of guest memory while it was in use.
+    #[error("guest memory lost, its file was truncated")]
+    MemoryLost,
+    /// The same of the dirty log.
+    #[error("dirty log lost, its file was truncated")]
+    LogLost,
 }
 
 /// A place in the ring: where a chain waits, or will. Its bits are the layout's.

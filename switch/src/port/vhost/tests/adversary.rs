@@ -18,6 +18,7 @@ use super::*;
 use crate::datapath::Engine;
 use crate::datapath::tests::{config, eventually, frame as numbered, mac};
 use crate::port::memory::MemoryPort;
+use crate::port::vhost::ring::Broken;
 use crate::port::vhost::{VhostConfig, VhostPort, spawn};
 use crate::port::{Attach, Burst, Frame, NeverReason, Sent, VnetHdr};
 
@@ -120,7 +121,7 @@ impl Switch {
     fn guest(&self, bits: u64) -> Guest {
         let mut g = Guest::connect(&self.socket, &self.memory, None, bits);
         g.negotiate();
-        g.start([0, 0]);
+        g.start([if bits & PACKED != 0 { packed::START } else { 0 }; 2]);
         g
     }
 
@@ -260,6 +261,98 @@ fn rings_and_buffers_lose_their_memory_under_load_and_others_nothing() {
     s.goes_on("after a used ring's memory");
     drop(g);
     s.verdict();
+}
+
+/// Each ring of both layouts meets the truncated file at its next burst, wherever it looks first.
+#[test]
+fn a_ring_whose_memory_was_truncated_says_so() {
+    for (packed, len) in [0, PACKED]
+        .map(|p| [0, 0x8000].map(|len| (p, len)))
+        .concat()
+    {
+        let mut w = World::new(VERSION_1 | packed);
+        for n in 0..8 {
+            let mut bytes = vec![0; 12];
+            bytes.extend(frame(n, 1000));
+            assert!(w.rx.driver.send(&bytes, 1, false));
+            assert!(
+                w.tx.driver
+                    .add(&[(HIGH + 0x10_0000, 2000)], true, false)
+                    .is_some()
+            );
+        }
+        let mut out = Burst::new();
+        w.rx.queue.burst(&mut out);
+        // With frames in hand that point there.
+        w.memory.0.set_len(len).unwrap();
+        for f in &out {
+            bytes(f);
+        }
+        drop(out);
+        w.rx.queue.release(8);
+        let f = frame(1, 500);
+        w.tx.queue.send(&Frame::from_slice(VnetHdr::default(), &f));
+        w.tx.queue.flush();
+        let mut out = Burst::new();
+        w.rx.queue.burst(&mut out);
+        assert!(out.is_empty());
+        drop(out);
+        let sent = w.tx.queue.send(&Frame::from_slice(VnetHdr::default(), &f));
+        assert_eq!(sent, Sent::Never(NeverReason::RingBroken));
+        for control in [&w.rx.control, &w.tx.control] {
+            assert_eq!(control.broken(), Some(Broken::MemoryLost), "{len:#x}");
+        }
+        assert_eq!(w.rx.queue.errors().ring_broken, 1);
+        assert_eq!(raised(&w.rx.alarm), 1);
+    }
+}
+
+#[test]
+fn a_ring_whose_dirty_log_was_truncated_says_so() {
+    for packed in [0, PACKED] {
+        let mut w = World::logged(VERSION_1 | packed, true);
+        w.log_file.set_len(0).unwrap();
+        let mut bytes = vec![0; 12];
+        bytes.extend(frame(1, 1000));
+        assert!(w.rx.driver.send(&bytes, 1, false));
+        let mut out = Burst::new();
+        w.rx.queue.burst(&mut out);
+        drop(out);
+        w.rx.queue.release(1);
+        w.rx.queue.burst(&mut Burst::new());
+        assert_eq!(w.rx.control.broken(), Some(Broken::LogLost));
+    }
+}
+
+#[test]
+fn a_truncated_file_of_guest_memory_costs_its_own_port_only() {
+    for packed in [0, PACKED] {
+        let mut s = Switch::new();
+        let mut g = s.guest(VERSION_1 | packed);
+        eventually("the port is well", || s.reason().is_empty());
+        for n in 0..u32::from(NUM) {
+            assert!(g.send(&numbered(9, mac(2), n)));
+        }
+        g.kick(RX);
+        s.memory.0.set_len(REGION / 2).unwrap();
+        s.memory.0.set_len(0).unwrap();
+        g.kick(RX);
+        eventually("a reason", || s.reason().contains("guest memory lost"));
+        eventually("it is counted", || s.rings_broken() == 1);
+        s.goes_on("after the guest's memory");
+        drop(g);
+        eventually("it has gone", || !s.evil.state().connected);
+        // A new front-end with memory of its own is served.
+        s.memory = Memory::new();
+        let mut g = s.guest(VERSION_1 | packed);
+        eventually("the port is well", || s.reason().is_empty());
+        let broadcast = numbered(9, MacAddr::BROADCAST, 7);
+        assert!(g.send(&broadcast));
+        g.kick(RX);
+        eventually("its frame", || s.b.delivered().contains(&broadcast));
+        drop(g);
+        s.verdict();
+    }
 }
 
 /// The destination is rewritten while the switch looks: what it decided on is what it delivers.
