@@ -18,6 +18,7 @@ use crate::mem::Seg;
 
 #[cfg(test)]
 pub mod memory;
+pub mod offload;
 pub mod packet;
 pub mod tap;
 pub mod vhost;

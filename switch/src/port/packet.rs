@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
+use super::offload::pieces::Pieces;
 use super::{BURST, Burst, Frame, NeverReason, RxErrors, RxQueue, Sent, TxQueue};
 use crate::sys::FrameBuf;
 use crate::sys::netdev::DeviceControl;
@@ -291,13 +292,14 @@ impl RxQueue for PacketRx {
 #[derive(Debug)]
 pub struct PacketTx {
     socket: PacketSocket,
+    pieces: Pieces,
     health: Arc<Health>,
 }
 
 impl TxQueue for PacketTx {
     fn send(&mut self, frame: &Frame<'_>) -> Sent {
-        match self.socket.send(frame) {
-            Ok(()) => {
+        match self.pieces.send(frame, |f| self.socket.send(f)) {
+            Ok(_) => {
                 self.health.well();
                 Sent::Yes
             }
@@ -335,6 +337,7 @@ pub fn open(device: &str) -> Result<Opened, PortError> {
     let socket = PacketSocket::open(ifindex, direction).map_err(err("send to"))?;
     let tx = PacketTx {
         socket,
+        pieces: Pieces::default(),
         health: Arc::clone(&health),
     };
     Ok(Opened {

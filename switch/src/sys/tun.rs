@@ -15,6 +15,8 @@ pub const TUN_PATH: &str = "/dev/net/tun";
 /// with and without ECN.
 pub const OFFLOADS: u32 = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | TUN_F_TSO_ECN;
 const TUN_F_TSO_ECN: u32 = 0x08;
+/// And UDP without segmentation, over IPv4 and IPv6 together (Linux 6.2).
+pub const USO: u32 = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 
 /// Opens a queue of a TAP device with a virtio-net header of 10 bytes and no packet information, non-blocking. The device
 /// is made if it does not exist.

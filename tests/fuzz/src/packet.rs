@@ -4,8 +4,8 @@ use std::cell::OnceCell;
 
 use gangway_switch::datapath::flow::Flows;
 use gangway_switch::datapath::parse;
-use gangway_switch::port::vhost::csum;
-use gangway_switch::port::vhost::cut::Cut;
+use gangway_switch::port::offload::csum;
+use gangway_switch::port::offload::cut::Cut;
 use gangway_switch::port::{HEAD, VnetHdr};
 
 use crate::input::Input;

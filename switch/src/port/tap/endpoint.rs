@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
+use crate::port::offload::pieces::Pieces;
 use crate::port::packet::{Health, Opened, PortError, Waiting, refused};
 use crate::port::{Burst, Frame, RxErrors, RxQueue, Sent, TxQueue};
 use crate::sys::netdev::DeviceControl;
@@ -19,7 +20,7 @@ pub struct Endpoint {
 }
 
 /// Opens (or makes, until it is closed) a TAP whose network side is the host's, with one queue. Sets it up and takes
-/// checksum and TSO requests from the host.
+/// checksum, TSO and (since Linux 6.2) USO requests from the host.
 ///
 /// # Errors
 /// See [`PortError`]; `Busy` if another process has its queue.
@@ -44,7 +45,11 @@ fn open(device: &str, queues: u16, multi_queue: bool) -> Result<Endpoint, PortEr
         let fd = tun::open_tap(device, multi_queue).map_err(err("open"))?;
         fds.push(Arc::new(fd));
     }
-    tun::set_offloads(fds[0].as_fd(), tun::OFFLOADS).map_err(err("set the offloads of"))?;
+    // Of the device, not of a queue.
+    let fd = fds[0].as_fd();
+    tun::set_offloads(fd, tun::OFFLOADS | tun::USO)
+        .or_else(|_| tun::set_offloads(fd, tun::OFFLOADS))
+        .map_err(err("set the offloads of"))?;
     let control = DeviceControl::new().map_err(err("look up"))?;
     let up = control.change_flags(device, 0, libc::IFF_UP);
     up.map_err(err("set up"))?;
@@ -61,6 +66,7 @@ fn open(device: &str, queues: u16, multi_queue: bool) -> Result<Endpoint, PortEr
     let rx = rx.collect();
     let tx = EndpointTx {
         fds,
+        pieces: Pieces::default(),
         health: Arc::clone(&health),
     };
     Ok(Endpoint {
@@ -121,14 +127,16 @@ impl RxQueue for EndpointRx {
 /// What the host receives from the device.
 struct EndpointTx {
     fds: Vec<Arc<OwnedFd>>,
+    pieces: Pieces,
     health: Arc<Health>,
 }
 
 impl TxQueue for EndpointTx {
     fn send(&mut self, frame: &Frame<'_>) -> Sent {
         let fd = &self.fds[flow_of(frame.head()) % self.fds.len()];
-        match frame_io::write_frame(fd.as_fd(), frame) {
-            Ok(()) => {
+        let write = |f: &Frame<'_>| frame_io::write_frame(fd.as_fd(), f);
+        match self.pieces.send(frame, write) {
+            Ok(_) => {
                 self.health.well();
                 Sent::Yes
             }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::tx::CREDIT;
 use super::*;
+use crate::port::offload::gso;
 use crate::port::packet::{self, Fault, Opened, PortError};
 use crate::port::{Burst, Frame, NeverReason, RxQueue, Sent, TxQueue, VnetHdr};
 use crate::sys::{FrameBuf, frame_io, process, tun};
@@ -67,6 +68,51 @@ fn tso(payload: usize, mss: u16) -> (VnetHdr, Vec<u8>) {
     (vnet, f)
 }
 
+/// Datagrams over IPv4 with `payload` bytes together, to be cut at `size` bytes.
+fn uso(payload: usize, size: u16) -> (VnetHdr, Vec<u8>) {
+    let (_, tcp) = tso(payload, size);
+    let mut f = tcp[..34].to_vec();
+    let total = (28 + payload) as u16;
+    f[16..18].copy_from_slice(&total.to_be_bytes());
+    f[23] = 17;
+    f[24..26].fill(0);
+    let sum = !ones(&f[14..34], 0);
+    f[24..26].copy_from_slice(&sum.to_be_bytes());
+    let pseudo = ones(&f[26..34], 17 + u32::from(total - 20));
+    f.extend([0x10, 0x00, 0x20, 0x00]);
+    f.extend((total - 20).to_be_bytes());
+    f.extend(pseudo.to_be_bytes());
+    f.extend(&tcp[54..]);
+    let [lo, hi] = size.to_le_bytes();
+    (VnetHdr([1, gso::UDP_L4, 42, 0, lo, hi, 34, 0, 6, 0]), f)
+}
+
+/// Whether this kernel knows bursts of datagrams (Linux 6.2).
+fn has_uso() -> bool {
+    let fd = tun::open_tap("probe", false).expect("TAP");
+    let has = tun::set_offloads(fd.as_fd(), tun::OFFLOADS | tun::USO).is_ok();
+    if !has {
+        eprintln!("this kernel knows no USO: only the way around it is tested");
+    }
+    has
+}
+
+/// The payload of datagrams of at most `size` bytes of it, each complete.
+fn datagrams(got: &[Copied], size: usize) -> Vec<u8> {
+    let mut payload = Vec::new();
+    for (v, f) in got {
+        assert_eq!((v.gso_type(), v.flags() & VnetHdr::F_NEEDS_CSUM), (0, 0));
+        assert!(f.len() <= 42 + size);
+        let udp = (f.len() - 34) as u32;
+        assert_eq!(
+            ones(&f[34..], u32::from(ones(&f[26..34], 17 + udp))),
+            0xffff
+        );
+        payload.extend(&f[42..]);
+    }
+    payload
+}
+
 fn ones(bytes: &[u8], start: u32) -> u16 {
     let words = bytes
         .chunks(2)
@@ -112,6 +158,10 @@ fn receive(rx: &mut dyn RxQueue, enough: usize, wanted: fn(&[u8]) -> bool) -> Ve
 
 fn is_numbered(f: &[u8]) -> bool {
     number(f).is_some()
+}
+
+fn is_udp(f: &[u8]) -> bool {
+    f.get(12..14) == Some(&[8, 0]) && f.get(23) == Some(&17)
 }
 
 fn is_tcp(f: &[u8]) -> bool {
@@ -176,6 +226,49 @@ fn a_segmentation_request_passes_whole_in_both_directions() {
         let got = receive(&mut *e.rx, 1, is_tcp);
         assert_eq!(got[0].0, vnet);
         assert_eq!(got[0].1, frame);
+    });
+}
+
+#[test]
+fn a_burst_of_datagrams_passes_whole_in_both_directions() {
+    in_namespace(|| {
+        let uso_here = has_uso();
+        let (mut e, mut u) = pair();
+        for payload in [5000, 60_000] {
+            let (vnet, frame) = uso(payload, 1400);
+            let pieces = payload.div_ceil(1400);
+            assert_eq!(send(&mut *e.tx, vnet, &frame), Sent::Yes);
+            let want = if uso_here { 1 } else { pieces };
+            let got = receive(&mut *u.rx, want, is_udp);
+            if uso_here {
+                assert_eq!(got, [(vnet, frame.clone())]);
+            } else {
+                assert_eq!(datagrams(&got, 1400), frame[42..]);
+            }
+            assert_eq!(send(&mut *u.tx, vnet, &frame), Sent::Yes);
+            let got = receive(&mut *e.rx, want, is_udp);
+            if uso_here {
+                assert_eq!(got, [(vnet, frame)]);
+            } else {
+                assert_eq!(datagrams(&got, 1400), frame[42..]);
+            }
+        }
+    });
+}
+
+/// As QEMU before 8.2 is one.
+#[test]
+fn a_reader_without_uso_gets_datagrams() {
+    in_namespace(|| {
+        let (tap, mut q, qemu) = vm();
+        tun::set_offloads(qemu.as_fd(), 0).expect("offloads");
+        let (vnet, frame) = uso(10_000, 1400);
+        for _ in 0..3 {
+            assert_eq!(send(&mut *q.tx, vnet, &frame), Sent::Yes);
+            let back = tap.read_back(usize::MAX).expect("read back");
+            assert_eq!(back.len(), 8);
+            assert_eq!(datagrams(&back, 1400), frame[42..]);
+        }
     });
 }
 

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::vm::VmTap;
+use crate::port::offload::pieces::Pieces;
 use crate::port::packet::{Health, refused};
 use crate::port::{Frame, NeverReason, Sent, TxQueue, VnetHdr};
 use crate::sys::packet::PacketSocket;
@@ -39,6 +40,8 @@ pub(super) struct VmTapTx {
     pub(super) direct: PacketSocket,
     /// Through it: the kernel segments.
     pub(super) segmenting: PacketSocket,
+    /// For [`VmTapTx::direct`].
+    pub(super) pieces: Pieces,
     pub(super) health: Arc<Health>,
     pub(super) credit: u32,
     pub(super) down_until: Option<Instant>,
@@ -63,8 +66,8 @@ impl TxQueue for VmTapTx {
         if is_gso(frame) && pending(&mut self.segment_until) {
             return self.send_segmented(frame);
         }
-        match self.direct.send(frame) {
-            Ok(()) => self.sent(1),
+        match self.pieces.send(frame, |f| self.direct.send(f)) {
+            Ok(frames) => self.sent(frames),
             Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => self.dropped(frame, &e),
             Err(e) => refused(&e, &self.health),
         }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::reader::Reader;
 use super::tx::{CREDIT, VmTapTx};
 use crate::port::VnetHdr;
+use crate::port::offload::pieces::Pieces;
 use crate::port::packet::{Health, Opened, PacketRx, PortError};
 use crate::sys::netdev::DeviceControl;
 use crate::sys::packet::{Direction, PacketSocket};
@@ -166,6 +167,7 @@ impl VmTap {
             tap: Arc::clone(self),
             direct: open(true)?,
             segmenting: open(false)?,
+            pieces: Pieces::default(),
             health: Arc::clone(&self.health),
             credit: 0,
             down_until: None,

@@ -3,6 +3,8 @@
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use virtio_bindings::{virtio_config, virtio_net, virtio_ring};
 
+use crate::port::offload::Offloads;
+
 /// `VHOST_F_LOG_ALL`: mark dirty pages (vhost-user, "Migration").
 pub const LOG_ALL: u64 = 1 << 26;
 /// `VHOST_USER_F_PROTOCOL_FEATURES`.
@@ -23,6 +25,9 @@ const GUEST_CSUM: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_CSUM;
 const GUEST_TSO4: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_TSO4;
 const GUEST_TSO6: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_TSO6;
 const GUEST_ECN: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_ECN;
+const GUEST_USO4: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_USO4;
+const GUEST_USO6: u64 = 1 << virtio_net::VIRTIO_NET_F_GUEST_USO6;
+const HOST_USO: u64 = 1 << virtio_net::VIRTIO_NET_F_HOST_USO;
 /// `VIRTIO_NET_F_MQ`: several queue pairs (virtio 1.2, 5.1.6.5.5).
 pub const MQ: u64 = 1 << virtio_net::VIRTIO_NET_F_MQ;
 // The guest announces itself after a migration; QEMU handles the announcement itself, but masks the bit with ours.
@@ -44,6 +49,9 @@ pub const OFFERED: u64 = VERSION_1
     | GUEST_TSO4
     | GUEST_TSO6
     | GUEST_ECN
+    | GUEST_USO4
+    | GUEST_USO6
+    | HOST_USO
     | GUEST_ANNOUNCE
     | MQ
     | LOG_ALL
@@ -52,19 +60,6 @@ pub const OFFERED: u64 = VERSION_1
 /// The protocol features of a port: only what the `vhost` crate dispatches and [`super::session`] answers.
 pub fn protocol() -> Protocol {
     Protocol::MQ | Protocol::LOG_SHMFD | Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS
-}
-
-/// Offloads that one side of a ring has agreed to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Offloads {
-    /// Partial checksums.
-    pub csum: bool,
-    /// TCP segmentation over IPv4.
-    pub tso4: bool,
-    /// TCP segmentation over IPv6.
-    pub tso6: bool,
-    /// Segmentation of TCP with ECN.
-    pub ecn: bool,
 }
 
 /// What the accepted features mean for the rings of a port.
@@ -99,42 +94,17 @@ impl RingFeatures {
                 tso4: has(HOST_TSO4),
                 tso6: has(HOST_TSO6),
                 ecn: has(HOST_ECN),
+                uso4: has(HOST_USO),
+                uso6: has(HOST_USO),
             },
             guest: Offloads {
                 csum: has(GUEST_CSUM),
                 tso4: has(GUEST_TSO4),
                 tso6: has(GUEST_TSO6),
                 ecn: has(GUEST_ECN),
+                uso4: has(GUEST_USO4),
+                uso6: has(GUEST_USO6),
             },
-        }
-    }
-}
-
-/// `gso_type` without the ECN bit (virtio 1.2, 5.1.6).
-pub mod gso {
-    /// One frame.
-    pub const NONE: u8 = 0;
-    /// TCP over IPv4.
-    pub const TCPV4: u8 = 1;
-    /// TCP over IPv6.
-    pub const TCPV6: u8 = 4;
-    /// TCP with ECN, a flag.
-    pub const ECN: u8 = 0x80;
-}
-
-impl Offloads {
-    /// Whether this side takes a segmentation request of this type.
-    pub fn takes_gso(&self, gso_type: u8) -> bool {
-        if gso_type == gso::NONE {
-            return true;
-        }
-        if gso_type & gso::ECN != 0 && !self.ecn {
-            return false;
-        }
-        match gso_type & !gso::ECN {
-            gso::TCPV4 => self.tso4,
-            gso::TCPV6 => self.tso6,
-            _ => false,
         }
     }
 }

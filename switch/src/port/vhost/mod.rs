@@ -6,7 +6,6 @@
 //! - [`session`]: one connection's requests; decides which rings run and attaches them
 //! - [`live`]: what changes under a running ring (memory, log, call) without stopping it
 //! - [`rx`], [`tx`]: the loops, which a worker runs; [`ring`]: the layout they run on
-//! - [`csum`], [`cut`]: what a guest without offloads is spared
 //! - [`dirty`]: the log for live migration
 //!
 //! Invariant: nothing here waits for a guest, and nothing a guest writes makes the data path panic, log or run long.
@@ -24,8 +23,6 @@ use std::thread::JoinHandle;
 use super::{Attach, QUEUES};
 
 mod conn;
-pub mod csum;
-pub mod cut;
 pub mod dirty;
 mod early;
 pub mod features;

@@ -11,10 +11,11 @@ use std::sync::atomic::{Ordering, fence};
 
 use arrayvec::ArrayVec;
 
-use super::features::{Offloads, RingFeatures, gso};
+use super::features::RingFeatures;
 use super::live::{Gate, clear, signal};
 use super::ring::{Broken, Chain, Direction, Pieces, Plain, Plains, Pos, Ring};
 use crate::mem::Seg;
+use crate::port::offload::{Offloads, gso};
 use crate::port::{
     BURST, Burst, FRAME_MAX, FRAME_MIN, Frame, HEAD, PLAIN_HDR, RxErrors, RxQueue, SEGS, VnetHdr,
 };
@@ -519,7 +520,7 @@ fn checked(h: VnetHdr, len: usize, host: &Offloads) -> Option<VnetHdr> {
     }
     if h.gso_type() != gso::NONE {
         let gso_size = u16::from_le_bytes([h.0[4], h.0[5]]);
-        if !needs_csum || gso_size == 0 || !host.takes_gso(h.gso_type()) {
+        if !needs_csum || gso_size == 0 || !host.takes_gso(h.gso_type(), &[]) {
             return None;
         }
         out[1] = h.gso_type();
@@ -698,7 +699,7 @@ mod tests {
             csum: true,
             tso4: true,
             tso6: true,
-            ecn: false,
+            ..Offloads::default()
         };
         let tso = VnetHdr([1, 1, 66, 0, 0xb4, 5, 34, 0, 16, 0]);
         assert_eq!(checked(tso, 4000, &all), Some(tso));
@@ -711,8 +712,18 @@ mod tests {
         no_csum.0[0] = 0;
         assert_eq!(checked(no_csum, 4000, &all), None);
         let mut udp = tso;
-        udp.0[1] = 3;
-        assert_eq!(checked(udp, 4000, &all), None);
+        for kind in [3, gso::UDP_L4] {
+            udp.0[1] = kind;
+            assert_eq!(checked(udp, 4000, &all), None);
+        }
+        let uso = Offloads {
+            uso4: true,
+            uso6: true,
+            ..all
+        };
+        assert_eq!(checked(udp, 4000, &uso), Some(udp));
+        udp.0[1] |= gso::ECN;
+        assert_eq!(checked(udp, 4000, &uso), None);
         assert_eq!(
             checked(VnetHdr([2, 0, 9, 9, 9, 9, 9, 9, 9, 9]), 60, &all),
             Some(VnetHdr::default())

@@ -8,13 +8,13 @@ use std::sync::atomic::{Ordering, fence};
 
 use arrayvec::ArrayVec;
 
-use super::csum;
-use super::cut::Cut;
-use super::features::{RingFeatures, gso};
+use super::features::RingFeatures;
 use super::live::{Gate, signal};
 use super::ring::{Broken, Chain, Direction, Piece, Pieces, Plain, Plains, Pos, Ring};
 use super::rx::copy_head;
 use crate::mem::prefetch_to_write;
+use crate::port::offload::cut::Cut;
+use crate::port::offload::{csum, gso};
 use crate::port::{BURST, FRAME_MAX, Frame, NeverReason, PLAIN_HDR, SEGS, Sent, TxQueue, VnetHdr};
 
 /// See the module's text.
@@ -148,7 +148,7 @@ impl<R: Ring> Tx<R> {
         let needs_csum = frame.vnet.flags() & VnetHdr::F_NEEDS_CSUM != 0;
         let csum_here = needs_csum && !guest.csum;
         let is_gso = frame.vnet.gso_type() != gso::NONE;
-        if !guest.takes_gso(frame.vnet.gso_type()) || (csum_here && is_gso) {
+        if !guest.takes_gso(frame.vnet.gso_type(), frame.head()) || (csum_here && is_gso) {
             return self.send_cut(frame);
         }
         let mut hdr = [0u8; 12];

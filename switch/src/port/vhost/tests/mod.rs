@@ -35,7 +35,8 @@ pub const INDIRECT: u64 = 1 << 28;
 pub const EVENT_IDX: u64 = 1 << 29;
 pub const PACKED: u64 = super::features::RING_PACKED;
 pub const MRG: u64 = 1 << 15;
-pub const OFFLOADS: u64 = 0b11 | 1 << 7 | 1 << 8 | 1 << 11 | 1 << 12;
+pub const USO: u64 = 0b111 << 54;
+pub const OFFLOADS: u64 = 0b11 | 1 << 7 | 1 << 8 | 1 << 11 | 1 << 12 | USO;
 
 /// The guest's memory, seen by the driver through the file: no mapping, no unsafe.
 #[derive(Clone)]

@@ -1,6 +1,7 @@
 //! What goes in comes out, in every shape of ring.
 
 use super::*;
+use crate::port::offload::gso;
 use crate::port::{BURST, Burst, FRAME_MAX, Frame, NeverReason, Sent, VnetHdr};
 
 fn shapes() -> impl Iterator<Item = u64> {
@@ -156,7 +157,7 @@ fn a_receiver_without_offload_gets_a_checksum() {
     let (h, got) = w.tx.driver.received(12, false).remove(0);
     assert_eq!(h[..10], [0; 10]);
     let mut want = f.clone();
-    assert!(super::super::csum::complete(&mut want, 34, 16));
+    assert!(crate::port::offload::csum::complete(&mut want, 34, 16));
     assert_ne!(want, f);
     assert_eq!(got, want);
 }
@@ -216,6 +217,64 @@ fn a_receiver_without_segmentation_gets_all_of_a_big_frame_in_small_ones_or_noth
         let tiny = VnetHdr([1, 1, 54, 0, 100, 0, 34, 0, 16, 0]);
         let never = w.tx.queue.send(&Frame::from_slice(tiny, &f));
         assert_eq!(never, Sent::Never(NeverReason::Offload));
+    }
+}
+
+/// UDP over IPv4 or IPv6 with `payload` bytes of zero, cut at `size`.
+fn uso(v6: bool, payload: usize, size: u16) -> (VnetHdr, Vec<u8>) {
+    let mut f = vec![2; 12];
+    if v6 {
+        f.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 0, 17, 64]);
+        f.extend([9; 32]);
+    } else {
+        f.extend([
+            8, 0, 0x45, 0, 0, 0, 0, 1, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2,
+        ]);
+    }
+    let udp = f.len() as u8;
+    f.extend([0, 9, 0, 9, 0, 0, 0, 0]);
+    f.extend(frame(5, payload));
+    let [lo, hi] = size.to_le_bytes();
+    let vnet = VnetHdr([1, gso::UDP_L4, udp + 8, 0, lo, hi, udp, 0, 6, 0]);
+    (vnet, f)
+}
+
+#[test]
+fn a_burst_of_datagrams_passes_whole_where_it_may_and_is_cut_where_it_must() {
+    let csum = 1 << virtio_bindings::virtio_net::VIRTIO_NET_F_GUEST_CSUM;
+    let uso4 = 1 << virtio_bindings::virtio_net::VIRTIO_NET_F_GUEST_USO4;
+    for packed in [0, PACKED] {
+        for (bits, takes) in [
+            (OFFLOADS, [true, true]),
+            (OFFLOADS & !USO, [false, false]),
+            (csum | uso4, [true, false]),
+            (0, [false, false]),
+        ] {
+            let bits = bits | VERSION_1 | MRG | packed;
+            for v6 in [false, true] {
+                let (vnet, f) = uso(v6, 10_000, 1200);
+                let mut w = World::new(bits | OFFLOADS);
+                let mut sent = vnet.0.to_vec();
+                sent.extend([0, 0]);
+                sent.extend(&f);
+                assert!(w.rx.driver.send(&sent, 3, false));
+                let mut out = Burst::new();
+                w.rx.queue.burst(&mut out);
+                assert_eq!((out.len(), out[0].vnet), (1, vnet));
+                let mut to = World::new(bits);
+                fill(&mut to.tx.driver, true);
+                assert_eq!(to.tx.queue.send(&out[0]), Sent::Yes);
+                to.tx.queue.flush();
+                let got = to.tx.driver.received(12, true);
+                if takes[usize::from(v6)] {
+                    assert_eq!(got.len(), 1, "{bits:#x}");
+                    assert_eq!((&got[0].0[..10], &got[0].1), (&vnet.0[..], &f));
+                } else {
+                    assert_eq!(got.len(), 9, "{bits:#x}");
+                    assert!(got.iter().all(|(hdr, _)| hdr[..10] == [0; 10]));
+                }
+            }
+        }
     }
 }
 

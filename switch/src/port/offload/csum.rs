@@ -7,13 +7,17 @@ pub fn complete(frame: &mut [u8], start: usize, offset: usize) -> bool {
     if field + 2 > frame.len() {
         return false;
     }
-    // A zero would mean "no checksum" in UDP; the other form of zero is right for all (RFC 768).
-    let sum = match !sum(&frame[start..]) {
-        0 => 0xffff,
-        s => s,
-    };
+    let sum = written(!sum(&frame[start..]));
     frame[field..field + 2].copy_from_slice(&sum.to_be_bytes());
     true
+}
+
+/// A checksum as it is written. A zero would mean "no checksum" in UDP; the other form of zero is right for all (RFC 768).
+pub fn written(sum: u16) -> u16 {
+    match sum {
+        0 => 0xffff,
+        s => s,
+    }
 }
 
 /// The sum of two sums.

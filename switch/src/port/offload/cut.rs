@@ -1,14 +1,13 @@
-//! TCP segmentation for a receiver that does not take it: a big frame becomes small ones with complete checksums.
+//! TCP and UDP segmentation for a receiver that does not take it: a big frame becomes small ones with complete checksums.
 //!
-//! Pure, and total over any bytes: what is no TCP over IP as its offload request says is `None`.
+//! Pure, and total over any bytes: what is no TCP or UDP over IP as its offload request says is `None`.
 
-use super::csum;
-use super::features::gso;
-use crate::port::VnetHdr;
+use super::{VnetHdr, csum, ether_type, gso};
 
 /// Ethernet with two tags, IPv4 with options (or IPv6), TCP with options: 22 + 60 + 60.
 const FRONT_MAX: usize = 142;
 const TCP: u8 = 6;
+const UDP: u8 = 17;
 /// TCP's flags (RFC 9293, 3.1).
 const FIN: u8 = 1;
 const PSH: u8 = 8;
@@ -17,61 +16,68 @@ const CWR: u8 = 0x80;
 /// A frame that is being cut.
 pub struct Cut<'a> {
     front: [u8; FRONT_MAX],
-    /// Where IP begins, where TCP begins, where its payload begins.
+    /// Where IP begins, where TCP or UDP begins, where its payload begins.
     at: [usize; 3],
     is_v6: bool,
+    kind: Kind,
     payload: &'a [u8],
     mss: usize,
     done: usize,
     /// Of the whole frame.
-    seq: u32,
     id: u16,
-    flags: u8,
+}
+
+/// What is cut, with what of the whole frame differs from piece to piece.
+#[derive(Clone, Copy)]
+enum Kind {
+    Tcp { seq: u32, flags: u8 },
+    Udp,
 }
 
 impl<'a> Cut<'a> {
     /// Of a whole frame in memory that nobody else writes, and its offload request.
     pub fn new(vnet: VnetHdr, frame: &'a [u8]) -> Option<Cut<'a>> {
         let be16 = |at: usize| Some(u16::from_be_bytes([*frame.get(at)?, *frame.get(at + 1)?]));
-        let mut ip = 12;
-        let mut kind = be16(ip)?;
-        for _ in 0..2 {
-            if matches!(kind, 0x8100 | 0x88a8) {
-                ip += 4;
-                kind = be16(ip)?;
-            }
-        }
-        ip += 2;
+        let (ether, ip) = ether_type(frame)?;
         let first = *frame.get(ip)?;
-        let (is_v6, tcp, protocol) = match (vnet.gso_type() & !gso::ECN, kind, first >> 4) {
-            // A fragment is none of TCP's; IPv6 with extension headers is nothing that a guest lets others cut.
-            (gso::TCPV4, 0x0800, 4) if be16(ip + 6)? & 0x3fff == 0 => {
+        let (is_v6, l4, protocol) = match (ether, first >> 4) {
+            // A fragment has no header of its own; IPv6 with extension headers is nothing that a guest lets others cut.
+            (0x0800, 4) if be16(ip + 6)? & 0x3fff == 0 => {
                 (false, ip + usize::from(first & 15) * 4, ip + 9)
             }
-            (gso::TCPV6, 0x86dd, 6) => (true, ip + 40, ip + 6),
+            (0x86dd, 6) => (true, ip + 40, ip + 6),
             _ => return None,
         };
-        let payload = tcp + usize::from(*frame.get(tcp + 12)? >> 4) * 4;
+        let (kind, payload) = match (vnet.gso_type(), *frame.get(protocol)?, is_v6) {
+            (gso::UDP_L4, UDP, _) => (Kind::Udp, l4 + 8),
+            (t, TCP, v6) if t & !gso::ECN == if v6 { gso::TCPV6 } else { gso::TCPV4 } => {
+                let payload = l4 + usize::from(*frame.get(l4 + 12)? >> 4) * 4;
+                if payload < l4 + 20 {
+                    return None;
+                }
+                let seq = u32::from_be_bytes(*frame.get(l4 + 4..)?.first_chunk()?);
+                let flags = *frame.get(l4 + 13)?;
+                (Kind::Tcp { seq, flags }, payload)
+            }
+            _ => return None,
+        };
         let mss = usize::from(vnet.gso_size());
-        let long_enough = tcp >= ip + 20 && payload >= tcp + 20 && payload < frame.len();
-        if *frame.get(protocol)? != TCP || !long_enough || mss == 0 {
+        if l4 < ip + 20 || payload >= frame.len() || mss == 0 {
             return None;
         }
         let mut front = [0; FRONT_MAX];
         front
             .get_mut(..payload)?
             .copy_from_slice(frame.get(..payload)?);
-        let seq = frame.get(tcp + 4..)?.first_chunk()?;
         Some(Cut {
             front,
-            at: [ip, tcp, payload],
+            at: [ip, l4, payload],
             is_v6,
+            kind,
             payload: frame.get(payload..)?,
             mss,
             done: 0,
-            seq: u32::from_be_bytes(*seq),
             id: be16(ip + 4)?,
-            flags: *frame.get(tcp + 13)?,
         })
     }
 
@@ -85,7 +91,7 @@ impl<'a> Cut<'a> {
     pub fn next_frame(&mut self) -> Option<(&[u8], &'a [u8])> {
         let rest = self.payload.get(self.done..).filter(|r| !r.is_empty())?;
         let (part, behind) = rest.split_at(self.mss.min(rest.len()));
-        let [ip, tcp, end] = self.at;
+        let [ip, l4, end] = self.at;
         let number = self.done / self.mss;
         let mut put = |at: usize, bytes: &[u8]| {
             self.front[at..at + bytes.len()].copy_from_slice(bytes);
@@ -98,24 +104,26 @@ impl<'a> Cut<'a> {
             put(ip + 4, &self.id.wrapping_add(number as u16).to_be_bytes());
             put(ip + 10, &[0; 2]);
         }
-        put(
-            tcp + 4,
-            &self.seq.wrapping_add(self.done as u32).to_be_bytes(),
-        );
-        let first = if number == 0 {
-            self.flags
-        } else {
-            self.flags & !CWR
+        let (protocol, field) = match self.kind {
+            Kind::Tcp { seq, mut flags } => {
+                if number > 0 {
+                    flags &= !CWR;
+                }
+                if !behind.is_empty() {
+                    flags &= !(FIN | PSH);
+                }
+                put(l4 + 4, &seq.wrapping_add(self.done as u32).to_be_bytes());
+                put(l4 + 13, &[flags]);
+                (TCP, l4 + 16)
+            }
+            Kind::Udp => {
+                put(l4 + 4, &length(l4));
+                (UDP, l4 + 6)
+            }
         };
-        let flags = if behind.is_empty() {
-            first
-        } else {
-            first & !(FIN | PSH)
-        };
-        put(tcp + 13, &[flags]);
-        put(tcp + 16, &[0; 2]);
+        put(field, &[0; 2]);
         if !self.is_v6 {
-            let sum = !csum::sum(&self.front[ip..tcp]);
+            let sum = !csum::sum(&self.front[ip..l4]);
             self.front[ip + 10..ip + 12].copy_from_slice(&sum.to_be_bytes());
         }
         let addresses = if self.is_v6 {
@@ -123,15 +131,15 @@ impl<'a> Cut<'a> {
         } else {
             ip + 12..ip + 20
         };
-        let [high, low] = length(tcp);
+        let [high, low] = length(l4);
         let sums = [
             csum::sum(&self.front[addresses]),
-            csum::sum(&[0, TCP, high, low]),
-            csum::sum(&self.front[tcp..end]),
+            csum::sum(&[0, protocol, high, low]),
+            csum::sum(&self.front[l4..end]),
             csum::sum(part),
         ];
-        let sum = !sums.into_iter().fold(0, csum::add);
-        self.front[tcp + 16..tcp + 18].copy_from_slice(&sum.to_be_bytes());
+        let sum = csum::written(!sums.into_iter().fold(0, csum::add));
+        self.front[field..field + 2].copy_from_slice(&sum.to_be_bytes());
         self.done += part.len();
         Some((&self.front[..end], part))
     }
@@ -191,6 +199,48 @@ mod tests {
             16,
             0,
         ])
+    }
+
+    /// A datagram, complete, as the specifications say (RFC 768, 791, 8200), byte by byte.
+    fn datagram(v6: bool, tags: usize, options: usize, id: u16, payload: &[u8]) -> Vec<u8> {
+        let mut f = vec![2; 12];
+        for _ in 0..tags {
+            f.extend([0x88, 0xa8, 0, 7]);
+        }
+        let size = (8 + payload.len()) as u16;
+        let addresses = if v6 {
+            f.extend([0x86, 0xdd, 0x60, 0, 0, 1]);
+            f.extend(size.to_be_bytes());
+            f.extend([UDP, 64]);
+            f.extend((0..32).map(|n| n * 5));
+            f[f.len() - 32..].to_vec()
+        } else {
+            let mut ip = vec![0x45 + options as u8, 0];
+            ip.extend((size + 20 + 4 * options as u16).to_be_bytes());
+            ip.extend(id.to_be_bytes());
+            ip.extend([0x40, 0, 64, UDP, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+            ip.extend((0..4 * options).map(|_| 1));
+            let [high, low] = (!(plain_sum(&[&ip]) as u16)).to_be_bytes();
+            (ip[10], ip[11]) = (high, low);
+            f.extend([8, 0]);
+            f.extend(&ip);
+            ip[12..20].to_vec()
+        };
+        let [high, low] = size.to_be_bytes();
+        let mut udp = vec![0x30, 0x39, 0, 53, high, low, 0, 0];
+        udp.extend(payload);
+        let sum = match !(plain_sum(&[&addresses, &[0, UDP, high, low], &udp]) as u16) {
+            0 => 0xffff,
+            sum => sum,
+        };
+        udp[6..8].copy_from_slice(&sum.to_be_bytes());
+        f.extend(udp);
+        f
+    }
+
+    fn uso(ip: usize, size: u16) -> VnetHdr {
+        let [lo, hi] = size.to_le_bytes();
+        VnetHdr([1, gso::UDP_L4, 0, 0, lo, hi, ip as u8, 0, 6, 0])
     }
 
     /// The ones' complement sum, word by word.
@@ -254,13 +304,40 @@ mod tests {
         }
 
         #[test]
+        fn a_burst_of_datagrams_becomes_what_its_sender_would_have_sent_one_by_one(
+            v6: bool, tags in 0usize..3, options in 0usize..11, size in 1u16..2000, id: u16,
+            payload in proptest::collection::vec(prop_oneof![Just(0u8), any::<u8>()], 1..9000),
+        ) {
+            let options = if v6 { 0 } else { options };
+            // What stands in the lengths and checksums of the whole does not matter.
+            let mut whole = datagram(v6, tags, options, id, &payload);
+            let udp = whole.len() - payload.len() - 8;
+            whole[udp + 4..udp + 8].fill(0xee);
+            let mut cut = Cut::new(uso(udp, size), &whole).unwrap();
+            let lengths: Vec<usize> = cut.lengths().collect();
+            let want: Vec<Vec<u8>> = payload
+                .chunks(usize::from(size))
+                .enumerate()
+                .map(|(n, part)| datagram(v6, tags, options, id.wrapping_add(n as u16), part))
+                .collect();
+            prop_assert_eq!(&lengths, &want.iter().map(Vec::len).collect::<Vec<_>>());
+            for one in want {
+                let (front, part) = cut.next_frame().unwrap();
+                prop_assert_eq!([front, part].concat(), one);
+            }
+            prop_assert!(cut.next_frame().is_none());
+        }
+
+        #[test]
         fn any_bytes_are_cut_or_refused(
             bytes in proptest::collection::vec(any::<u8>(), 0..300), hdr: [u8; 10], v6: bool, at in 0usize..60, with: u8,
         ) {
             let mut near = whole(v6, 0, 2, &bytes, 0);
             near[at] = with;
-            for f in [&bytes, &near] {
-                for h in [VnetHdr(hdr), vnet(v6, 7)] {
+            let mut udp = datagram(v6, 0, 2 * usize::from(!v6), 0, &bytes);
+            udp[at.min(49)] = with;
+            for f in [&bytes, &near, &udp] {
+                for h in [VnetHdr(hdr), vnet(v6, 7), uso(34, 7)] {
                     let Some(mut cut) = Cut::new(h, f) else { continue };
                     let lengths: Vec<usize> = cut.lengths().collect();
                     for n in lengths {
@@ -295,5 +372,14 @@ mod tests {
             assert_eq!(refused, (at, with) != (46, 0xf0), "{at}: {with:#x}");
         }
         assert!(Cut::new(vnet(false, 50), &f[..54]).is_none(), "no payload");
+        assert!(Cut::new(uso(34, 50), &f).is_none(), "TCP is not UDP");
+        let f = datagram(false, 0, 0, 1, &[1; 100]);
+        assert!(Cut::new(uso(34, 50), &f).is_some());
+        assert!(Cut::new(vnet(false, 50), &f).is_none(), "nor UDP TCP");
+        assert!(Cut::new(uso(34, 0), &f).is_none());
+        assert!(Cut::new(uso(34, 50), &f[..42]).is_none(), "no payload");
+        let mut ecn = uso(34, 50);
+        ecn.0[1] |= gso::ECN;
+        assert!(Cut::new(ecn, &f).is_none());
     }
 }
