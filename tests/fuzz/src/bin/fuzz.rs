@@ -38,6 +38,7 @@ unsafe extern "C" fn test(data: *const u8, len: usize) -> c_int {
 /// The crate's own entry, which [`test`] takes the place of.
 // SAFETY: the name is this program's alone.
 #[unsafe(no_mangle)]
+#[allow(improper_ctypes_definitions)]
 extern "C" fn rust_fuzzer_test_input(_: &[u8]) -> c_int {
     0
 }
@@ -87,6 +88,8 @@ fn search(name: &str, target: Target, options: Vec<String>) -> std::io::Result<c
         "gangway-fuzz".to_owned(),
         format!("-artifact_prefix={}-", dir.display()),
         "-max_len=4096".into(),
+        // Inputs are sequences of steps: a short one goes nowhere.
+        "-len_control=10".into(),
         "-timeout=10".into(),
         "-rss_limit_mb=4096".into(),
         "-print_final_stats=1".into(),
