@@ -1,10 +1,12 @@
 //! What a worker sleeps on: an epoll set of the descriptors that its queues wake it with.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::io::IoSliceMut;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use rustix::event::epoll;
+use rustix::io::{Errno, ReadWriteFlags};
 
 /// An epoll set, level-triggered.
 pub struct Poller(OwnedFd);
@@ -58,8 +60,59 @@ pub fn signal_event(fd: BorrowedFd<'_>) {
     let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
 }
 
-/// Clears a non-blocking eventfd.
-pub fn drain_event(fd: BorrowedFd<'_>) {
+/// Clears an eventfd, and never waits: also of one that somebody else has made blocking, for himself and for us
+/// (preadv2(2), `RWF_NOWAIT`). Returns what it counted.
+pub fn drain_event(fd: BorrowedFd<'_>) -> u64 {
     let mut buf = [0; 8];
-    let _ = rustix::io::read(fd, &mut buf[..]);
+    let read = {
+        let mut parts = [IoSliceMut::new(&mut buf)];
+        // The offset says: from where it is.
+        rustix::io::preadv2(fd, &mut parts, u64::MAX, ReadWriteFlags::NOWAIT)
+    };
+    let read = match read {
+        // Before Linux 5.12, where a flag of the file is all there is.
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => rustix::io::read(fd, &mut buf[..]),
+        read => read,
+    };
+    match read {
+        Ok(8) => u64::from_ne_bytes(buf),
+        _ => 0,
+    }
+}
+
+/// Whether it is an eventfd (proc(5), `/proc/pid/fd`): a file's own name starts with a slash.
+pub fn is_eventfd(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+    Ok(link.as_os_str() == "anon_inode:[eventfd]")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd};
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn a_blocking_eventfd_is_drained_without_waiting() {
+        let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        assert_eq!(drain_event(fd.as_fd()), 0);
+        signal_event(fd.as_fd());
+        signal_event(fd.as_fd());
+        assert_eq!(drain_event(fd.as_fd()), 2);
+        assert_eq!(drain_event(fd.as_fd()), 0);
+    }
+
+    #[test]
+    fn an_eventfd_is_told_from_anything_else() {
+        let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        assert!(is_eventfd(fd.as_fd()).unwrap());
+        let dir = tempfile::tempdir().unwrap();
+        let named = std::fs::File::create(dir.path().join("anon_inode:[eventfd]")).unwrap();
+        assert!(!is_eventfd(named.as_fd()).unwrap());
+        let (read, write) = rustix::pipe::pipe().unwrap();
+        assert!(!is_eventfd(read.as_fd()).unwrap());
+        assert!(!is_eventfd(write.as_fd()).unwrap());
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+        assert!(!is_eventfd(epoll.as_fd()).unwrap());
+    }
 }

@@ -149,10 +149,13 @@ pub(super) fn session(stream: UnixStream, shared: &Arc<Shared>) {
         s.connected = false;
         s.features = 0;
         s.logging = false;
-        s.last_error = why;
+        s.last_error.clone_from(&why);
     });
     if !shared.is_stopping() {
-        let text = "no vhost-user front-end".to_owned();
+        let text = match why {
+            Some(why) => format!("no vhost-user front-end; the last one's connection ended: {why}"),
+            None => "no vhost-user front-end".to_owned(),
+        };
         shared.attach.port_error(shared.slot, Some(text));
     }
 }

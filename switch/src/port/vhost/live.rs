@@ -18,6 +18,7 @@
 //! Invariant: a ring takes the lock only after a change.
 
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, compiler_fence};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -276,12 +277,13 @@ impl Drop for Gate {
     }
 }
 
-/// Raises an eventfd (or writes into a pipe, which the specification allows). A full one is raised already.
+/// Raises an eventfd. A full one is raised already. A front-end's could be made blocking by it again, and filled: then this
+/// waits (ADR-0014).
 pub fn signal(fd: &File) {
     let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
 }
 
-/// Clears an eventfd.
+/// Clears an eventfd; never waits.
 pub fn clear(fd: &File) {
-    let _ = rustix::io::read(fd, &mut [0u8; 8]);
+    sys::drain_event(fd.as_fd());
 }

@@ -44,6 +44,7 @@ use super::rx::Rx;
 use super::tx::Tx;
 use crate::mem::guest::{GuestMem, GuestMemError, REGIONS_MAX, Region};
 use crate::port::{QUEUES, TxQueue};
+use crate::sys;
 
 /// Even: the guest's receive rings, where we transmit. Odd: its transmit rings (virtio 1.2, 5.1.2).
 const RINGS: usize = 2 * QUEUES;
@@ -369,9 +370,21 @@ impl Session {
     }
 }
 
-/// An eventfd of the front-end, made non-blocking: a worker must not sleep in it.
-fn event(fd: Option<File>) -> Result<Option<Arc<File>>> {
+/// A descriptor that is not what it should be.
+#[derive(Debug, thiserror::Error)]
+#[error("ring {ring}: the {what} descriptor is no eventfd")]
+struct NoEventfd {
+    ring: u8,
+    what: &'static str,
+}
+
+/// An eventfd of the front-end, made non-blocking: a worker must not sleep in it. What else can be read or written may
+/// block whatever its flags say, or do something when it is.
+fn event(ring: u8, what: &'static str, fd: Option<File>) -> Result<Option<Arc<File>>> {
     let Some(fd) = fd else { return Ok(None) };
+    if !sys::is_eventfd(fd.as_fd()).map_err(refuse)? {
+        return Err(refuse(NoEventfd { ring, what }));
+    }
     let flags = rustix::fs::fcntl_getfl(fd.as_fd()).map_err(refuse)?;
     rustix::fs::fcntl_setfl(fd.as_fd(), flags | rustix::fs::OFlags::NONBLOCK).map_err(refuse)?;
     Ok(Some(Arc::new(fd)))
@@ -507,7 +520,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let kick = event(fd)?;
+        let kick = event(index, "kick", fd)?;
         self.vring(u32::from(index))?;
         self.stop(usize::from(index));
         self.vrings[usize::from(index)].kick = Some(kick);
@@ -516,7 +529,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        let call = event(fd)?;
+        let call = event(index, "call", fd)?;
         let v = self.vring(u32::from(index))?;
         v.call.clone_from(&call);
         let is_running = v.running.is_some();
@@ -531,7 +544,8 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        self.vring(u32::from(index))?.err = event(fd)?;
+        let err = event(index, "error", fd)?;
+        self.vring(u32::from(index))?.err = err;
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 //! the others lose nothing.
 
 use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -63,6 +64,7 @@ struct Switch {
     engine: Arc<Engine>,
     evil: VhostPort,
     socket: PathBuf,
+    a: MemoryPort,
     b: MemoryPort,
     stop: Arc<AtomicBool>,
     sender: JoinHandle<u32>,
@@ -92,7 +94,7 @@ impl Switch {
         let evil = spawn(cfg, engine.clone()).unwrap();
         let stop = Arc::new(AtomicBool::new(false));
         let sender = std::thread::spawn({
-            let stop = stop.clone();
+            let (stop, a) = (stop.clone(), a.clone());
             move || {
                 let mut n = 0;
                 while !stop.load(Ordering::Relaxed) {
@@ -110,6 +112,7 @@ impl Switch {
             engine,
             evil,
             socket,
+            a,
             b,
             stop,
             sender,
@@ -392,6 +395,65 @@ fn a_buffer_that_is_rewritten_is_delivered_as_it_was_looked_at() {
     let evil: Vec<_> = to_b.iter().filter(|f| f[6..12] == mac(9).0).collect();
     assert!(!evil.is_empty());
     assert!(evil.iter().all(|f| f[..6] == mac(2).0));
+    drop(g);
+    s.verdict();
+}
+
+/// A request with a descriptor, from a front-end that has said nothing else.
+fn pass(socket: &std::path::Path, words: &[u32], fd: BorrowedFd<'_>) -> UnixStream {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let mut stream = None;
+    eventually("it listens", || {
+        stream = UnixStream::connect(socket).ok();
+        stream.is_some()
+    });
+    let stream = stream.unwrap();
+    let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [fd];
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+    let parts = [std::io::IoSlice::new(&bytes)];
+    sendmsg(&stream, &parts, &mut control, SendFlags::empty()).unwrap();
+    stream
+}
+
+#[test]
+fn descriptors_that_are_no_eventfds_are_refused() {
+    let s = Switch::new();
+    let (_read, write) = rustix::pipe::pipe().unwrap();
+    // SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR.
+    for (request, what) in [(12, "kick"), (13, "call"), (14, "error")] {
+        let _stream = pass(&s.socket, &[request, 1, 8, 1, 0], write.as_fd());
+        let why = format!("ring 1: the {what} descriptor is no eventfd");
+        eventually(&why, || s.reason().contains(&why));
+        s.goes_on("while it is refused");
+        eventually("it has gone", || !s.evil.state().connected);
+    }
+    s.verdict();
+}
+
+/// The flag is the front-end's as much as ours.
+#[test]
+fn a_kick_that_was_made_blocking_again_stalls_nobody() {
+    let s = Switch::new();
+    let mut g = s.guest(VERSION_1);
+    eventually("the port is well", || s.reason().is_empty());
+    g.block_kick(RX);
+    // The worker sleeps and is woken by the other port, with no kick to read.
+    s.stop.store(true, Ordering::Relaxed);
+    for n in 0..20 {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        let had = s.b.delivered().len();
+        s.a.push(numbered(8, mac(2), n));
+        eventually("the frame of the other port", || {
+            s.b.delivered().len() > had
+        });
+    }
+    let broadcast = numbered(9, MacAddr::BROADCAST, 7);
+    assert!(g.send(&broadcast));
+    g.kick(RX);
+    eventually("its frame", || s.b.delivered().contains(&broadcast));
     drop(g);
     s.verdict();
 }

@@ -212,6 +212,17 @@ impl Guest {
         self.kicks[i].write(1).unwrap();
     }
 
+    /// Takes the flag that does not let a read of the kick wait from the file that both sides have.
+    pub(super) fn block_kick(&self, i: usize) {
+        use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+        let process = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
+        let raw = self.kicks[i].as_raw_fd();
+        let kick = pidfd_getfd(&process, raw, PidfdGetfdFlags::empty()).unwrap();
+        let flags = rustix::fs::fcntl_getfl(&kick).unwrap();
+        assert!(flags.contains(rustix::fs::OFlags::NONBLOCK));
+        rustix::fs::fcntl_setfl(&kick, flags - rustix::fs::OFlags::NONBLOCK).unwrap();
+    }
+
     pub(super) fn offer(&mut self) {
         let d = &mut self.drivers[TX];
         while d.free_descs() > 0 {
