@@ -193,10 +193,10 @@ impl Way {
         home.ip("link set br0 up")?;
         for (device, netns, address) in [("a", &client, CLIENT), ("b", &far, SERVER)] {
             home.ip(&format!(
-                "link add {device} type veth peer name eth0 netns {}",
+                "link add name {device} type veth peer name eth0 netns {}",
                 netns.0
             ))?;
-            home.ip(&format!("link set {device} master br0 up"))?;
+            home.ip(&format!("link set dev {device} master br0 up"))?;
             netns.ip(&format!("addr add {address}/24 dev eth0"))?;
             netns.ip("link set eth0 up")?;
         }
