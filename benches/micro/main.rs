@@ -365,6 +365,8 @@ fn spool(c: &mut Criterion) {
     for bytes in SIZES {
         let bytes_of_it = frame(bytes, 0, 1);
         let f = Frame::from_slice(VnetHdr::default(), &bytes_of_it);
+        let same = |_| Frame::from_slice(VnetHdr::default(), &bytes_of_it);
+        let burst: Vec<Frame<'_>> = (0..BURST).map(same).collect();
         let mut spooled = Spooled::new(&folder.path().join(format!("append-{bytes}")));
         let mut writer = spooled.queue();
         group.bench_function(BenchmarkId::new("append and commit", bytes), |b| {
@@ -374,10 +376,7 @@ fn spool(c: &mut Criterion) {
                         writer = spooled.queue();
                     }
                     timed(|| {
-                        for _ in 0..BURST {
-                            assert!(writer.has_room(f.len));
-                            writer.append(1, f.vnet, &f).expect("room");
-                        }
+                        assert_eq!(writer.append_run(1, &burst), BURST, "room");
                         writer.commit();
                     })
                 })
@@ -391,11 +390,8 @@ fn spool(c: &mut Criterion) {
                         reader = writer.queue().reader();
                     }
                     timed(|| {
-                        for _ in 0..BURST {
-                            let record = reader.peek().expect("intact").expect("a record");
-                            black_box(record.frame.len());
-                            reader.advance();
-                        }
+                        let n = reader.pass_run(BURST, |run| black_box(run.frames).len());
+                        assert_eq!(n, BURST, "intact");
                     })
                 })
             });

@@ -39,15 +39,18 @@ const LONGEST: Duration = Duration::from_secs(20);
 /// How long the spool gets to make segments ready before a freeze.
 const KEEPER: Duration = Duration::from_millis(400);
 const ROUNDS_PER_PAIR: usize = 3;
-/// Bytes of a record before its frame, and what it is rounded up to (docs/formats/spool.md).
-const RECORD_HEADER: u64 = 40;
-const RECORD_ALIGN: u64 = 8;
+/// What full bursts take in the spool (docs/formats/spool.md).
+const BURST: u64 = 32;
+const BATCH_HEADER: u64 = 48;
+const BATCH_ENTRY: u64 = 4;
+const SLOT_FRONT: u64 = 12;
+const SLOT_ALIGN: u64 = 8;
 
 /// Where the segments come from that a freeze fills.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Segments {
-    /// They lie ready, zeroed and faulted in: what the worker can do.
+    /// They lie ready, faulted in: what the worker can do.
     Ready,
     /// Few of them do, as by default; the keeper makes more on the guest's CPU meanwhile.
     Made,
@@ -73,8 +76,9 @@ impl Segments {
 
     /// Frames that a freeze is measured over: most of what the spool holds.
     fn frames(self, bytes: usize) -> f64 {
-        let record = (RECORD_HEADER + bytes as u64).next_multiple_of(RECORD_ALIGN);
-        0.9 * (self.sizes().1 / record) as f64
+        let slot = (SLOT_FRONT + bytes as u64).next_multiple_of(SLOT_ALIGN);
+        let batch = BATCH_HEADER + BURST * (BATCH_ENTRY + slot);
+        0.9 * (self.sizes().1 / batch * BURST) as f64
     }
 }
 

@@ -461,11 +461,17 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// Adds one record: `digest = mix(digest ^ (seq << 32 | crc32c))` with the finalizer of SplitMix64.
-    pub fn add(&mut self, seq: u64, bytes: u32, crc32c: u32) {
-        self.frames += 1;
-        self.bytes += u64::from(bytes);
-        let mut z = self.digest ^ (seq << 32 | u64::from(crc32c));
+    /// Counts records; their batch goes into the digest by [`Tally::mix`].
+    #[inline]
+    pub fn count(&mut self, frames: u64, bytes: u64) {
+        self.frames += frames;
+        self.bytes += bytes;
+    }
+
+    /// Adds one batch to the digest: `digest = mix(digest ^ (first_seq << 32 | checksum))` with the finalizer of SplitMix64.
+    #[inline]
+    pub fn mix(&mut self, first_seq: u64, checksum: u32) {
+        let mut z = self.digest ^ (first_seq << 32 | u64::from(checksum));
         z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

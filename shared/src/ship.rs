@@ -2,7 +2,7 @@
 //!
 //! The source's switch dials (QUIC, ALPN [`ALPN`], mutual TLS) and opens one bidirectional stream for control:
 //! [`ToTarget`] one way, [`ToSource`] the other, each a `u32` length (little endian) and [`crate::codec`] bytes. Then
-//! one unidirectional stream per lane: the same framing for one [`LaneOpen`], then records exactly as in the spool
+//! one unidirectional stream per lane: the same framing for one [`LaneOpen`], then batches exactly as in the spool
 //! (docs/formats/spool.md). After a lost connection the source dials again and [`ToSource::Welcome`] says where each
 //! lane goes on.
 
@@ -12,7 +12,7 @@ use crate::api::{Refusal, Tally};
 use crate::id::{HoldId, LaneKey};
 
 /// The QUIC application protocol of shipments.
-pub const ALPN: &[u8] = b"gangway-ship/1";
+pub const ALPN: &[u8] = b"gangway-ship/2";
 
 /// From the source's switch.
 #[derive(Debug, Clone, PartialEq, SchemaRead, SchemaWrite)]
@@ -79,6 +79,6 @@ pub enum ToSource {
 pub struct LaneOpen {
     /// As numbered by [`ToTarget::Lane`].
     pub lane: u32,
-    /// The sequence number of the first record that follows.
+    /// The sequence number of the first record that follows, or an earlier one.
     pub first_seq: u64,
 }

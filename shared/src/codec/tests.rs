@@ -160,7 +160,8 @@ fn requests_are_bincode_s_bytes() {
 
 fn tally(seed: u64) -> Tally {
     let mut t = Tally::default();
-    t.add(seed, seed as u32, !seed as u32);
+    t.count(1, u64::from(seed as u32));
+    t.mix(seed, !seed as u32);
     t
 }
 

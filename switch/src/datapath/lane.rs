@@ -22,13 +22,12 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use arrayvec::ArrayVec;
 use gangway_shared::api::Tally;
 
 use super::backlog::Backlog;
 use super::stats::Drop;
 use crate::port::{Frame, Sent};
-use crate::spool::{RUN, Reader, Writer};
+use crate::spool::{Reader, Writer};
 
 /// What a drain has delivered of one queue; written by the worker, read by control.
 #[derive(Debug, Default)]
@@ -232,7 +231,7 @@ impl Lane {
             },
         };
         writer
-            .append(now_ns(), frame.vnet, frame)
+            .append(now_ns(), frame)
             .map(drop)
             .map_err(|_| Drop::Full)
     }
@@ -282,8 +281,7 @@ impl Lane {
         }
         let mut lost = 0;
         while let Some(f) = self.backlog.front() {
-            lost +=
-                u64::from(!writer.has_room(f.len) || writer.append(now_ns, f.vnet, &f).is_err());
+            lost += u64::from(!writer.has_room(f.len) || writer.append(now_ns, &f).is_err());
             self.backlog.pop();
         }
         writer.commit();
@@ -387,12 +385,7 @@ impl Source {
 
     fn pass(&mut self, left: &mut usize, to: &mut dyn Sink, count: &mut dyn FnMut(Drop)) -> bool {
         while *left > 0 {
-            let sent = self.reader.pass_run(*left, |records| {
-                let frames = records.iter();
-                let run: ArrayVec<Frame<'_>, RUN> =
-                    frames.map(|r| Frame::from_slice(r.vnet, r.frame)).collect();
-                to.send_run(&run)
-            });
+            let sent = self.reader.pass_run(*left, |run| to.send_run(run.frames));
             if sent > 0 {
                 *left -= sent;
                 continue;

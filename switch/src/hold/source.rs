@@ -507,7 +507,7 @@ fn read_back(host: &Host, hold: HoldId, l: &mut Lane, until: Instant) -> Result<
             break;
         };
         let frame = Frame::from_slice(vnet, &bytes);
-        if writer.append(now_ns(), vnet, &frame).is_err() {
+        if writer.append(now_ns(), &frame).is_err() {
             let what = format!(
                 "a frame from the TAP queue of port {} is lost: the spool refuses it although it has room",
                 l.key.to

@@ -6,7 +6,7 @@
 //! Hello{hold, ticket} ------------------->  known? ticket? this host?
 //!                      <------------------  Welcome{lane, last safe seq}...   or Refused
 //! Lane{0, key} ... ---------------------->  makes a queue
-//! stream per lane: LaneOpen, records ---->  checks, appends, commits, syncs
+//! stream per lane: LaneOpen, batches ---->  checks, appends, commits, syncs
 //!                      <------------------  Ack{lane, seq, tally}
 //! End{lane, tally} ---------------------->  same tally? seals, syncs
 //!                      <------------------  Ack{complete}

@@ -1,4 +1,4 @@
-//! The target's work on one connection: queues for the lanes, records into them, syncs, acknowledgements.
+//! The target's work on one connection: queues for the lanes, batches into them, syncs, acknowledgements.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,8 +17,8 @@ use super::accept::{malformed, refuse};
 use super::incoming::{Incoming, Lane};
 use super::wire::{self, lost};
 use super::{LANES_MAX, ShipError};
-use crate::spool::format::stream_len;
-use crate::spool::{Kind, Queue, RejectedRecord, Writer, sync_all};
+use crate::spool::format::wire_len;
+use crate::spool::{Kind, Queue, RejectedBatch, Writer, sync_all};
 
 /// Acknowledgements that nobody waits for go out together, this far apart.
 const CALM: Duration = Duration::from_millis(1);
@@ -311,17 +311,14 @@ async fn stream(
         loop {
             let garbage =
                 |e: &dyn std::fmt::Display| ShipError::Protocol(format!("lane {lane}: {e}"));
-            let Some(len) = stream_len(&buf).map_err(|e| garbage(&e))? else {
+            let Some(len) = wire_len(&buf).map_err(|e| garbage(&e))? else {
                 break;
             };
-            let Some(record) = buf.get(..len) else { break };
-            match writer.append_record(record) {
-                Ok(_) => buf.advance(len),
-                // Sent again after a lost connection.
-                Err(RejectedRecord::Sequence { found, expected }) if found < expected => {
-                    buf.advance(len);
-                }
-                Err(RejectedRecord::NoRoom(_)) => {
+            let Some(batch) = buf.get(..len) else { break };
+            match writer.append_batch(batch) {
+                // Known ones are sent again after a lost connection.
+                Ok(_) | Err(RejectedBatch::Known(_)) => buf.advance(len),
+                Err(RejectedBatch::NoRoom(_)) => {
                     writer.commit();
                     wait_for_room(writer, &incoming).await?;
                 }
@@ -335,7 +332,7 @@ async fn stream(
         Ok(())
     } else {
         Err(ShipError::Protocol(format!(
-            "lane {lane} ends inside a record"
+            "lane {lane} ends inside a batch"
         )))
     }
 }

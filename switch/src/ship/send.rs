@@ -24,7 +24,7 @@ const BACKOFF_MAX: Duration = Duration::from_secs(1);
 const SETTLED: Duration = Duration::from_millis(500);
 /// For each step up to the welcome.
 const HANDSHAKE: Duration = Duration::from_secs(3);
-/// Records are gathered up to this many bytes before they go to QUIC.
+/// Batches are gathered up to this many bytes before they go to QUIC.
 const CHUNK: usize = 64 << 10;
 /// A lane that has caught up looks again after this long (or at its seal), so that a writer need not wake us for each
 /// of its bursts.
@@ -199,7 +199,7 @@ async fn connected(
     }
 }
 
-/// Sends what is behind record `safe`, until the queue is sealed and all of it is sent.
+/// Sends what is behind record `safe`, in whole batches, until the queue is sealed and all of it is sent.
 async fn pump(
     conn: Connection,
     lane: u32,
@@ -215,12 +215,14 @@ async fn pump(
     let mut chunk = BytesMut::new();
     while !reader.finished() {
         while chunk.len() < CHUNK {
-            let Some(r) = reader.peek()? else { break };
+            let Some(b) = reader.peek_batch()? else {
+                break;
+            };
             if chunk.is_empty() {
-                chunk.reserve(CHUNK + r.raw.len());
+                chunk.reserve(CHUNK + b.wire.len());
             }
-            chunk.extend_from_slice(r.raw);
-            reader.advance();
+            chunk.extend_from_slice(b.wire);
+            reader.advance_batch();
         }
         if chunk.is_empty() {
             if queue.is_removed() {

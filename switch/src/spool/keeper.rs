@@ -1,14 +1,16 @@
 //! The keeper: a thread that gets segments ready, away from the data path.
 //!
-//! Segments live in `pool/` until a queue gets them by a rename. `ready` ones are zeroed and faulted in; `stale` ones
-//! were used before and are zeroed when needed; `waiting` ones belong to a removed hold and somebody still looks.
+//! Segments live in `pool/` until a queue gets them by a rename. `ready` ones are faulted in; `stale` ones were used
+//! before and are made ready when needed; `waiting` ones belong to a removed hold and somebody still looks. None is zeroed:
+//! each use has an epoch of its own (docs/formats/spool.md).
 //!
 //! Invariant: the sum of all segment files (held, pooled, being made) stays within the quota, and the last quarter of it
 //! is not for growing [`Kind::Local`] queues.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::hash::{BuildHasher, RandomState};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, Thread};
 use std::time::Duration;
@@ -33,6 +35,9 @@ pub(super) struct Host {
     pub(super) state: Mutex<State>,
     /// Half of the quota is used.
     pub(super) scarce: Arc<AtomicBool>,
+    /// The files are memory: once faulted in, writing to them never faults again.
+    in_memory: bool,
+    epochs: Epochs,
     thread: OnceLock<Thread>,
     stop: AtomicBool,
 }
@@ -58,6 +63,17 @@ struct Pooled {
     path: PathBuf,
 }
 
+/// Numbers that no earlier use of a segment had, also of an earlier process: random ones.
+#[derive(Debug)]
+struct Epochs(RandomState, AtomicU64);
+
+impl Epochs {
+    fn next(&self) -> u64 {
+        // Zero is what a fresh file has.
+        self.0.hash_one(self.1.fetch_add(1, Ordering::Relaxed)) | 1
+    }
+}
+
 impl Host {
     pub(super) fn new(
         dir: PathBuf,
@@ -66,6 +82,8 @@ impl Host {
         policy: SyncPolicy,
     ) -> Host {
         Host {
+            in_memory: is_tmpfs(&dir),
+            epochs: Epochs(RandomState::new(), AtomicU64::new(0)),
             dir,
             segment_bytes,
             quota_bytes,
@@ -95,17 +113,15 @@ impl Host {
             .join(format!("{:08}.seg", state.file_number))
     }
 
-    /// A zeroed, faulted-in segment under this name. Blocks.
-    pub(super) fn take(&self, to: PathBuf) -> Result<Segment, SpoolError> {
+    /// A faulted-in segment for the queue in this directory, its next one by this number. Blocks.
+    pub(super) fn take(&self, dir: &Path, number: u32) -> Result<Segment, SpoolError> {
+        let to = dir.join(segment_name(number));
         let mut state = lock(&self.state);
         state.held += 1;
         self.set_scarce(&state);
-        let r = if let Some(p) = state.ready.pop() {
+        let r = if let Some(p) = state.ready.pop().or_else(|| state.stale.pop()) {
             drop(state);
-            self.place(p, &to, false)
-        } else if let Some(p) = state.stale.pop() {
-            drop(state);
-            self.place(p, &to, true)
+            self.place(p, &to)
         } else if (state.total + 1) * self.segment_bytes <= self.quota_bytes {
             state.total += 1;
             // In the pool first: under its name in the queue it is complete or not there.
@@ -113,18 +129,34 @@ impl Host {
             drop(state);
             Segment::create(&path, self.segment_bytes)
                 .map_err(SpoolError::io(&path))
-                .and_then(|seg| self.place(Pooled { seg, path }, &to, false))
+                .and_then(|seg| self.place(Pooled { seg, path }, &to))
         } else {
             state.held -= 1;
             drop(state);
             return Err(self.used_up());
         };
-        if r.is_err() {
-            let mut state = lock(&self.state);
-            state.held -= 1;
-            state.total -= 1;
+        match r {
+            Ok(mut seg) => {
+                seg.begin(number, self.epochs.next());
+                Ok(seg)
+            }
+            Err(e) => {
+                let mut state = lock(&self.state);
+                state.held -= 1;
+                state.total -= 1;
+                Err(e)
+            }
         }
-        r
+    }
+
+    /// For a queue's segment whose earlier use is not known.
+    pub(super) fn epoch(&self) -> u64 {
+        self.epochs.next()
+    }
+
+    /// Makes sure that writing takes no page fault that has to wait.
+    fn touch(&self, seg: &Segment) -> std::io::Result<()> {
+        if self.in_memory { Ok(()) } else { seg.touch() }
     }
 
     /// What waits behind a shipment must not take the last room from the shipment: neither would ever get on.
@@ -145,10 +177,10 @@ impl Host {
         self.scarce.store(scarce, Ordering::Relaxed);
     }
 
-    fn place(&self, p: Pooled, to: &PathBuf, reset: bool) -> Result<Segment, SpoolError> {
+    fn place(&self, p: Pooled, to: &PathBuf) -> Result<Segment, SpoolError> {
         let Pooled { mut seg, path } = p;
-        let r = if reset { seg.reset() } else { seg.touch() };
-        match r.and_then(|()| std::fs::rename(&path, to)) {
+        seg.reset();
+        match self.touch(&seg).and_then(|()| std::fs::rename(&path, to)) {
             Ok(()) => Ok(seg),
             Err(e) => {
                 let _ = std::fs::remove_file(&path);
@@ -161,8 +193,8 @@ impl Host {
     pub(super) fn give_back(&self, queue: &Queue) {
         let segments = queue.take_segments();
         let mut state = lock(&self.state);
-        for (n, seg) in segments.into_iter().enumerate() {
-            let from = queue.dir().join(segment_name(n));
+        for seg in segments {
+            let from = queue.dir().join(segment_name(seg.number()));
             let to = self.pool_path(&mut state);
             // If it can't be moved it goes with its directory, and only its memory is used again.
             let _ = std::fs::rename(&from, &to);
@@ -246,14 +278,14 @@ impl Host {
         if q.kind() == Kind::Local && !self.spare_for_local() {
             return Err(self.used_up());
         }
-        let path = q.dir().join(segment_name(q.segment_count()));
-        let seg = match self.take(path.clone()) {
+        let number = q.next_number();
+        let seg = match self.take(q.dir(), number) {
             // Its directory is gone, or going.
             Err(_) if q.is_removed() => return Ok(()),
             r => r?,
         };
         if q.push_segment(seg).is_err() {
-            let _ = std::fs::remove_file(&path);
+            let _ = std::fs::remove_file(q.dir().join(segment_name(number)));
             let mut state = lock(&self.state);
             state.held -= 1;
             state.total -= 1;
@@ -267,9 +299,9 @@ impl Host {
         if state.ready.len() >= self.ready_goal() || !self.disk_has_plenty() {
             return false;
         }
-        let made = if let Some(mut p) = state.stale.pop() {
+        let made = if let Some(p) = state.stale.pop() {
             drop(state);
-            p.seg.reset().map(|()| p)
+            self.touch(&p.seg).map(|()| p)
         } else if (state.total + 1) * self.segment_bytes <= self.quota_bytes {
             state.total += 1;
             let path = self.pool_path(&mut state);
@@ -313,6 +345,18 @@ impl Host {
 }
 
 /// File name of a queue's segment.
-pub(super) fn segment_name(number: usize) -> String {
+pub(super) fn segment_name(number: u32) -> String {
     format!("{number:06}.seg")
+}
+
+/// The inverse of [`segment_name`].
+pub(super) fn segment_number(name: &str) -> Option<u32> {
+    let digits = name.strip_suffix(".seg")?;
+    let number = digits.parse().ok()?;
+    (segment_name(number) == name).then_some(number)
+}
+
+fn is_tmpfs(dir: &Path) -> bool {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    rustix::fs::statfs(dir).is_ok_and(|s| s.f_type == TMPFS_MAGIC)
 }

@@ -20,6 +20,9 @@ use rustix::fs::{FallocateFlags, fallocate};
 #[derive(Debug)]
 pub(super) struct Segment {
     map: MmapRaw,
+    /// Of its present use: see [`Segment::begin`].
+    epoch: u64,
+    number: u32,
     published: AtomicU32,
     /// Where the writer left it for the next one; valid once `next` is in use.
     end: AtomicU32,
@@ -33,6 +36,8 @@ impl Segment {
     fn from_map(map: MmapRaw, published: u32) -> Segment {
         Segment {
             map,
+            epoch: 0,
+            number: 0,
             published: AtomicU32::new(published),
             end: AtomicU32::new(0),
             synced: AtomicU32::new(0),
@@ -41,7 +46,7 @@ impl Segment {
         }
     }
 
-    /// Makes a file of `len` zeros, really allocated, mapped and populated.
+    /// Makes a file of `len` zeros, really allocated, mapped and populated. Not of any queue yet.
     pub(super) fn create(path: &Path, len: u64) -> io::Result<Segment> {
         let file = File::options()
             .read(true)
@@ -80,16 +85,31 @@ impl Segment {
         Ok(Segment::from_map(map, 0))
     }
 
-    /// Makes it as new: all zeros, nothing published.
-    pub(super) fn reset(&mut self) -> io::Result<()> {
-        populate(&self.map)?;
-        self.bytes_mut().fill(0);
+    /// Makes it empty: nothing published, and no header that says anything of the use before. What else that has left
+    /// stays, under its own epoch.
+    pub(super) fn reset(&mut self) {
+        let header = super::format::FILE_HEADER;
+        self.bytes_mut()[..header].fill(0);
         *self.published.get_mut() = 0;
         *self.end.get_mut() = 0;
         *self.synced.get_mut() = 0;
         *self.has_tail.get_mut() = false;
         self.next = OnceLock::new();
-        Ok(())
+    }
+
+    /// From now on it is a queue's segment of this number, and nothing in it counts that was not written with this epoch.
+    pub(super) fn begin(&mut self, number: u32, epoch: u64) {
+        self.number = number;
+        self.epoch = epoch;
+    }
+
+    pub(super) fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// In its queue.
+    pub(super) fn number(&self) -> u32 {
+        self.number
     }
 
     /// Forgets the link to the next one.

@@ -2,8 +2,8 @@
 //! files. One [`Writer`] (a worker, or the receiver of a shipment) appends, any number of [`Reader`]s follow.
 //! Bytes: docs/formats/spool.md.
 //!
-//! Invariant: [`Writer::append`] takes no lock, allocates nothing and makes no system call, but for one wake-up of the
-//! keeper per segment; it copies.
+//! Invariant: [`Writer::append_run`] takes no lock, allocates nothing and makes no system call, but for one wake-up of the
+//! keeper per segment; it copies each frame once and sums what it has copied.
 //! Invariant: what a reader returns has been committed and its checksum was right.
 //! Invariant: after an I/O error a queue takes nothing more until the spool is opened again (fail-stop).
 
@@ -15,6 +15,7 @@ use std::sync::Arc;
 use gangway_shared::id::{HoldId, LaneKey};
 
 pub mod format;
+mod header;
 mod keeper;
 mod map;
 mod open;
@@ -22,16 +23,17 @@ mod queue;
 mod reader;
 pub mod recover;
 mod store;
+mod sum;
 mod writer;
 
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub use format::Record;
+pub use format::{Batch, Record};
 pub use queue::{Queue, sync_all};
-pub use reader::{Damaged, RUN, Reader};
+pub use reader::{Damaged, RUN, Reader, Run};
 pub use store::Spool;
-pub use writer::{NoRoom, RejectedRecord, Writer};
+pub use writer::{NoRoom, RejectedBatch, Writer};
 
 /// What a queue is for; the three of a hold are kept apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -97,7 +99,7 @@ pub struct Recovered {
     /// Records that were there and are not intact any more, oldest first. Must be empty in a queue that is to be
     /// shipped; a reader reports each as [`Damaged`].
     pub damaged: Vec<Damaged>,
-    /// Bytes of a record that was not complete when the process ended; it was never committed and is gone.
+    /// Bytes of a batch that was not complete when the host went down; it was never committed and is gone.
     pub torn_bytes: u64,
 }
 

@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use gangway_shared::id::HoldId;
 
-use super::format::{BadHeader, FILE_HEADER, FileHeader, QUEUE_MAGIC, SEGMENT_MAGIC, salt};
-use super::keeper::{Host, segment_name};
+use super::format::{
+    BATCH_HEADER, BadHeader, FILE_HEADER, FileHeader, QUEUE_MAGIC, SEGMENT_MAGIC, salt,
+};
+use super::keeper::{Host, segment_number};
 use super::map::{Page, Segment};
 use super::queue::{Parts, Queue, lock};
 use super::reader::Damaged;
-use super::recover::{End, Scanner};
+use super::recover::{End, Scanner, SegmentEnd, epoch_of};
 use super::store::META;
 use super::writer::Writer;
 use super::{Kind, Recovered, SpoolError};
@@ -52,7 +54,7 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
     let header = match FileHeader::decode(&bytes, QUEUE_MAGIC) {
         Ok(h) => h,
         Err(e @ BadHeader::Version(_)) => return Err(bad(e)),
-        Err(e) => first_header(dir).ok_or(bad(e))?,
+        Err(e) => any_header(dir).ok_or(bad(e))?,
     };
     if header.hold != hold || Some(header.kind) != kind_of(dir) {
         return Err(bad(BadHeader::Field("hold or kind")));
@@ -67,24 +69,33 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
         .word(super::queue::COMMITTED)
         .load(std::sync::atomic::Ordering::Acquire);
 
-    let mut scan = Scanner::new(salt(hold, &header.lane));
+    let salt = salt(hold, &header.lane);
+    let mut scan = Scanner::new(salt);
     let mut found = Vec::new();
-    loop {
-        let path = dir.join(segment_name(found.len()));
-        if !path.exists() {
-            break;
-        }
+    let mut marker = None;
+    for (number, path) in segment_files(dir)? {
+        let said = marker
+            .take()
+            .and_then(|(of, epoch)| (of == number).then_some(epoch));
         let mut seg = Segment::open(&path).map_err(SpoolError::io(&path))?;
-        let end = scan.segment(seg.bytes_mut());
+        let is_ours = |h: &FileHeader| {
+            let place = (h.hold, h.kind, &h.lane, h.index, h.number);
+            place == (hold, header.kind, &header.lane, header.index, number)
+        };
+        let bytes = seg.bytes_mut();
+        let epoch = epoch_of(bytes, is_ours, said, salt);
+        let end = epoch.map_or(UNUSED, |e| scan.segment(bytes, e));
+        if let End::Next(next) = end.end {
+            marker = Some((number + 1, next));
+        }
+        seg.begin(number, epoch.unwrap_or_else(|| host.epoch()));
         found.push((seg, end, path));
     }
     // Segments that were got ready and never used.
     let used = found
         .iter()
-        .enumerate()
-        .rev()
-        .find(|(_, (_, e, _))| e.records > 0 || e.end == End::Sealed)
-        .map_or(1, |(n, _)| n + 1);
+        .rposition(|(_, e, _)| e.records > 0 || e.end == End::Sealed)
+        .map_or(1, |n| n + 1);
     for (seg, _, path) in found.drain(used.min(found.len())..) {
         drop(seg);
         std::fs::remove_file(&path).map_err(SpoolError::io(&path))?;
@@ -97,19 +108,23 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
     let mut sealed = false;
     for (n, (mut seg, end, path)) in found.into_iter().enumerate() {
         torn_bytes += end.torn as u64;
-        let keep = if n == last && end.end == End::Next {
-            end.records_end
-        } else {
-            end.used
+        let keep = match end.end {
+            // Readers go through it to the next one.
+            _ if n < last => end.used.max(FILE_HEADER),
+            End::Next(_) => end.records_end,
+            _ => end.used,
         };
+        let bytes = seg.bytes_mut();
         if n == last {
             sealed = end.end == End::Sealed;
-            seg.bytes_mut()[keep.max(FILE_HEADER)..].fill(0);
+            // The next recovery does not meet it again.
+            let rest = bytes.get_mut(keep..).unwrap_or_default();
+            let n = rest.len().min(BATCH_HEADER);
+            rest[..n].fill(0);
         }
-        let first = FileHeader::decode(seg.bytes_mut(), SEGMENT_MAGIC);
-        if let Err(e) = first {
+        if let (Err(e), true) = (FileHeader::decode(bytes, SEGMENT_MAGIC), keep > 0) {
             tracing::warn!(
-                "{}: {e}; its records were checked one by one",
+                "{}: {e}; its batches were checked one by one",
                 path.display()
             );
         }
@@ -125,10 +140,9 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
         state.total += segments.len() as u64;
     }
     if segments.is_empty() {
-        segments.push(Arc::new(host.take(dir.join(segment_name(0)))?));
+        segments.push(Arc::new(host.take(dir, 0)?));
     }
     let tail_segment = segments[segments.len() - 1].clone();
-    let number = segments.len() as u32 - 1;
     let lane = header.lane.clone();
     let queue = Arc::new(Queue::new(Parts {
         hold,
@@ -149,7 +163,7 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
     } else {
         tail_segment
             .tail()
-            .map(|tail| Writer::new(queue.clone(), tail, number, last_seq, scan.tally()))
+            .map(|tail| Writer::new(queue.clone(), tail, last_seq, scan.tally()))
     };
     let damaged = scan
         .damaged()
@@ -168,9 +182,36 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
     }))
 }
 
-fn first_header(dir: &Path) -> Option<FileHeader> {
-    let bytes = std::fs::read(dir.join(segment_name(0))).ok()?;
-    FileHeader::decode(&bytes, SEGMENT_MAGIC).ok()
+/// A segment that no writer has begun.
+const UNUSED: SegmentEnd = SegmentEnd {
+    end: End::Open,
+    used: 0,
+    records_end: 0,
+    torn: 0,
+    records: 0,
+};
+
+/// By their numbers; some may be missing.
+fn segment_files(dir: &Path) -> Result<Vec<(u32, PathBuf)>, SpoolError> {
+    let mut out = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(SpoolError::io(dir))? {
+        let path = entry.map_err(SpoolError::io(dir))?.path();
+        if let Some(number) = name_of(&path).and_then(segment_number) {
+            out.push((number, path));
+        }
+    }
+    out.sort();
+    Ok(out)
+}
+
+/// What a segment says of its queue. That may be another one if no writer of this queue has begun it.
+fn any_header(dir: &Path) -> Option<FileHeader> {
+    let files = segment_files(dir).ok()?;
+    files.into_iter().find_map(|(number, path)| {
+        let bytes = std::fs::read(path).ok()?;
+        let header = FileHeader::decode(&bytes, SEGMENT_MAGIC).ok()?;
+        (header.number == number).then_some(header)
+    })
 }
 
 fn kind_of(dir: &Path) -> Option<Kind> {

@@ -51,7 +51,7 @@ pub struct Queue {
     wanted: AtomicBool,
     /// The spool's: the quota is half used, so nobody gets more ahead than needed.
     scarce: Arc<AtomicBool>,
-    /// How many there are, and the number of the one that is being written.
+    /// The number behind the last one's, and that of the one that is being written.
     allotted: AtomicU32,
     writing: AtomicU32,
     failed: OnceLock<String>,
@@ -85,6 +85,7 @@ pub(super) struct Parts {
 
 impl Queue {
     pub(super) fn new(p: Parts) -> Queue {
+        let number = p.segments.last().map_or(0, |s| s.number() + 1);
         Queue {
             salt: super::format::salt(p.hold, &p.lane),
             hold: p.hold,
@@ -96,8 +97,8 @@ impl Queue {
             host: p.host,
             scarce: p.scarce,
             page: p.page,
-            allotted: AtomicU32::new(p.segments.len() as u32),
-            writing: AtomicU32::new(p.segments.len() as u32 - 1),
+            allotted: AtomicU32::new(number),
+            writing: AtomicU32::new(number.saturating_sub(1)),
             segments: Mutex::new(p.segments),
             sync: Mutex::default(),
             dir_dirty: AtomicBool::new(true),
@@ -376,7 +377,13 @@ impl Queue {
         Ok(())
     }
 
-    /// Number of segments.
+    /// Which number the next segment gets.
+    pub(super) fn next_number(&self) -> u32 {
+        self.allotted.load(Ordering::Relaxed)
+    }
+
+    /// How many segments there are.
+    #[cfg(test)]
     pub(super) fn segment_count(&self) -> usize {
         lock(&self.segments).len()
     }

@@ -6,12 +6,13 @@ use arrayvec::ArrayVec;
 use gangway_shared::api::Tally;
 use gangway_shared::id::LaneKey;
 
-use super::format::{self, FILE_HEADER, Marker, Record, Step};
+use super::format::{self, Batch, FILE_HEADER, Marker, Place, Record, Slots, Step};
 use super::map::Segment;
 use super::queue::Queue;
 use super::recover::resync;
+use crate::port::Frame;
 
-/// Records that [`Reader::pass_run`] gives at once, at most.
+/// Frames that [`Reader::pass_run`] gives at once, at most.
 pub const RUN: usize = 32;
 
 /// Reads a queue from its first record on, independent of other readers.
@@ -20,29 +21,25 @@ pub struct Reader {
     queue: Arc<Queue>,
     /// None: the queue was removed before.
     seg: Option<Arc<Segment>>,
+    /// Where the batch at hand begins, or the next one.
     at: u32,
     next_seq: u64,
     tally: Tally,
-    /// Of the records from `at` on, in one segment, whose checksums were found right.
-    checked: ArrayVec<Checked, RUN>,
+    /// The batch at `at`, whose checksum was found right.
+    open: Option<Open>,
     damaged: Option<(Damaged, Resume)>,
 }
 
+/// A batch of which some records were not passed yet.
 #[derive(Debug, Clone, Copy)]
-struct Checked {
-    total: u32,
-    frame_len: u32,
+struct Open {
+    len: u32,
+    count: u32,
+    first_seq: u64,
+    time_ns: u64,
     crc: u32,
-}
-
-impl Checked {
-    fn of(r: &Record<'_>) -> Checked {
-        Checked {
-            total: r.raw.len() as u32,
-            frame_len: r.frame.len() as u32,
-            crc: r.crc,
-        }
-    }
+    /// Of the next record.
+    place: Place,
 }
 
 #[derive(Debug, Clone)]
@@ -63,6 +60,17 @@ pub struct Damaged {
     pub last_seq: u64,
 }
 
+/// Frames that came together and lie in a row.
+#[derive(Debug)]
+pub struct Run<'a> {
+    /// Number of the first.
+    pub first_seq: u64,
+    /// When they were accepted.
+    pub time_ns: u64,
+    /// They lie in the spool.
+    pub frames: &'a [Frame<'a>],
+}
+
 impl Reader {
     pub(super) fn new(queue: Arc<Queue>, first: Option<Arc<Segment>>) -> Reader {
         Reader {
@@ -71,7 +79,7 @@ impl Reader {
             at: FILE_HEADER as u32,
             next_seq: 1,
             tally: Tally::default(),
-            checked: ArrayVec::new(),
+            open: None,
             damaged: None,
         }
     }
@@ -84,54 +92,92 @@ impl Reader {
     /// The next committed record, or `None` at the end. Asked again it answers the same and checks nothing twice.
     /// [`Reader::advance`] passes what it returned, also an error.
     pub fn peek(&mut self) -> Result<Option<Record<'_>>, Damaged> {
-        if let Some((d, _)) = &self.damaged {
-            return Err(d.clone());
-        }
-        if self.checked.is_empty() && !self.find()? {
+        if !self.find()? {
             return Ok(None);
         }
-        let (Some(c), Some(seg)) = (self.checked.first(), &self.seg) else {
-            return Ok(None);
-        };
-        let raw = seg.read(self.at, self.at + c.total);
-        Ok(format::view(raw))
+        let record = self.slots().and_then(|(open, mut slots)| {
+            let slot = slots.next()?;
+            Some(format::record(slot, self.next_seq, open.time_ns))
+        });
+        Ok(record)
     }
 
-    /// Gives `take` the next records, up to `most` that follow each other intact in one segment, and passes as many as it
-    /// says. Zero at the end and where something is damaged, which [`Reader::peek`] tells apart.
-    pub fn pass_run(&mut self, most: usize, take: impl FnOnce(&[Record<'_>]) -> usize) -> usize {
-        if self.damaged.is_some() || (self.checked.is_empty() && !self.find().unwrap_or(false)) {
+    /// Gives `take` the next frames, up to `most` of one batch, and passes as many as it says. Zero at the end and where
+    /// something is damaged, which [`Reader::peek`] tells apart.
+    pub fn pass_run(&mut self, most: usize, take: impl FnOnce(Run<'_>) -> usize) -> usize {
+        if !self.find().unwrap_or(false) {
             return 0;
         }
-        let Some(seg) = &self.seg else {
+        let Some((open, slots)) = self.slots() else {
             return 0;
         };
-        let mut at = self.at + self.checked.iter().map(|c| c.total).sum::<u32>();
-        let last = self.queue.last_seq();
-        while !self.checked.is_full() && self.next_seq + self.checked.len() as u64 <= last {
-            match format::step(seg.read(at, u32::MAX), self.queue.salt()) {
-                Step::Record(r) if r.seq == self.next_seq + self.checked.len() as u64 => {
-                    let checked = Checked::of(&r);
-                    at += checked.total;
-                    self.checked.push(checked);
-                }
-                _ => break,
-            }
+        let most = most.min(RUN);
+        let frames: ArrayVec<Frame<'_>, RUN> = slots.take(most).map(format::frame).collect();
+        let run = Run {
+            first_seq: self.next_seq,
+            time_ns: open.time_ns,
+            frames: &frames,
+        };
+        let n = take(run).min(frames.len());
+        let mut place = open.place;
+        for f in &frames[..n] {
+            place.pass(f.len);
         }
-        let mut at = self.at;
-        let mut records: ArrayVec<Record<'_>, RUN> = ArrayVec::new();
-        for c in self.checked.iter().take(most) {
-            records.extend(format::view(seg.read(at, at + c.total)));
-            at += c.total;
-        }
-        let n = take(&records).min(records.len());
-        drop(records);
-        self.advance_by(n);
+        let bytes = frames[..n].iter().map(|f| u64::from(f.len)).sum();
+        drop(frames);
+        self.passed(n as u64, bytes, place);
         n
     }
 
-    /// Moves to the next record and checks it.
+    /// The next batch, whole, whatever was passed of it; `None` at the end. [`Reader::advance_batch`] passes its rest.
+    pub fn peek_batch(&mut self) -> Result<Option<Batch<'_>>, Damaged> {
+        if !self.find()? {
+            return Ok(None);
+        }
+        let (Some(open), Some(seg)) = (&self.open, &self.seg) else {
+            return Ok(None);
+        };
+        let raw = seg.read(self.at, self.at + open.len);
+        Ok(format::view(raw))
+    }
+
+    /// Passes what [`Reader::peek_batch`] returned last, or the error; without it, nothing.
+    pub fn advance_batch(&mut self) {
+        let Some((open, slots)) = self.slots() else {
+            return self.advance();
+        };
+        let mut place = open.place;
+        let (mut frames, mut bytes) = (0, 0);
+        for slot in slots {
+            let len = slot.len() - format::FRONT;
+            place.pass(len as u32);
+            frames += 1;
+            bytes += len as u64;
+        }
+        self.passed(frames, bytes, place);
+    }
+
+    /// What is left of the batch at hand.
+    #[inline]
+    fn slots(&self) -> Option<(Open, Slots<'_>)> {
+        let (open, seg) = (self.open?, self.seg.as_ref()?);
+        let wire = seg.read(self.at + format::EPOCH as u32, self.at + open.len);
+        Some((open, Slots::from(wire, open.count, open.place)))
+    }
+
+    /// Moves to the next batch and checks it, unless one is at hand.
+    #[inline]
     fn find(&mut self) -> Result<bool, Damaged> {
+        if self.open.is_some() {
+            return Ok(true);
+        }
+        self.find_next()
+    }
+
+    fn find_next(&mut self) -> Result<bool, Damaged> {
+        if let Some((d, _)) = &self.damaged {
+            return Err(d.clone());
+        }
         loop {
             if self.at_end() {
                 return Ok(false);
@@ -140,12 +186,19 @@ impl Reader {
                 return Ok(false);
             };
             let bytes = seg.read(self.at, u32::MAX);
-            match format::step(bytes, self.queue.salt()) {
-                Step::Record(r) if r.seq == self.next_seq => {
-                    self.checked.push(Checked::of(&r));
+            match format::step(bytes, seg.epoch(), self.queue.salt()) {
+                Step::Batch(b) if b.first_seq == self.next_seq => {
+                    self.open = Some(Open {
+                        len: b.span() as u32,
+                        count: b.count,
+                        first_seq: b.first_seq,
+                        time_ns: b.time_ns,
+                        crc: b.crc,
+                        place: Place::start(b.count),
+                    });
                     return Ok(true);
                 }
-                Step::Marker(Marker::Next, seq) if seq + 1 == self.next_seq => {
+                Step::Marker(Marker::Next(_), seq) if seq + 1 == self.next_seq => {
                     let Some(next) = seg.next().cloned() else {
                         self.damage(seg.clone())?;
                         continue;
@@ -165,8 +218,8 @@ impl Reader {
         let mut at = self.at;
         let (resume, next_seq) = loop {
             let bytes = seg.read(at, u32::MAX);
-            // The first step may be a good record with a later number (its predecessors were lost before).
-            if let Some(f) = resync(bytes, salt, self.next_seq) {
+            // The first step may be a good batch with a later number (its predecessors were lost before).
+            if let Some(f) = resync(bytes, seg.epoch(), salt, self.next_seq) {
                 at += f.offset as u32;
                 if !f.next_segment {
                     break (Resume { seg, at }, f.seq);
@@ -183,9 +236,10 @@ impl Reader {
                 }
             }
         };
-        let there = format::step(resume.seg.read(resume.at, u32::MAX), salt);
-        if next_seq == self.next_seq && matches!(there, Step::Record(_)) {
-            // Only what stood between two records, as a marker: none is missing.
+        let bytes = resume.seg.read(resume.at, u32::MAX);
+        let there = format::step(bytes, resume.seg.epoch(), salt);
+        if next_seq == self.next_seq && matches!(there, Step::Batch(_)) {
+            // Only what stood between two batches, as a marker: none is missing.
             self.seg = Some(resume.seg);
             self.at = resume.at;
             return Ok(());
@@ -207,16 +261,31 @@ impl Reader {
             self.next_seq = d.last_seq + 1;
             self.seg = Some(r.seg);
             self.at = r.at;
-        } else {
-            self.advance_by(1);
+            return;
+        }
+        let len = self.slots().and_then(|(open, mut slots)| {
+            let len = (slots.next()?.len() - format::FRONT) as u32;
+            Some((open.place, len))
+        });
+        if let Some((mut place, len)) = len {
+            place.pass(len);
+            self.passed(1, u64::from(len), place);
         }
     }
 
-    fn advance_by(&mut self, n: usize) {
-        for c in self.checked.drain(..n.min(self.checked.len())) {
-            self.tally.add(self.next_seq, c.frame_len, c.crc);
-            self.next_seq += 1;
-            self.at += c.total;
+    /// So many records of the batch at hand, up to this place.
+    #[inline]
+    fn passed(&mut self, frames: u64, bytes: u64, place: Place) {
+        let Some(open) = &mut self.open else {
+            return;
+        };
+        open.place = place;
+        self.next_seq += frames;
+        self.tally.count(frames, bytes);
+        if place.index >= open.count {
+            self.tally.mix(open.first_seq, open.crc);
+            self.at += open.len;
+            self.open = None;
         }
     }
 
@@ -251,7 +320,7 @@ impl Reader {
         self.queue.is_sealed() && self.at_end()
     }
 
-    /// Over what was passed.
+    /// Over what was passed. The digest is that of whole batches.
     pub fn tally(&self) -> Tally {
         self.tally
     }

@@ -1,12 +1,16 @@
 //! What is left in the segments of a queue after a crash.
 //!
-//! Invariant: pure; bytes in, findings out. Nothing that is not an intact record of this lane is ever counted as one.
+//! Invariant: pure; bytes in, findings out. Nothing that is not an intact batch of this lane, written in this use of its
+//! segment, is ever counted as one.
 
 use gangway_shared::api::Tally;
 
-use super::format::{ALIGN, FILE_HEADER, Marker, RECORD_HEADER, SEQ_MAX, Step, step};
+use super::format::{
+    ALIGN, BATCH_HEADER, EPOCH, FILE_HEADER, FileHeader, Marker, SEGMENT_MAGIC, SEQ_MAX, Step,
+    le64, step,
+};
 
-/// Where a lane goes on behind bytes that are no record.
+/// Where a lane goes on behind bytes that are no batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Found {
     /// From where the search began.
@@ -17,35 +21,32 @@ pub struct Found {
     pub next_segment: bool,
 }
 
-/// Looks for the next intact record (or marker) of number `min_seq` or later in `bytes`. Once per damaged place: a
+/// Looks for the next intact batch (or marker) of number `min_seq` or later in `bytes`. Once per damaged place: a
 /// linear search.
-pub fn resync(bytes: &[u8], salt: u32, min_seq: u64) -> Option<Found> {
-    let at = |offset: usize| match step(bytes.get(offset..)?, salt) {
-        Step::Record(r) if r.seq >= min_seq => Some(Found {
+pub fn resync(bytes: &[u8], epoch: u64, salt: u32, min_seq: u64) -> Option<Found> {
+    let at = |offset: usize| match step(bytes.get(offset..)?, epoch, salt) {
+        Step::Batch(b) if b.first_seq >= min_seq => Some(Found {
             offset,
-            seq: r.seq,
+            seq: b.first_seq,
             next_segment: false,
         }),
         Step::Marker(m, seq) if seq + 1 >= min_seq => Some(Found {
             offset,
             seq: seq + 1,
-            next_segment: m == Marker::Next,
+            next_segment: matches!(m, Marker::Next(_)),
         }),
         _ => None,
     };
-    (0..bytes.len())
-        .step_by(ALIGN)
-        .filter(|o| bytes[*o] != 0)
-        .find_map(at)
+    (0..bytes.len()).step_by(ALIGN).find_map(at)
 }
 
 /// How a segment ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// Room for more behind the last record.
+    /// Room for more behind the last batch.
     Open,
-    /// The lane goes on in the next one.
-    Next,
+    /// The lane goes on in the next one, which has this epoch.
+    Next(u64),
     /// No record follows.
     Sealed,
 }
@@ -55,14 +56,36 @@ pub enum End {
 pub struct SegmentEnd {
     /// How it ends.
     pub end: End,
-    /// The first byte behind the last intact record (or its marker, with [`End::Sealed`] and [`End::Next`]).
+    /// The first byte behind the last intact batch (or its marker, with [`End::Sealed`] and [`End::Next`]).
     pub used: usize,
     /// Where a marker begins; else as `used`.
     pub records_end: usize,
-    /// Bytes behind `used` up to the last one that is not zero.
+    /// Bytes behind `used` of a batch that was begun and is not complete.
     pub torn: usize,
     /// Intact records in it.
     pub records: u64,
+}
+
+/// The epoch of a segment's present use; none if this use has not begun.
+///
+/// `is_ours` says of an intact header whether it is of this place. `marker` is what the segment before says. If neither
+/// says anything, but the header was there once, the segment's first batch is asked, which then must be intact.
+pub fn epoch_of(
+    bytes: &[u8],
+    is_ours: impl FnOnce(&FileHeader) -> bool,
+    marker: Option<u64>,
+    salt: u32,
+) -> Option<u64> {
+    if let Ok(h) = FileHeader::decode(bytes, SEGMENT_MAGIC) {
+        return is_ours(&h).then_some(h.epoch);
+    }
+    if marker.is_some() || bytes.len() < FILE_HEADER + EPOCH {
+        return marker;
+    }
+    let was_there = bytes[..FILE_HEADER].iter().any(|b| *b != 0);
+    let epoch = le64(bytes, FILE_HEADER);
+    let first = step(&bytes[FILE_HEADER..], epoch, salt);
+    (was_there && matches!(first, Step::Batch(_))).then_some(epoch)
 }
 
 /// Goes through the segments of a queue in order.
@@ -107,43 +130,43 @@ impl Scanner {
         }
     }
 
-    /// Scans the whole of one segment file.
-    pub fn segment(&mut self, bytes: &[u8]) -> SegmentEnd {
+    /// Scans the whole of one segment file that has this epoch.
+    pub fn segment(&mut self, bytes: &[u8], epoch: u64) -> SegmentEnd {
         let mut at = FILE_HEADER;
         let mut records = 0;
         loop {
             let rest = bytes.get(at..).unwrap_or_default();
-            match step(rest, self.salt) {
-                Step::Record(r) if r.seq >= self.next_seq => {
-                    self.expect(r.seq);
-                    self.tally.add(r.seq, r.frame.len() as u32, r.crc);
-                    self.next_seq = r.seq + 1;
-                    at += r.raw.len();
-                    records += 1;
+            match step(rest, epoch, self.salt) {
+                Step::Batch(b) if b.first_seq >= self.next_seq => {
+                    self.expect(b.first_seq);
+                    self.tally.count(u64::from(b.count), b.bytes);
+                    self.tally.mix(b.first_seq, b.crc);
+                    self.next_seq = b.last_seq() + 1;
+                    at += b.span();
+                    records += u64::from(b.count);
                 }
                 Step::Marker(m, seq) if seq + 1 >= self.next_seq => {
                     self.expect(seq + 1);
                     return SegmentEnd {
                         end: match m {
-                            Marker::Next => End::Next,
+                            Marker::Next(epoch) => End::Next(epoch),
                             Marker::Seal => End::Sealed,
                         },
-                        used: at + RECORD_HEADER,
+                        used: at + BATCH_HEADER,
                         records_end: at,
                         torn: 0,
                         records,
                     };
                 }
-                _ => match resync(rest, self.salt, self.next_seq) {
+                what => match resync(rest, epoch, self.salt, self.next_seq) {
                     Some(f) => at += f.offset,
                     None => {
                         let used = at.min(bytes.len());
-                        let torn = rest.iter().rposition(|b| *b != 0).map_or(0, |p| p + 1);
                         return SegmentEnd {
                             end: End::Open,
                             used,
                             records_end: used,
-                            torn,
+                            torn: if what == Step::Bad { torn(rest) } else { 0 },
                             records,
                         };
                     }
@@ -156,4 +179,13 @@ impl Scanner {
     pub fn finish(&mut self, committed: u64) {
         self.expect(committed.min(SEQ_MAX) + 1);
     }
+}
+
+/// Bytes that a batch which is not complete says it has, as far as there are so many.
+fn torn(rest: &[u8]) -> usize {
+    let said = rest
+        .get(16..20)
+        .map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as usize);
+    said.clamp(BATCH_HEADER, super::format::BATCH_MAX)
+        .min(rest.len())
 }

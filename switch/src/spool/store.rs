@@ -14,7 +14,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
 use super::format::{FileHeader, NAME_MAX, QUEUE_MAGIC};
-use super::keeper::{Host, segment_name};
+use super::keeper::Host;
 use super::map::Page;
 use super::queue::{Parts, Queue, lock};
 use super::writer::Writer;
@@ -117,11 +117,12 @@ impl Spool {
                 number: 0,
                 first_seq: 1,
                 segment_bytes: host.segment_bytes,
+                epoch: 0,
             };
             let meta = dir.join(META);
             let page =
                 Page::create(&meta, &header.encode(QUEUE_MAGIC)).map_err(SpoolError::io(&meta))?;
-            let seg = Arc::new(host.take(dir.join(segment_name(0)))?);
+            let seg = Arc::new(host.take(&dir, 0)?);
             let tail = seg
                 .tail()
                 .ok_or_else(|| SpoolError::Stopped("a fresh segment is in use".into()))?;
@@ -137,7 +138,7 @@ impl Spool {
                 page,
                 segments: vec![seg],
             }));
-            let writer = Writer::new(queue.clone(), tail, 0, 0, Tally::default());
+            let writer = Writer::new(queue.clone(), tail, 0, Tally::default());
             Ok((writer, queue))
         })();
         match made {

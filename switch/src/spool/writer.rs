@@ -4,12 +4,10 @@ use std::sync::Arc;
 
 use gangway_shared::api::Tally;
 
-use super::format::{
-    self, FILE_HEADER, Fields, FileHeader, Marker, RECORD_HEADER, Step, record_len,
-};
+use super::format::{self, BATCH_HEADER, EPOCH, FILE_HEADER, Fields, FileHeader, Marker, Origin};
 use super::map::{Segment, Tail};
 use super::queue::Queue;
-use crate::port::{FRAME_MAX, Frame, VnetHdr};
+use crate::port::{FRAME_MAX, Frame};
 
 /// Appends to a queue. Owned by one thread at a time.
 #[derive(Debug)]
@@ -18,7 +16,6 @@ pub struct Writer {
     tail: Tail,
     /// Segments that were left since the last commit start here.
     left: Option<Arc<Segment>>,
-    number: u32,
     next_seq: u64,
     tally: Tally,
     dirty: bool,
@@ -31,16 +28,19 @@ pub struct Writer {
 #[error("no room in the spool now")]
 pub struct NoRoom;
 
-/// Why [`Writer::append_record`] did not take a record.
+/// Why [`Writer::append_batch`] did not take a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum RejectedRecord {
+pub enum RejectedBatch {
     /// Try again later.
     #[error(transparent)]
     NoRoom(#[from] NoRoom),
-    /// The bytes are no intact record of this lane.
-    #[error("no intact record of this lane")]
+    /// The bytes are no intact batch of this lane.
+    #[error("no intact batch of this lane")]
     Garbage,
-    /// Its number is not the next one.
+    /// All of its records are here already.
+    #[error("records up to {0} are here already")]
+    Known(u64),
+    /// Its first number is not the next one.
     #[error("record {found} where {expected} must follow")]
     Sequence {
         /// What it says.
@@ -51,41 +51,37 @@ pub enum RejectedRecord {
 }
 
 impl Writer {
-    /// Behind record `last_seq` of segment `number`; writes and publishes the segment's header if it is empty.
-    pub(super) fn new(
-        queue: Arc<Queue>,
-        tail: Tail,
-        number: u32,
-        last_seq: u64,
-        tally: Tally,
-    ) -> Writer {
+    /// Behind record `last_seq`, in the queue's segment of this tail; writes and publishes the segment's header if it is
+    /// empty.
+    pub(super) fn new(queue: Arc<Queue>, tail: Tail, last_seq: u64, tally: Tally) -> Writer {
         let mut w = Writer {
             queue,
             tail,
             left: None,
-            number,
             next_seq: last_seq + 1,
             tally,
             dirty: false,
             sealed: false,
         };
+        w.queue.set_writing(w.tail.segment().number());
         if w.tail.at() == 0 {
-            let header = w.file_header(w.tail.room() as u64);
+            let header = w.file_header(w.tail.segment());
             put_header(&mut w.tail, &header);
             w.tail.publish();
         }
         w
     }
 
-    fn file_header(&self, segment_bytes: u64) -> FileHeader {
+    fn file_header(&self, segment: &Segment) -> FileHeader {
         FileHeader {
             hold: self.queue.hold(),
             kind: self.queue.kind(),
             lane: self.queue.lane().clone(),
             index: self.queue.index(),
-            number: self.number,
+            number: segment.number(),
             first_seq: self.next_seq,
-            segment_bytes,
+            segment_bytes: segment.len() as u64,
+            epoch: segment.epoch(),
         }
     }
 
@@ -106,132 +102,134 @@ impl Writer {
 
     /// False: do not take this frame from its sender now. Never blocks; asks the keeper for the next segment early.
     pub fn has_room(&self, frame_len: u32) -> bool {
-        self.room_for(record_len(frame_len)) && frame_len as usize <= FRAME_MAX
+        frame_len as usize <= FRAME_MAX
+            && self.room_for(format::batch_len(1, format::slot_len(frame_len)))
     }
 
     fn room_for(&self, total: usize) -> bool {
         if self.sealed || self.queue.is_removed() || self.queue.failed().is_some() {
             return false;
         }
-        let next = self.tail.segment().next().is_some();
-        let begun = self.number > 0 || self.tail.room() < self.tail.segment().len() / 4 * 3;
+        let segment = self.tail.segment();
+        let begun = segment.number() > 0 || self.tail.room() < segment.len() / 4 * 3;
         if begun && self.queue.lacks_segments() {
             self.queue.want_segment();
         }
-        // A marker must always fit behind the record.
-        self.tail.room() >= total + RECORD_HEADER || next
+        // A marker must always fit behind a batch.
+        self.tail.room() >= total + BATCH_HEADER || segment.next().is_some()
     }
 
     /// Copies the frame behind the last one. Visible to readers after [`Writer::commit`].
-    pub fn append(
-        &mut self,
-        time_ns: u64,
-        vnet: VnetHdr,
-        frame: &Frame<'_>,
-    ) -> Result<u64, NoRoom> {
-        if frame.len as usize > FRAME_MAX {
-            return Err(NoRoom);
+    pub fn append(&mut self, time_ns: u64, frame: &Frame<'_>) -> Result<u64, NoRoom> {
+        let seq = self.next_seq;
+        match self.append_run(time_ns, std::slice::from_ref(frame)) {
+            0 => Err(NoRoom),
+            _ => Ok(seq),
         }
-        let total = record_len(frame.len);
-        self.make_room(total)?;
-        self.put(time_ns, vnet, frame, total)
     }
 
-    /// The same for frames that came together, as many as there is room for.
+    /// The same for frames that came together, as many as there is room for: a batch, or a few.
     pub fn append_run(&mut self, time_ns: u64, frames: &[Frame<'_>]) -> usize {
         // Whether the queue takes anything and whether the next segment is due is asked once, and at each segment's end.
         if !self.room_for(0) {
             return 0;
         }
-        let mut put = |frame: &Frame<'_>| {
-            let total = record_len(frame.len);
-            if frame.len as usize > FRAME_MAX {
-                return Err(NoRoom);
+        let mut done = 0;
+        while let Some(rest) = frames.get(done..).filter(|rest| !rest.is_empty()) {
+            let room = self.tail.room().saturating_sub(BATCH_HEADER);
+            match format::fit(rest, room) {
+                (0, _) => match rest.first() {
+                    Some(f) if f.len as usize <= FRAME_MAX => {
+                        let one = format::batch_len(1, format::slot_len(f.len));
+                        // What does not fit into a fresh segment fits into none.
+                        if room >= one || self.make_room(one).is_err() {
+                            break;
+                        }
+                    }
+                    _ => break,
+                },
+                (n, len) => {
+                    self.put(time_ns, &rest[..n], len);
+                    done += n;
+                }
             }
-            if self.tail.room() < total + RECORD_HEADER {
-                self.make_room(total)?;
-            }
-            self.put(time_ns, frame.vnet, frame, total)
-        };
-        frames.iter().take_while(|f| put(f).is_ok()).count()
-    }
-
-    /// Writes a record of `total` bytes, for which there is room.
-    #[inline]
-    fn put(
-        &mut self,
-        time_ns: u64,
-        vnet: VnetHdr,
-        frame: &Frame<'_>,
-        total: usize,
-    ) -> Result<u64, NoRoom> {
-        let seq = self.next_seq;
-        let fields = Fields {
-            seq,
-            time_ns,
-            frame_len: frame.len,
-            vnet,
-        };
-        let salt = self.queue.salt();
-        let buf = self.tail.buf(total).ok_or(NoRoom)?;
-        let crc = format::write_record(buf, &fields, salt, |out| frame.copy_to(out));
-        self.took(total, frame.len, crc);
-        Ok(seq)
-    }
-
-    /// Appends a whole record as [`super::Record::raw`] gave it on the other host, after checking it.
-    pub fn append_record(&mut self, record: &[u8]) -> Result<u64, RejectedRecord> {
-        let Step::Record(r) = format::step(record, self.queue.salt()) else {
-            return Err(RejectedRecord::Garbage);
-        };
-        if r.raw.len() != record.len() {
-            return Err(RejectedRecord::Garbage);
         }
-        if r.seq != self.next_seq {
-            return Err(RejectedRecord::Sequence {
-                found: r.seq,
+        done
+    }
+
+    /// Writes a batch of `len` bytes, for which there is room.
+    #[inline]
+    fn put(&mut self, time_ns: u64, frames: &[Frame<'_>], len: usize) {
+        let fields = Fields {
+            first_seq: self.next_seq,
+            time_ns,
+            origin: Origin::NONE,
+        };
+        let (salt, epoch) = (self.queue.salt(), self.tail.segment().epoch());
+        let Some(buf) = self.tail.buf(len) else {
+            return;
+        };
+        let crc = format::write_batch(buf, epoch, &fields, frames, salt);
+        let bytes = frames.iter().map(|f| u64::from(f.len)).sum();
+        self.took(len, frames.len() as u64, bytes, crc);
+    }
+
+    /// Appends a whole batch as [`super::Batch::wire`] gave it on the other host, after checking it. Returns the number of
+    /// its last record.
+    pub fn append_batch(&mut self, wire: &[u8]) -> Result<u64, RejectedBatch> {
+        let batch = format::shipped(wire, self.queue.salt()).ok_or(RejectedBatch::Garbage)?;
+        if batch.last_seq() < self.next_seq {
+            return Err(RejectedBatch::Known(batch.last_seq()));
+        }
+        if batch.first_seq != self.next_seq {
+            return Err(RejectedBatch::Sequence {
+                found: batch.first_seq,
                 expected: self.next_seq,
             });
         }
-        self.make_room(record.len())?;
-        let buf = self.tail.buf(record.len()).ok_or(NoRoom)?;
-        buf.copy_from_slice(record);
-        self.took(record.len(), r.frame.len() as u32, r.crc);
-        Ok(r.seq)
+        let len = batch.span();
+        self.make_room(len)?;
+        let epoch = self.tail.segment().epoch();
+        let buf = self.tail.buf(len).ok_or(NoRoom)?;
+        buf[EPOCH..].copy_from_slice(wire);
+        buf[..EPOCH].copy_from_slice(&epoch.to_le_bytes());
+        self.took(len, u64::from(batch.count), batch.bytes, batch.crc);
+        Ok(batch.last_seq())
     }
 
-    fn took(&mut self, total: usize, frame_len: u32, crc: u32) {
-        self.tail.advance(total);
-        self.tally.add(self.next_seq, frame_len, crc);
-        self.next_seq += 1;
+    fn took(&mut self, len: usize, frames: u64, bytes: u64, crc: u32) {
+        self.tail.advance(len);
+        self.tally.count(frames, bytes);
+        self.tally.mix(self.next_seq, crc);
+        self.next_seq += frames;
         self.dirty = true;
     }
 
-    /// Goes on in the next segment if the record does not fit in this one.
-    fn make_room(&mut self, total: usize) -> Result<(), NoRoom> {
-        if !self.room_for(total) {
+    /// Goes on in the next segment if a batch of this length does not fit in this one.
+    fn make_room(&mut self, len: usize) -> Result<(), NoRoom> {
+        if !self.room_for(len) {
             return Err(NoRoom);
         }
-        if self.tail.room() >= total + RECORD_HEADER {
+        if self.tail.room() >= len + BATCH_HEADER {
             return Ok(());
         }
         let next = self.tail.segment().next().cloned().ok_or(NoRoom)?;
         let mut tail = next.tail().ok_or(NoRoom)?;
         // The next segment's header first: a marker always points to a complete one.
-        self.number += 1;
-        put_header(&mut tail, &self.file_header(next.len() as u64));
-        self.put_marker(Marker::Next);
-        self.queue.set_writing(self.number);
+        put_header(&mut tail, &self.file_header(&next));
+        self.put_marker(Marker::Next(next.epoch()));
+        self.queue.set_writing(next.number());
         let left = std::mem::replace(&mut self.tail, tail).leave();
         self.left.get_or_insert(left);
         Ok(())
     }
 
     fn put_marker(&mut self, kind: Marker) {
-        let m = format::marker(kind, self.next_seq - 1, self.queue.salt());
-        if let Some(b) = self.tail.buf(RECORD_HEADER) {
+        let epoch = self.tail.segment().epoch();
+        let m = format::marker(epoch, kind, self.next_seq - 1, self.queue.salt());
+        if let Some(b) = self.tail.buf(BATCH_HEADER) {
             b.copy_from_slice(&m);
-            self.tail.advance(RECORD_HEADER);
+            self.tail.advance(BATCH_HEADER);
         }
     }
 

@@ -1,7 +1,7 @@
-//! Records that come in from another switch.
+//! Batches that come in from another switch.
 
-use gangway_switch::spool::format::{salt, stream_len};
-use gangway_switch::spool::{Kind, RejectedRecord, Spool};
+use gangway_switch::spool::format::{EPOCH, salt, wire_len};
+use gangway_switch::spool::{Kind, RejectedBatch, Spool};
 use std::sync::Arc;
 
 use crate::input::Input;
@@ -31,31 +31,34 @@ fn take(spool: &Spool, data: &[u8]) {
     let mut stream = Vec::new();
     let mut seq = 1;
     while !input.is_empty() {
-        stream.extend(item(&mut input, &mut seq, salt(HOLD, &lane())));
+        let item = item(&mut input, &mut seq, 0, salt(HOLD, &lane()));
+        stream.extend(item.get(EPOCH..).unwrap_or_default());
     }
     let mut rest = &stream[..];
     let mut taken = Vec::new();
-    while let Ok(Some(len)) = stream_len(rest) {
-        let Some((record, behind)) = rest.split_at_checked(len) else {
+    let mut last = 0;
+    while let Ok(Some(len)) = wire_len(rest) {
+        let Some((batch, behind)) = rest.split_at_checked(len) else {
             break;
         };
-        match writer.append_record(record) {
+        match writer.append_batch(batch) {
             Ok(seq) => {
-                taken.push(record);
-                assert_eq!(seq, taken.len() as u64);
+                taken.push(batch);
+                assert!(seq > last);
+                last = seq;
             }
-            Err(RejectedRecord::Sequence { found, expected }) if found < expected => {}
+            Err(RejectedBatch::Known(seq)) => assert!(seq <= last),
             Err(_) => break,
         }
         rest = behind;
     }
     writer.commit();
-    assert_eq!(queue.tally().frames, taken.len() as u64);
+    assert_eq!(queue.tally().frames, last);
     let mut reader = queue.reader();
-    for record in taken {
-        let read = reader.peek().expect("intact").expect("it was committed");
-        assert!(read.raw == record);
-        reader.advance();
+    for batch in taken {
+        let read = reader.peek_batch().expect("intact");
+        assert!(read.expect("it was committed").wire == batch);
+        reader.advance_batch();
     }
     assert!(matches!(reader.peek(), Ok(None)));
 }

@@ -6,15 +6,17 @@ use gangway_shared::config::valid::{SpoolConfig, Sync};
 use gangway_shared::id::{HoldId, LaneKey};
 use gangway_switch::port::{Frame, VnetHdr};
 use gangway_switch::spool::format::{
-    Fields, FileHeader, Marker, QUEUE_MAGIC, SEGMENT_MAGIC, Step, marker, record_len, salt, step,
-    stream_len, view, write_record,
+    Fields, FileHeader, Marker, Origin, QUEUE_MAGIC, SEGMENT_MAGIC, fit, marker, salt, shipped,
+    step, view, wire_len, write_batch,
 };
-use gangway_switch::spool::recover::{End, Scanner, resync};
+use gangway_switch::spool::recover::{End, Scanner, epoch_of, resync};
 use gangway_switch::spool::{Kind, Spool};
 
 use crate::input::Input;
 
 pub const HOLD: HoldId = HoldId(7);
+/// Of the first segment; each has one more than the one before.
+pub const EPOCH: u64 = 9;
 const SEGMENT: usize = 128 << 10;
 
 pub fn lane() -> LaneKey {
@@ -44,8 +46,8 @@ pub fn config(dir: &Path) -> SpoolConfig {
     }
 }
 
-/// A record or a marker, mostly the next one and intact; or anything.
-pub fn item(input: &mut Input<'_>, seq: &mut u64, salt: u32) -> Vec<u8> {
+/// A batch or a marker, mostly the next one and intact; or anything.
+pub fn item(input: &mut Input<'_>, seq: &mut u64, epoch: u64, salt: u32) -> Vec<u8> {
     let op = input.u8();
     let number = match op >> 4 & 7 {
         0..4 => *seq,
@@ -56,26 +58,33 @@ pub fn item(input: &mut Input<'_>, seq: &mut u64, salt: u32) -> Vec<u8> {
     };
     let mut bytes = match op & 7 {
         0..4 => {
-            let len = u32::from(input.u16() & 0x7ff);
             let fields = Fields {
-                seq: number,
+                first_seq: number,
                 time_ns: 5,
-                frame_len: len,
-                vnet: VnetHdr(if op & 1 == 1 { input.vnet() } else { [0; 10] }),
+                origin: Origin::NONE,
             };
-            let mut out = vec![0; record_len(len)];
-            let head = input.take(8);
-            write_record(&mut out, &fields, salt, |frame| {
-                frame
-                    .iter_mut()
-                    .zip(head)
-                    .for_each(|(to, from)| *to = *from);
-            });
-            *seq = number.wrapping_add(1);
+            let count = u64::from(input.u8() & 7);
+            let vnet = VnetHdr(if op & 1 == 1 { input.vnet() } else { [0; 10] });
+            let bytes: Vec<Vec<u8>> = (0..count)
+                .map(|_| {
+                    let mut frame = vec![0; usize::from(input.u16() & 0x7ff)];
+                    let head = input.take(frame.len().min(4));
+                    frame[..head.len()].copy_from_slice(head);
+                    frame
+                })
+                .collect();
+            let frames: Vec<Frame<'_>> = bytes.iter().map(|b| Frame::from_slice(vnet, b)).collect();
+            let (n, len) = fit(&frames, usize::MAX);
+            assert_eq!(n, frames.len());
+            let mut out = vec![0; len];
+            if n > 0 {
+                write_batch(&mut out, epoch, &fields, &frames, salt);
+            }
+            *seq = number.wrapping_add(count);
             out
         }
-        4 => marker(Marker::Next, number, salt).to_vec(),
-        5 => marker(Marker::Seal, number, salt).to_vec(),
+        4 => marker(epoch, Marker::Next(epoch.wrapping_add(1)), number, salt).to_vec(),
+        5 => marker(epoch, Marker::Seal, number, salt).to_vec(),
         6 => {
             let n = input.u8();
             input.take(usize::from(n)).to_vec()
@@ -101,6 +110,7 @@ fn header(kind: Kind, number: u32) -> FileHeader {
         number,
         first_seq: 1,
         segment_bytes: SEGMENT as u64,
+        epoch: EPOCH + u64::from(number),
     }
 }
 
@@ -112,7 +122,7 @@ fn segments(input: &mut Input<'_>, seq: &mut u64) -> Vec<Vec<u8>> {
         let mut bytes = header(Kind::Source, number).encode(SEGMENT_MAGIC).to_vec();
         let mut own = Input(input.take(each));
         while !own.is_empty() {
-            bytes.extend(item(&mut own, seq, salt));
+            bytes.extend(item(&mut own, seq, EPOCH + u64::from(number), salt));
         }
         bytes.truncate(SEGMENT);
         bytes
@@ -126,9 +136,10 @@ pub fn scan(data: &[u8]) {
     for magic in [SEGMENT_MAGIC, QUEUE_MAGIC] {
         let _ = FileHeader::decode(data, magic);
     }
-    let _ = (stream_len(data), view(data), resync(data, salt, 1));
-    if let Step::Short(want) = step(data, salt) {
-        assert!(want > data.len());
+    let _ = (wire_len(data), view(data), shipped(data, salt));
+    let _ = resync(data, EPOCH, salt, 1);
+    if let Some(epoch) = epoch_of(data, |_| true, None, salt) {
+        let _ = step(data, epoch, salt);
     }
 
     let mut input = Input(data);
@@ -138,8 +149,8 @@ pub fn scan(data: &[u8]) {
     };
     let mut scan = Scanner::new(salt);
     let mut records = 0;
-    for bytes in segments(&mut input, &mut 1) {
-        let found = scan.segment(&bytes);
+    for (bytes, epoch) in segments(&mut input, &mut 1).iter().zip(EPOCH..) {
+        let found = scan.segment(bytes, epoch);
         assert!(found.records_end <= found.used && found.used <= bytes.len());
         assert!(found.torn <= bytes.len() - found.used);
         assert_eq!(found.records_end == found.used, found.end == End::Open);
@@ -191,11 +202,7 @@ pub fn open(data: &[u8]) {
         let damaged = r.damaged.len();
         let last = r.queue.last_seq();
         if let Some(writer) = &mut r.writer {
-            let _ = writer.append(
-                1,
-                VnetHdr::default(),
-                &Frame::from_slice(VnetHdr::default(), &[9; 60]),
-            );
+            let _ = writer.append(1, &Frame::from_slice(VnetHdr::default(), &[9; 60]));
             writer.seal();
         }
         let mut reader = r.queue.reader();

@@ -142,7 +142,7 @@ fn hello() -> ToTarget {
     }
 }
 
-/// The raw records of a lane with three frames.
+/// The batches of a lane with three frames, each alone.
 fn records(w: &World) -> Vec<Vec<u8>> {
     let (mut writer, q) = w.queue(0);
     for n in 0..3 {
@@ -151,9 +151,9 @@ fn records(w: &World) -> Vec<Vec<u8>> {
     writer.commit();
     let mut r = q.reader();
     let mut out = Vec::new();
-    while let Some(x) = r.peek().unwrap() {
-        out.push(x.raw.to_vec());
-        r.advance();
+    while let Some(b) = r.peek_batch().unwrap() {
+        out.push(b.wire.to_vec());
+        r.advance_batch();
     }
     out
 }
@@ -196,7 +196,7 @@ fn what_is_not_the_protocol_is_refused_and_changes_nothing() {
         let (mut r, _) = Rogue::welcome(&w).await;
         r.lane(0).await;
         let mut long = rec[1].clone();
-        long[24..28].copy_from_slice(&u32::MAX.to_le_bytes());
+        long[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
         let _s = r.stream(0, 2, &long).await;
         assert_eq!(r.refused().await, RefusalCode::Malformed);
 
@@ -290,7 +290,7 @@ fn damage_in_the_source_ends_the_shipment_with_its_place() {
     }
     let path = dir.join(HOLD.to_string()).join("s-0000/000000.seg");
     let mut b = std::fs::read(&path).unwrap();
-    b[256 + 3 * 144 + 70] ^= 1;
+    b[256 + 3 * 168 + 70] ^= 1;
     std::fs::write(&path, b).unwrap();
     let (_spool, found) = Spool::open(&cfg).unwrap();
     let out = w.ship(w.args());

@@ -1,55 +1,88 @@
 use super::*;
-use crate::spool::format::{FILE_HEADER, FileHeader, SEGMENT_MAGIC, Step, salt, step};
+use crate::port::PLAIN_HDR;
+use crate::spool::format::{FILE_HEADER, FileHeader, Marker, SEGMENT_MAGIC, Step, salt, step};
 
-/// Format v1, byte by byte, as docs/formats/spool.md shows it. If this fails the format has changed: that needs a new
-/// version.
-const SEGMENT_V1: &str = include_str!("segment-v1.hex");
+/// Format v2, byte by byte, as docs/formats/spool.md shows it, in a use of the segment with epoch [`EPOCH`]. If this fails
+/// the format has changed: that needs a new version.
+const SEGMENT_V2: &str = include_str!("segment-v2.hex");
+const EPOCH: u64 = 0x0102_0304_0506_0709;
 
 fn golden() -> Vec<u8> {
-    let digits: Vec<u8> = SEGMENT_V1.bytes().filter(u8::is_ascii_hexdigit).collect();
+    let digits: Vec<u8> = SEGMENT_V2.bytes().filter(u8::is_ascii_hexdigit).collect();
     digits
         .chunks(2)
         .map(|d| u8::from_str_radix(std::str::from_utf8(d).unwrap(), 16).unwrap())
         .collect()
 }
 
+fn segment(dir: &Path) -> std::path::PathBuf {
+    dir.join("1122334455667788/s-0000/000000.seg")
+}
+
 #[test]
-fn version_1_is_written_as_ever() {
+fn version_2_is_written_as_ever() {
     let dir = tmp();
     let (spool, _) = open(dir.path());
     let (mut w, _q) = spool.create(HOLD, Kind::Source, &lane(3)).unwrap();
     put(&mut w, 0x0102_0304, 20);
-    put(&mut w, 0x0506_0708, 33);
+    let all = [bytes(5, 33), bytes(6, 14)];
+    let frames = [
+        Frame::from_slice(VnetHdr::default(), &all[0]),
+        Frame::from_slice(vnet(0x0506_0708), &all[1]),
+    ];
+    assert_eq!(w.append_run(0x0506_0708, &frames), 2);
     w.seal();
-    let path = dir.path().join("1122334455667788/s-0000/000000.seg");
-    let b = std::fs::read(path).unwrap();
-    let used = b.iter().rposition(|b| *b != 0).unwrap() + 1;
-    let hex: Vec<String> = b[..used.next_multiple_of(8)]
+    let mut b = std::fs::read(segment(dir.path())).unwrap();
+    // The epoch is another one each time: that of the file, and all that follows from it.
+    let epoch = FileHeader::decode(&b, SEGMENT_MAGIC).unwrap().epoch;
+    for at in (0..b.len()).step_by(8) {
+        if b[at..at + 8] == epoch.to_le_bytes() {
+            b[at..at + 8].copy_from_slice(&EPOCH.to_le_bytes());
+        }
+    }
+    let crc = super::super::format::crc32c(&b[..252]);
+    b[252..256].copy_from_slice(&crc.to_le_bytes());
+    // Header, two batches, marker.
+    let used = FILE_HEADER + 88 + 136 + 48;
+    let hex: Vec<String> = b[..used]
         .chunks(16)
         .map(|c| c.iter().map(|b| format!("{b:02x}")).collect())
         .collect();
-    assert_eq!(hex.join("\n"), SEGMENT_V1.trim_end());
+    assert_eq!(hex.join("\n"), SEGMENT_V2.trim_end());
 }
 
 #[test]
-fn version_1_is_read_as_ever() {
+fn version_2_is_read_as_ever() {
     let b = golden();
     let h = FileHeader::decode(&b, SEGMENT_MAGIC).unwrap();
     assert_eq!(h.hold, HOLD);
     assert_eq!(h.kind, Kind::Source);
     assert_eq!(h.lane, lane(3));
     assert_eq!((h.index, h.number, h.first_seq), (0, 0, 1));
-    assert_eq!(h.segment_bytes, 128 << 10);
+    assert_eq!((h.segment_bytes, h.epoch), (128 << 10, EPOCH));
     let salt = salt(HOLD, &lane(3));
-    let Step::Record(r) = step(&b[FILE_HEADER..], salt) else {
-        panic!("no record");
+    let Step::Batch(one) = step(&b[FILE_HEADER..], EPOCH, salt) else {
+        panic!("no batch");
     };
-    assert_eq!((r.seq, r.time_ns), (1, 0x0102_0304));
-    assert_eq!(r.vnet, vnet(0x0102_0304));
-    assert_eq!(r.frame, bytes(0x0102_0304, 20));
+    let rest = &b[FILE_HEADER + one.span()..];
+    let Step::Batch(two) = step(rest, EPOCH, salt) else {
+        panic!("no second batch");
+    };
+    let end = step(&rest[two.span()..], EPOCH, salt);
+    assert_eq!(end, Step::Marker(Marker::Seal, 3));
+    let records: Vec<_> = one.records().chain(two.records()).collect();
+    let expected = [
+        (1, 0x0102_0304, vnet(0x0102_0304), bytes(0x0102_0304, 20)),
+        (2, 0x0506_0708, VnetHdr::default(), bytes(5, 33)),
+        (3, 0x0506_0708, vnet(0x0506_0708), bytes(6, 14)),
+    ];
+    assert_eq!(records.len(), 3);
+    for (r, e) in records.iter().zip(expected) {
+        assert_eq!((r.seq, r.time_ns, r.vnet, r.frame.to_vec()), e);
+    }
 }
 
-/// A second implementation of the checksum and of the digest, from the document's words.
+/// A second implementation of the checksum, the digest and the layout, from the document's words.
 #[test]
 fn checksum_and_digest_are_what_the_document_says() {
     fn slow(b: &[u8]) -> u32 {
@@ -63,18 +96,59 @@ fn checksum_and_digest_are_what_the_document_says() {
     }
     assert_eq!(slow(b"123456789"), 0xe306_9283);
     let b = golden();
+    let le32 = |b: &[u8], at: usize| u32::from_le_bytes(b[at..at + 4].try_into().unwrap());
+    let le64 = |b: &[u8], at: usize| u64::from_le_bytes(b[at..at + 8].try_into().unwrap());
     let mut salted = 0x1122_3344_5566_7788_u64.to_le_bytes().to_vec();
     salted.extend_from_slice(&3_u16.to_le_bytes());
     salted.extend_from_slice(b"web0\0db0");
-    let r = &b[FILE_HEADER..];
-    let stored = u32::from_le_bytes(r[4..8].try_into().unwrap());
-    assert_eq!(stored, slow(&r[8..60]) ^ slow(&salted));
-    assert_eq!(r[38..40], slow(&salted).to_le_bytes()[..2]);
     assert_eq!(b[252..256], slow(&b[..252]).to_le_bytes());
+    let mut at = FILE_HEADER;
+    let (mut digest, mut magics) = (0, Vec::new());
+    while at < b.len() {
+        let len = le32(&b, at + 16) as usize;
+        let batch = &b[at..at + len];
+        at += len;
+        assert_eq!(le64(batch, 0), EPOCH);
+        magics.push(&batch[12..16]);
+        let mut columns = [const { Vec::new() }; 4];
+        for (n, word) in batch[16..].chunks(8).enumerate() {
+            columns[n % 4].extend_from_slice(word);
+        }
+        let sums: Vec<u8> = columns.iter().flat_map(|c| slow(c).to_le_bytes()).collect();
+        assert_eq!(le32(batch, 8), slow(&sums) ^ slow(&salted));
+        if &batch[12..16] == b"GWbt" {
+            let mut z = digest ^ (le64(batch, 24) << 32 | u64::from(le32(batch, 8)));
+            z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            digest = z ^ (z >> 31);
+        }
+    }
+    assert_eq!(magics, [b"GWbt", b"GWbt", b"GWsl"]);
+    // The second batch: two entries, and no padding of the table; 45 bytes of the first frame's slot, which has 48.
+    let two = &b[FILE_HEADER + 88..];
+    assert_eq!((le32(two, 48), le32(two, 52)), (33, 14));
+    assert_eq!(two[56..68], PLAIN_HDR);
+    assert_eq!(two[68..101], bytes(5, 33));
+    assert_eq!(two[101..104], [0; 3]);
+    assert_eq!(two[104..114], vnet(0x0506_0708).0);
+
+    let dir = tmp();
+    let (spool, _) = open(dir.path());
+    let (mut w, _q) = spool.create(HOLD, Kind::Source, &lane(3)).unwrap();
+    put(&mut w, 0x0102_0304, 20);
+    let all = [bytes(5, 33), bytes(6, 14)];
+    let frames = [
+        Frame::from_slice(VnetHdr::default(), &all[0]),
+        Frame::from_slice(vnet(0x0506_0708), &all[1]),
+    ];
+    w.append_run(0x0506_0708, &frames);
+    let t = w.tally();
+    assert_eq!((t.frames, t.bytes, t.digest), (3, 67, digest));
 }
 
 #[test]
-fn foreign_bytes_are_never_a_record() {
+fn foreign_bytes_are_never_a_batch() {
     let b = golden();
     for n in 0..FILE_HEADER {
         assert!(FileHeader::decode(&b[..n], SEGMENT_MAGIC).is_err());
@@ -82,12 +156,45 @@ fn foreign_bytes_are_never_a_record() {
         bad[n] ^= 0x40;
         assert!(FileHeader::decode(&bad, SEGMENT_MAGIC).is_err(), "byte {n}");
     }
+    let ours = salt(HOLD, &lane(3));
     let r = &b[FILE_HEADER..];
-    for n in 0..60 {
-        assert!(matches!(
-            step(&r[..n], salt(HOLD, &lane(3))),
-            Step::Short(_) | Step::Free
-        ));
+    for n in 0..88 {
+        let cut = step(&r[..n], EPOCH, ours);
+        assert!(matches!(cut, Step::Bad | Step::Free), "{n} bytes");
+        let mut bad = r.to_vec();
+        bad[n] ^= 0x40;
+        let found = step(&bad, EPOCH, ours);
+        let expected = if n < 8 { Step::Free } else { Step::Bad };
+        assert_eq!(found, expected, "byte {n}");
     }
-    assert_eq!(step(r, salt(HOLD, &lane(4))), Step::Bad);
+    assert_eq!(step(r, EPOCH, salt(HOLD, &lane(4))), Step::Bad);
+    assert_eq!(step(r, EPOCH + 1, ours), Step::Free);
+}
+
+/// A checksum that is right says nothing of who made it: a peer's table must not lead out of its batch.
+#[test]
+fn a_table_that_does_not_fit_is_no_batch() {
+    let b = golden();
+    let ours = salt(HOLD, &lane(3));
+    let len = 88;
+    let whole = &b[FILE_HEADER..FILE_HEADER + len];
+    for (at, value) in [
+        (48, 19),
+        (48, 28),
+        (48, 0),
+        (48, u32::MAX),
+        (48, 1 << 17),
+        (20, 2),
+        (20, 0),
+    ] {
+        let mut bad = whole.to_vec();
+        let size = if at == 20 { 2 } else { 4 };
+        bad[at..at + size].copy_from_slice(&value.to_le_bytes()[..size]);
+        let sum = super::super::format::striped(&bad[16..]) ^ ours;
+        bad[8..12].copy_from_slice(&sum.to_le_bytes());
+        let found = step(&bad, EPOCH, ours);
+        // As long in its slot as before: another frame, but nothing that leads astray.
+        let fits = at == 48 && value == 19;
+        assert_eq!(matches!(found, Step::Batch(_)), fits, "{value} at {at}");
+    }
 }

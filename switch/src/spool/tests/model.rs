@@ -1,11 +1,15 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::mem::Seg;
+use crate::port::{HEAD, PLAIN_HDR};
 use gangway_shared::api::Tally;
 
 #[derive(Debug, Clone)]
 enum Op {
     Append(usize),
+    /// Frames that came together.
+    Run(usize, usize),
     Commit,
     /// By reader `0..READERS`, this many.
     Read(usize, usize),
@@ -17,6 +21,7 @@ const READERS: usize = 3;
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         8 => prop_oneof![14_usize..2000, 14_usize..200, 60_000_usize..65_557].prop_map(Op::Append),
+        4 => (1_usize..70, prop_oneof![14_usize..200, 1000_usize..9000]).prop_map(|(n, len)| Op::Run(n, len)),
         3 => Just(Op::Commit),
         4 => (0..READERS, 0_usize..40).prop_map(|(r, n)| Op::Read(r, n)),
         1 => Just(Op::Seal),
@@ -34,16 +39,32 @@ proptest! {
         let cfg = config(dir.path(), pages * 4096, 64 << 20);
         let (spool, _) = Spool::open(&cfg).unwrap();
         let (mut w, q) = spool.create(HOLD, Kind::Source, &lane(0)).unwrap();
-        let mut model: Vec<usize> = Vec::new();
+        let mut model: Vec<(usize, u64, VnetHdr)> = Vec::new();
         let (mut committed, mut sealed) = (0, false);
         let mut readers: Vec<_> = (0..READERS).map(|_| (q.reader(), 0, Tally::default())).collect();
         for op in ops {
             match op {
                 Op::Append(len) if !sealed => {
-                    put(&mut w, model.len() as u64, len);
-                    model.push(len);
+                    let n = model.len() as u64;
+                    put(&mut w, n, len);
+                    model.push((len, n, vnet(n)));
                 }
                 Op::Append(len) => prop_assert!(!w.has_room(len as u32)),
+                Op::Run(n, len) if !sealed => {
+                    let all: Vec<_> = (0..n).map(|i| bytes((model.len() + i) as u64, len + i)).collect();
+                    let time = model.len() as u64;
+                    let mut frames: Vec<_> = all.iter().map(|b| Frame::from_slice(vnet(time), b)).collect();
+                    // A frame of the data path has its head apart, and the rest in pieces.
+                    let plain: Vec<_> = all.iter().map(|b| [&PLAIN_HDR[..], &b[..b.len().min(HEAD)]].concat()).collect();
+                    let rest: Vec<_> = all.iter().map(|b| Seg::from_slice(&b[b.len().min(HEAD)..])).collect();
+                    if n % 2 == 0 {
+                        frames = (0..n).map(|i| Frame::with_prefix(VnetHdr::default(), all[i].len() as u32, &plain[i], std::slice::from_ref(&rest[i]))).collect();
+                    }
+                    let mut done = 0;
+                    until(|| { done += w.append_run(time, &frames[done..]); done == n });
+                    model.extend(frames.iter().map(|f| (f.len as usize, time, f.vnet)));
+                }
+                Op::Run(..) => prop_assert_eq!(w.append_run(0, &[Frame::from_slice(vnet(0), &[0; 60])]), 0),
                 Op::Commit => {
                     w.commit();
                     committed = model.len();
@@ -64,18 +85,19 @@ proptest! {
                         };
                         prop_assert!(*at < committed);
                         prop_assert_eq!(rec.seq, *at as u64 + 1);
-                        prop_assert_eq!(rec.time_ns, *at as u64);
-                        prop_assert_eq!(rec.vnet, vnet(*at as u64));
-                        prop_assert_eq!(rec.frame, &bytes(*at as u64, model[*at])[..]);
-                        tally.add(rec.seq, rec.frame.len() as u32, rec.crc);
+                        let (len, time, vnet) = model[*at];
+                        prop_assert_eq!(rec.time_ns, time);
+                        prop_assert_eq!(rec.vnet, vnet);
+                        prop_assert_eq!(rec.frame, &bytes(*at as u64, len)[..]);
+                        tally.count(1, len as u64);
                         r.advance();
                         *at += 1;
-                        prop_assert_eq!(r.tally(), *tally);
+                        prop_assert_eq!((r.tally().frames, r.tally().bytes), (tally.frames, tally.bytes));
                     }
                 }
             }
             prop_assert_eq!(q.tally().frames, committed as u64);
-            prop_assert_eq!(q.tally().bytes, model[..committed].iter().map(|l| *l as u64).sum::<u64>());
+            prop_assert_eq!(q.tally().bytes, model[..committed].iter().map(|m| m.0 as u64).sum::<u64>());
             prop_assert_eq!(q.is_sealed(), sealed);
         }
         let written = w.tally();
@@ -89,9 +111,15 @@ proptest! {
         prop_assert_eq!(f.writer.is_none(), sealed);
         prop_assert!(f.damaged.is_empty());
         prop_assert_eq!(f.torn_bytes, 0);
-        let (seqs, bad) = all(&f.queue);
-        prop_assert!(bad.is_empty());
-        prop_assert_eq!(seqs.len(), model.len());
+        let mut r = f.queue.reader();
+        for (n, (len, time, vnet)) in model.iter().enumerate() {
+            let x = r.peek().unwrap().unwrap();
+            prop_assert_eq!((x.seq, x.time_ns, x.vnet), (n as u64 + 1, *time, *vnet));
+            prop_assert_eq!(x.frame, &bytes(n as u64, *len)[..]);
+            r.advance();
+        }
+        prop_assert_eq!(r.peek().unwrap(), None);
+        prop_assert_eq!(r.tally(), written);
     }
 }
 
@@ -109,18 +137,20 @@ fn a_reader_in_another_thread_sees_everything_in_order() {
             while !r.finished() {
                 // One by one, in runs, and in runs of which only a part is taken.
                 turn += 1;
+                let next = r.next_seq();
                 let passed = r.pass_run(turn % 40, |run| {
-                    for x in run {
-                        assert_eq!(x.frame, bytes(x.time_ns, x.frame.len()));
+                    assert_eq!(run.first_seq, next);
+                    for (x, n) in run.frames.iter().zip(run.first_seq - 1..) {
+                        let mut b = vec![0; x.len as usize];
+                        x.copy_to(&mut b);
+                        assert_eq!(b, bytes(n, b.len()));
                     }
-                    assert!(run.windows(2).all(|w| w[0].seq + 1 == w[1].seq));
-                    run.len() - run.len().min(turn % 3)
+                    run.frames.len() - run.frames.len().min(turn % 3)
                 });
                 if passed == 0
                     && let Some(x) = r.peek().unwrap()
                 {
-                    assert_eq!(x.frame, bytes(x.time_ns, x.frame.len()));
-
+                    assert_eq!(x.frame, bytes(x.seq - 1, x.frame.len()));
                     r.advance();
                 }
                 let t = q.tally();
@@ -129,11 +159,22 @@ fn a_reader_in_another_thread_sees_everything_in_order() {
             r.tally()
         }
     });
-    for n in 0..N {
-        put(&mut w, n, 60 + (n as usize * 13) % 1400);
-        if n % 7 == 0 {
+    let mut n = 0;
+    while n < N {
+        let count = (n % 45 + 1).min(N - n);
+        let all: Vec<_> = (n..n + count)
+            .map(|n| bytes(n, 60 + (n as usize * 13) % 1400))
+            .collect();
+        let frames: Vec<_> = all.iter().map(|b| Frame::from_slice(vnet(n), b)).collect();
+        let mut done = 0;
+        until(|| {
+            done += w.append_run(n, &frames[done..]);
+            done == frames.len()
+        });
+        if n % 7 < 3 {
             w.commit();
         }
+        n += count;
     }
     w.seal();
     let read = t.join().unwrap();
@@ -179,7 +220,7 @@ fn whoever_waits_is_woken_by_commit_and_seal() {
 }
 
 #[test]
-fn a_record_of_the_other_host_keeps_its_digest() {
+fn a_batch_of_the_other_host_keeps_its_digest() {
     let (a, b) = (tmp(), tmp());
     let (source, _) = open(a.path());
     let (target, _) = open(b.path());
@@ -192,28 +233,22 @@ fn a_record_of_the_other_host_keeps_its_digest() {
     w.seal();
     let mut r = q.reader();
     let mut first = None;
-    while let Some(x) = r.peek().unwrap() {
-        let raw = x.raw.to_vec();
+    while let Some(b) = r.peek_batch().unwrap() {
+        let wire = b.wire.to_vec();
         until(|| tw.has_room(2000));
-        tw.append_record(&raw).unwrap();
-        assert_eq!(ow.append_record(&raw), Err(RejectedRecord::Garbage));
-        first.get_or_insert(raw);
-        r.advance();
+        tw.append_batch(&wire).unwrap();
+        assert_eq!(ow.append_batch(&wire), Err(RejectedBatch::Garbage));
+        first.get_or_insert(wire);
+        r.advance_batch();
     }
     let first = first.unwrap();
-    assert_eq!(
-        tw.append_record(&first),
-        Err(RejectedRecord::Sequence {
-            found: 1,
-            expected: 501
-        })
-    );
+    assert_eq!(tw.append_batch(&first), Err(RejectedBatch::Known(1)));
     for at in 0..first.len() {
         let mut bad = first.clone();
         bad[at] ^= 0x10;
         assert_eq!(
-            tw.append_record(&bad),
-            Err(RejectedRecord::Garbage),
+            tw.append_batch(&bad),
+            Err(RejectedBatch::Garbage),
             "byte {at}"
         );
     }

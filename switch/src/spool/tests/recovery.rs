@@ -1,6 +1,6 @@
 use super::*;
-use crate::spool::format::{FILE_HEADER, record_len, salt};
-use crate::spool::recover::{End, Scanner};
+use crate::spool::format::{FILE_HEADER, FileHeader, SEGMENT_MAGIC, batch_len, salt, slot_len};
+use crate::spool::recover::{End, Scanner, epoch_of};
 
 fn segment(dir: &Path, n: usize) -> std::path::PathBuf {
     dir.join(HOLD.to_string())
@@ -8,7 +8,7 @@ fn segment(dir: &Path, n: usize) -> std::path::PathBuf {
         .join(format!("{n:06}.seg"))
 }
 
-/// Writes `n` committed records and returns where each ends in the first segment.
+/// Writes `n` committed records, each a batch, and returns where each ends in the first segment.
 fn written(dir: &Path, n: u64, len: usize) -> Vec<usize> {
     let (spool, _) = open(dir);
     let (mut w, _q) = spool.create(HOLD, Kind::Source, &lane(0)).unwrap();
@@ -17,11 +17,15 @@ fn written(dir: &Path, n: u64, len: usize) -> Vec<usize> {
     for i in 0..n {
         let len = len + i as usize;
         put(&mut w, i, len);
-        at += record_len(len as u32);
+        at += batch_len(1, slot_len(len as u32));
         ends.push(at);
     }
     w.commit();
     ends
+}
+
+fn epoch(segment: &[u8]) -> u64 {
+    FileHeader::decode(segment, SEGMENT_MAGIC).unwrap().epoch
 }
 
 /// Pure: whatever byte the tail is cut at, the records before it are found and nothing else.
@@ -35,7 +39,7 @@ fn a_torn_tail_is_cut_at_every_byte() {
         let mut b = whole.clone();
         b[cut..].fill(0);
         let mut s = Scanner::new(salt);
-        let end = s.segment(&b);
+        let end = s.segment(&b, epoch(&whole));
         // Padding is zero anyway.
         let intact = ends
             .iter()
@@ -58,7 +62,7 @@ fn a_torn_tail_is_cut_at_every_byte() {
 /// With files, at a few places: the queue goes on where it was cut.
 #[test]
 fn a_queue_goes_on_behind_a_torn_tail() {
-    for cut in [1, 17, 39, 40, 60, 99] {
+    for cut in [8, 17, 39, 40, 60, 99] {
         let dir = tmp();
         let ends = written(dir.path(), 12, 60);
         let last = ends[10];
@@ -101,7 +105,7 @@ fn flipped_bits_are_reported_and_never_delivered() {
         let mut b = whole.clone();
         b[at] ^= 1 << (at % 8);
         let mut s = Scanner::new(salt);
-        s.segment(&b);
+        s.segment(&b, epoch(&whole));
         let bad = if at < ends[3] { 4 } else { 5 };
         assert_eq!(s.damaged(), [(bad, bad)], "byte {at}");
         assert_eq!(s.tally().frames, 7);
@@ -188,6 +192,10 @@ fn a_long_queue_survives_a_restart_and_goes_on() {
 /// A marker is no record: without it all records are still there, in the next segment.
 #[test]
 fn a_flipped_bit_between_two_segments_costs_no_record() {
+    (0..48).for_each(flipped_in_a_marker);
+}
+
+fn flipped_in_a_marker(flipped: usize) {
     let dir = tmp();
     {
         let (spool, _) = open(dir.path());
@@ -197,40 +205,188 @@ fn a_flipped_bit_between_two_segments_costs_no_record() {
     }
     let path = segment(dir.path(), 0);
     let mut b = std::fs::read(&path).unwrap();
-    let at = b.windows(4).position(|w| w == b"GWnx").unwrap();
-    b[at + 9] ^= 4;
+    let at = b.windows(4).position(|w| w == b"GWnx").unwrap() - 12;
+    b[at + flipped] ^= 4;
     std::fs::write(&path, &b).unwrap();
     let (_spool, found) = open(dir.path());
     assert!(found[0].damaged.is_empty());
     assert_eq!(all(&found[0].queue), ((1..=400).collect(), vec![]));
 }
 
-/// A segment that a dead hold has used must not bring its frames into the next hold's queue.
+/// Bits may flip in a segment's header, too: the marker before it says its epoch, and in the first one its batches.
 #[test]
-fn what_a_recycled_segment_held_never_comes_back() {
+fn a_flipped_bit_in_a_segments_header_costs_no_record() {
+    for (n, at) in [
+        (0, 0),
+        (0, 9),
+        (0, 193),
+        (1, 0),
+        (1, 9),
+        (1, 100),
+        (1, 193),
+        (1, 255),
+    ] {
+        let dir = tmp();
+        {
+            let (spool, _) = open(dir.path());
+            let (mut w, _q) = spool.create(HOLD, Kind::Source, &lane(0)).unwrap();
+            (0..400).for_each(|n| put(&mut w, n, 700));
+            w.commit();
+        }
+        let path = segment(dir.path(), n);
+        let mut b = std::fs::read(&path).unwrap();
+        b[at] ^= 4;
+        std::fs::write(&path, &b).unwrap();
+        let (_spool, found) = open(dir.path());
+        assert_eq!(found[0].damaged, [], "byte {at} of segment {n}");
+        assert_eq!(all(&found[0].queue), ((1..=400).collect(), vec![]));
+    }
+}
+
+/// A batch is damaged as a whole: its records are named, and nothing of them is delivered.
+#[test]
+fn a_flipped_bit_costs_its_batch_and_no_other() {
     let dir = tmp();
     {
         let (spool, _) = open(dir.path());
-        for round in 0..3_u64 {
-            let (mut w, q) = spool.create(HoldId(round), Kind::Source, &lane(0)).unwrap();
-            for n in 0..4000 {
-                put(&mut w, n, 700);
-            }
-            w.commit();
-            drop((w, q));
-            spool.remove_hold(HoldId(round)).unwrap();
-            until(|| spool.used_bytes() == 0);
-        }
         let (mut w, _q) = spool.create(HOLD, Kind::Source, &lane(0)).unwrap();
-        for n in 0..5 {
-            put(&mut w, n, 700);
+        for n in [0, 10, 20] {
+            let all: Vec<_> = (0..10).map(|_| bytes(n, 100)).collect();
+            let frames: Vec<_> = all.iter().map(|b| Frame::from_slice(vnet(n), b)).collect();
+            assert_eq!(w.append_run(n, &frames), 10);
         }
         w.commit();
     }
-    let (_spool, found) = open(dir.path());
-    assert_eq!(found.len(), 1);
-    assert_eq!(found[0].torn_bytes, 0);
-    assert_eq!(all(&found[0].queue).0, [1, 2, 3, 4, 5]);
+    let path = segment(dir.path(), 0);
+    let whole = std::fs::read(&path).unwrap();
+    let len = batch_len(10, 10 * slot_len(100));
+    for at in [0, 8, 12, 16, 20, 23, 30, 47, 50, 90, 200, len - 1] {
+        let mut b = whole.clone();
+        b[FILE_HEADER + len + at] ^= 32;
+        std::fs::write(&path, &b).unwrap();
+        let (_spool, found) = open(dir.path());
+        let expected = Damaged {
+            lane: lane(0),
+            first_seq: 11,
+            last_seq: 20,
+        };
+        assert_eq!(
+            found[0].damaged,
+            std::slice::from_ref(&expected),
+            "byte {at}"
+        );
+        let (seqs, bad) = all(&found[0].queue);
+        assert_eq!(seqs, (1..=10).chain(21..=30).collect::<Vec<_>>());
+        assert_eq!(bad, [expected]);
+    }
+}
+
+#[test]
+fn a_missing_segment_costs_what_was_in_it() {
+    for missing in [0, 1, 2] {
+        let dir = tmp();
+        {
+            let (spool, _) = open(dir.path());
+            let (mut w, _q) = spool.create(HOLD, Kind::Source, &lane(0)).unwrap();
+            (0..700).for_each(|n| put(&mut w, n, 700));
+            w.commit();
+        }
+        let first = |n| {
+            let b = std::fs::read(segment(dir.path(), n)).unwrap();
+            FileHeader::decode(&b, SEGMENT_MAGIC).unwrap().first_seq
+        };
+        let (from, to) = (first(missing), first(missing + 1) - 1);
+        std::fs::remove_file(segment(dir.path(), missing)).unwrap();
+        for _ in 0..2 {
+            let (_spool, mut found) = open(dir.path());
+            let mut f = found.pop().unwrap();
+            let expected = Damaged {
+                lane: lane(0),
+                first_seq: from,
+                last_seq: to,
+            };
+            assert_eq!(f.damaged, std::slice::from_ref(&expected));
+            let last = f.queue.last_seq();
+            let w = f.writer.as_mut().unwrap();
+            // More than the segment at the end has room for: the next ones do not get a number that is taken.
+            (last..last + 400).for_each(|n| put(w, n, 700));
+            w.commit();
+            let (seqs, bad) = all(&f.queue);
+            assert_eq!(
+                seqs,
+                (1..from).chain(to + 1..=last + 400).collect::<Vec<_>>()
+            );
+            assert_eq!(bad, [expected]);
+        }
+    }
+}
+
+/// A segment that another hold has used must not bring its frames into the next hold's queue, not even into one of the
+/// same name.
+#[test]
+fn what_a_recycled_segment_held_never_comes_back() {
+    for same in [false, true] {
+        let dir = tmp();
+        {
+            let (spool, _) = open(dir.path());
+            for round in 0..3_u64 {
+                let hold = if same { HOLD } else { HoldId(round) };
+                let (mut w, q) = spool.create(hold, Kind::Source, &lane(0)).unwrap();
+                for n in 0..4000 {
+                    put(&mut w, n, 700);
+                }
+                w.commit();
+                drop((w, q));
+                spool.remove_hold(hold).unwrap();
+                until(|| spool.used_bytes() == 0);
+            }
+            let (mut w, _q) = spool.create(HOLD, Kind::Source, &lane(0)).unwrap();
+            for n in 0..5 {
+                put(&mut w, n, 700);
+            }
+            w.commit();
+        }
+        // What lies behind them is still there.
+        let b = std::fs::read(segment(dir.path(), 0)).unwrap();
+        assert!(b[60_000..].iter().any(|b| *b != 0));
+        let (_spool, found) = open(dir.path());
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].torn_bytes, 0);
+        assert_eq!(found[0].damaged, []);
+        assert_eq!(all(&found[0].queue).0, [1, 2, 3, 4, 5]);
+    }
+}
+
+/// The same at every place where the queue can end: behind what is written now, the use before has intact batches with
+/// just the numbers that must follow.
+#[test]
+fn an_earlier_use_of_a_segment_is_another_epoch() {
+    let dir = tmp();
+    written(dir.path(), 20, 60);
+    let old = std::fs::read(segment(dir.path(), 0)).unwrap();
+    let dir = tmp();
+    let ends = written(dir.path(), 20, 60);
+    let new = std::fs::read(segment(dir.path(), 0)).unwrap();
+    assert_ne!(epoch(&old), epoch(&new));
+    let salt = salt(HOLD, &lane(0));
+    for (n, end) in ends.iter().enumerate() {
+        let mixed = [&new[..*end], &old[*end..]].concat();
+        let mut s = Scanner::new(salt);
+        let found = s.segment(&mixed, epoch(&new));
+        assert_eq!((found.used, found.torn), (*end, 0));
+        assert_eq!(s.tally().frames, n as u64 + 1);
+        // The check of this test: with the old epoch there would be more.
+        if n > 0 {
+            let mut s = Scanner::new(salt);
+            s.segment(&mixed, epoch(&old));
+            assert_eq!(s.tally().frames, 19 - n as u64);
+        }
+    }
+    // A use that has not begun has no epoch.
+    let mut fresh = old.clone();
+    fresh[..FILE_HEADER].fill(0);
+    assert_eq!(epoch_of(&fresh, |_| true, None, salt), None);
+    assert_eq!(epoch_of(&old, |_| false, None, salt), None);
 }
 
 #[test]
@@ -242,7 +398,11 @@ fn only_one_process_has_a_spool() {
 }
 
 #[test]
-fn a_newer_format_is_refused_by_name() {
+fn another_format_is_refused_by_name() {
+    [1, 3, 9].into_iter().for_each(refused);
+}
+
+fn refused(version: u8) {
     let dir = tmp();
     written(dir.path(), 1, 60);
     let path = dir
@@ -251,10 +411,12 @@ fn a_newer_format_is_refused_by_name() {
         .join("s-0000")
         .join("queue.meta");
     let mut b = std::fs::read(&path).unwrap();
-    b[8] = 9;
+    b[8] = version;
     std::fs::write(&path, &b).unwrap();
     let e = Spool::open(&config(dir.path(), 128 << 10, 64 << 20)).unwrap_err();
-    assert!(e.to_string().contains("format version 9"), "{e}");
+    let e = e.to_string();
+    assert!(e.contains(&format!("format version {version}")), "{e}");
+    assert!(e.contains("s-0000/queue.meta"), "{e}");
 }
 
 /// Contract 5 with a real SIGKILL: this test runs itself again, and kills it while it writes.
