@@ -3,6 +3,7 @@
 //! Invariant: nothing here hands out a reference into shared memory; a [`Seg`] can only be copied from.
 #![allow(unsafe_code)]
 
+pub mod copy;
 pub mod guest;
 pub mod lost;
 pub mod zeros;

@@ -15,6 +15,7 @@ use super::features::RingFeatures;
 use super::live::{Gate, clear, signal};
 use super::ring::{Broken, Chain, Direction, Pieces, Plain, Plains, Pos, Ring};
 use crate::mem::Seg;
+use crate::mem::copy::{LINE, copy_short};
 use crate::port::offload::{Offloads, gso};
 use crate::port::{
     BURST, Burst, FRAME_MAX, FRAME_MIN, Frame, HEAD, PLAIN_HDR, RxErrors, RxQueue, SEGS, VnetHdr,
@@ -41,17 +42,44 @@ struct Shown {
 /// Bytes in front of a private head.
 const PREFIX: usize = PLAIN_HDR.len();
 
+/// Bytes of a frame that its private start has at most: see [`Head::len`].
+const HEAD_MAX: usize = HEAD + LINE;
+
 /// A frame's private start behind [`PLAIN_HDR`], in cache lines of its own.
 #[repr(align(64))]
 #[derive(Clone, Copy)]
-struct Head([u8; PREFIX + HEAD]);
+struct Head([u8; PREFIX + HEAD_MAX]);
 
 impl Head {
     const EMPTY: Head = {
-        let mut bytes = [0; PREFIX + HEAD];
+        let mut bytes = [0; PREFIX + HEAD_MAX];
         bytes.split_at_mut(PREFIX).0.copy_from_slice(&PLAIN_HDR);
         Head(bytes)
     };
+
+    /// How much of a frame of `len` bytes at `at` is made private: so much that what follows starts a cache line, which is
+    /// then copied by whole lines.
+    #[inline(always)]
+    fn len(at: *const u8, len: usize) -> usize {
+        let behind = (at as usize).wrapping_add(HEAD) % LINE;
+        len.min(HEAD + (LINE - behind) % LINE)
+    }
+
+    /// Takes the first `len` bytes of a frame behind a header of `hdr_len` bytes at `from`, which it returns as far as all kinds
+    /// have it in common (virtio 1.2, 5.1.6).
+    ///
+    /// # Safety
+    /// `from` is readable for `hdr_len` (10 or 12) and `len` bytes; `len` is at most HEAD_MAX.
+    #[inline(always)]
+    unsafe fn fill(&mut self, from: *const u8, hdr_len: usize, len: usize) -> [u8; 10] {
+        let to = self.0.as_mut_ptr();
+        // SAFETY: by the contract; a head has room for a header and HEAD_MAX bytes.
+        unsafe {
+            let hdr = from.cast::<[u8; 10]>().read();
+            copy_short(from.add(hdr_len), to.add(PREFIX), len);
+            hdr
+        }
+    }
 }
 
 /// Pieces behind heads.
@@ -61,7 +89,7 @@ struct Segs(Vec<Seg<'static>>);
 // followed only as long as the queue is borrowed.
 unsafe impl Send for Segs {}
 
-const _: () = assert!(BURST * SEGS < u16::MAX as usize && HEAD <= u8::MAX as usize);
+const _: () = assert!(BURST * SEGS < u16::MAX as usize && HEAD_MAX <= u8::MAX as usize);
 
 /// See the module's text.
 pub struct Rx<R: Ring> {
@@ -250,19 +278,19 @@ impl<R: Ring> Rx<R> {
             if !(FRAME_MIN..=FRAME_MAX).contains(&len) {
                 break;
             }
-            // SAFETY: the piece is readable for `hdr_len + len` bytes, `hdr_len` is 10 or 12; a head has room for HEAD bytes.
+            // SAFETY: the piece is readable for `hdr_len + len` bytes, `hdr_len` is 10 or 12.
             unsafe {
+                let from = p.ptr.add(hdr_len);
+                let head_len = Head::len(from.as_ptr(), len);
+                let hdr = head.fill(p.ptr.as_ptr(), hdr_len, head_len);
                 // Flags and kind of segmentation (virtio 1.2, 5.1.6).
-                if p.ptr.cast::<u16>().read_unaligned() != 0 {
+                if hdr[0] | hdr[1] != 0 {
                     break;
                 }
-                let from = p.ptr.add(hdr_len);
-                let to = head.0.as_mut_ptr().add(PREFIX);
-                copy_head(from.as_ptr(), to, len.min(HEAD));
-                if len > HEAD {
+                if len > head_len {
                     // The piece lies in a mapping that the snapshot keeps, which is only changed by a call with `&mut self`,
                     // and so not while a frame borrows this queue.
-                    let rest = Seg::from_raw(from.add(HEAD), (len - HEAD) as u32);
+                    let rest = Seg::from_raw(from.add(head_len), (len - head_len) as u32);
                     self.segs.0.push(rest);
                 }
             }
@@ -277,11 +305,13 @@ impl<R: Ring> Rx<R> {
         let mut segs = self.segs.0.iter();
         for (p, head) in easy.iter().zip(self.heads.iter()) {
             let len = p.len - hdr_len;
-            let rest = match len as usize > HEAD {
+            let from = p.ptr.as_ptr().wrapping_add(hdr_len as usize);
+            let head_len = Head::len(from, len as usize);
+            let rest = match len as usize > head_len {
                 true => segs.next().map(std::slice::from_ref).unwrap_or_default(),
                 false => &[],
             };
-            let head = &head.0[..PREFIX + HEAD.min(len as usize)];
+            let head = &head.0[..PREFIX + head_len];
             out.push(Frame::with_prefix(VnetHdr::default(), len, head, rest));
         }
     }
@@ -297,20 +327,18 @@ impl<R: Ring> Rx<R> {
         if !(FRAME_MIN..=FRAME_MAX).contains(&len) {
             return Parsed::Malformed;
         }
-        let head_len = len.min(HEAD);
-        // SAFETY: the piece is readable for `hdr_len + len` bytes, `hdr_len` is 10 or 12, `head_len` at most `len` and HEAD.
-        let hdr = unsafe {
-            let hdr = p.ptr.cast::<[u8; 10]>().read_unaligned();
+        // SAFETY: the piece is readable for `hdr_len + len` bytes, `hdr_len` is 10 or 12.
+        let (hdr, head_len) = unsafe {
             let from = p.ptr.add(hdr_len);
-            let to = self.heads[n].0.as_mut_ptr().add(PREFIX);
-            copy_head(from.as_ptr(), to, head_len);
+            let head_len = Head::len(from.as_ptr(), len);
+            let hdr = self.heads[n].fill(p.ptr.as_ptr(), hdr_len, head_len);
             if len > head_len {
                 let rest = (len - head_len) as u32;
                 // The piece lies in a mapping that the snapshot keeps, which is only changed by a call with `&mut self`,
                 // and so not while a frame borrows this queue.
                 self.segs.0.push(Seg::from_raw(from.add(head_len), rest));
             }
-            hdr
+            (hdr, head_len)
         };
         if hdr[0] | hdr[1] != 0 {
             return self.note(hdr, head_len, len, segs);
@@ -422,47 +450,8 @@ impl<R: Ring> Rx<R> {
         }
         *bounce_free &= bounced.is_none();
         *hdr_out = hdr.bytes;
-        self.heads[n].0[PREFIX..].copy_from_slice(&head.bytes);
+        self.heads[n].0[PREFIX..PREFIX + HEAD].copy_from_slice(&head.bytes);
         Ok((head.filled, len))
-    }
-}
-
-/// Copies `len` bytes, mostly 60 to 140: in pieces of a fixed size, the last of which may overlap the one before.
-///
-/// # Safety
-/// `from` is readable and `to` writable for `len` bytes; they do not overlap.
-#[inline(always)]
-pub(super) unsafe fn copy_head(from: *const u8, to: *mut u8, len: usize) {
-    /// The last `N` of `len` bytes.
-    ///
-    /// # Safety
-    /// As for `copy_head`; `len` is `N` or more.
-    #[inline(always)]
-    unsafe fn last<const N: usize>(from: *const u8, to: *mut u8, len: usize) {
-        // SAFETY: by the contract.
-        unsafe { std::ptr::copy_nonoverlapping(from.add(len - N), to.add(len - N), N) }
-    }
-    // SAFETY: all parts lie within `len` bytes in each case.
-    unsafe {
-        match len {
-            64..192 => {
-                std::ptr::copy_nonoverlapping(from, to, 64);
-                if len >= 128 {
-                    std::ptr::copy_nonoverlapping(from.add(64), to.add(64), 64);
-                }
-                match len % 64 {
-                    0 => {}
-                    1..=16 => last::<16>(from, to, len),
-                    17..=32 => last::<32>(from, to, len),
-                    _ => last::<64>(from, to, len),
-                }
-            }
-            32..64 => {
-                std::ptr::copy_nonoverlapping(from, to, 32);
-                last::<32>(from, to, len);
-            }
-            _ => std::ptr::copy_nonoverlapping(from, to, len),
-        }
     }
 }
 

@@ -32,7 +32,7 @@ pub struct Driver {
     /// Head to its descriptors and buffers.
     chains: HashMap<u16, (Vec<u16>, Vec<Buffer>)>,
     /// Buffers are carved from here, in a circle.
-    heap: u64,
+    pub heap: u64,
     heap_next: u64,
 }
 

@@ -78,6 +78,63 @@ fn frames_cross_byte_for_byte_in_every_shape() {
     }
 }
 
+/// Wherever buffers lie in their cache lines: heads end where a line starts, and a header in a line of its own is only written
+/// if something else stands there.
+#[test]
+fn runs_cross_whatever_the_alignment() {
+    const LENS: [usize; 13] = [
+        14, 60, 64, 103, 104, 116, 117, 128, 179, 180, 181, 244, 1514,
+    ];
+    const AT: [u64; 7] = [0, 1, 12, 20, 52, 54, 63];
+    for (bits, hdr_len) in [(0, 10), (VERSION_1, 12), (VERSION_1 | PACKED, 12)] {
+        let mut w = World::new(if hdr_len == 12 { bits | MRG } else { bits });
+        let mut stale = 0;
+        for (from, to) in AT.into_iter().flat_map(|a| AT.map(|b| (a, b))) {
+            let place = |base: u64, i: usize, at: u64| (base & !63) + 4096 * i as u64 + at;
+            let mut want = Vec::new();
+            for (i, len) in LENS.into_iter().enumerate() {
+                let f = frame(from * 64 + to + i as u64, len);
+                let mut sent = vec![0; hdr_len];
+                sent.extend(&f);
+                let gpa = place(w.rx.driver.heap + 64, i, from);
+                w.memory.write(gpa, &sent);
+                assert!(
+                    w.rx.driver
+                        .add(&[(gpa, sent.len() as u32)], false, false)
+                        .is_some()
+                );
+                let gpa = place(w.tx.driver.heap + 64, i, to);
+                stale += 1;
+                let mut before = vec![0xee; 1600];
+                if stale % 2 == 0 {
+                    before[..12].copy_from_slice(&crate::port::PLAIN_HDR);
+                }
+                w.memory.write(gpa, &before);
+                assert!(w.tx.driver.add(&[(gpa, 1600)], true, false).is_some());
+                want.push((gpa, f));
+            }
+            let mut out = Burst::new();
+            w.rx.queue.burst(&mut out);
+            assert_eq!(out.len(), LENS.len());
+            assert_eq!(w.tx.queue.send_run(&out), LENS.len());
+            drop(out);
+            w.rx.queue.release(LENS.len());
+            w.tx.queue.flush();
+            assert_eq!(w.rx.driver.reap().len(), LENS.len());
+            let got = w.tx.driver.reap();
+            assert_eq!(got.len(), LENS.len());
+            for ((gpa, f), (_, len)) in want.iter().zip(&got) {
+                assert_eq!(*len as usize, hdr_len + f.len());
+                let all = w.memory.read(*gpa, 1600);
+                let (hdr, rest) = all.split_at(hdr_len);
+                assert_eq!(hdr, &crate::port::PLAIN_HDR[..hdr_len], "{from} to {to}");
+                assert_eq!(&rest[..f.len()], f, "{from} to {to}");
+                assert!(rest[f.len()..].iter().all(|b| *b == 0xee), "{from} to {to}");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_burst_is_given_again_until_it_is_released() {
     let mut w = World::new(VERSION_1);
