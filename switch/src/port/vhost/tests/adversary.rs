@@ -164,67 +164,123 @@ impl Switch {
     }
 }
 
-/// A transmit ring is broken in each way; it is set up again after each.
-#[test]
-fn a_broken_ring_has_a_counter_and_a_reason_and_its_neighbours_lose_nothing() {
-    type Break = fn(&mut Driver);
-    let split: [(Break, &str); 9] = [
-        (|d| d.publish(NUM + 1), "available index"),
-        (|d| d.publish(0x8000), "available index"),
-        (|d| d.offer(NUM), "beyond the table"),
-        (
-            |d| {
-                d.desc(d.at[0], 0, 0x10_0000, 100, NEXT, 1);
-                d.desc(d.at[0], 1, 0x10_0000, 100, NEXT, 0);
-                d.offer(0);
-            },
-            "loops",
-        ),
-        (
-            |d| {
-                d.desc(d.at[0], 0, 1 << 40, 100, 0, 0);
-                d.offer(0);
-            },
-            "not guest memory",
-        ),
-        (
-            |d| {
-                d.desc(d.at[0], 0, REGION - 50, 100, 0, 0);
-                d.offer(0);
-            },
-            "not guest memory",
-        ),
-        (
-            |d| {
-                d.desc(d.at[0], 0, 0x10_0000, u32::MAX, 0, 0);
-                d.offer(0);
-            },
-            "not guest memory",
-        ),
-        (
-            |d| {
-                d.desc(d.at[0], 0, 0x10_0000, 100, WRITE, 0);
-                d.offer(0);
-            },
-            "wrong direction",
-        ),
-        (
-            |d| {
-                d.desc(d.at[0], 0, 0x10_0000, 17, INDIRECT_FLAG, 0);
-                d.offer(0);
-            },
-            "bad indirect",
-        ),
-    ];
+/// A way to break a ring, and what is said of it then.
+type Break = (fn(&mut Driver, u16), &'static str);
+
+/// Of both layouts; `w` is what the ring's own buffers have for a direction.
+const OF_BOTH: [Break; 10] = [
+    (
+        |d, w| d.raw(&[(1 << 40, 100, w)]),
+        "0x10000000000 is not guest memory",
+    ),
+    (
+        |d, w| d.raw(&[(u64::MAX - 8, 100, w)]),
+        "0xfffffffffffffff7 is not guest memory",
+    ),
+    // From one region into what is behind it.
+    (
+        |d, w| d.raw(&[(REGION - 50, 100, w)]),
+        "0x400000 is not guest memory",
+    ),
+    (
+        |d, w| d.raw(&[(0x10_0000, u32::MAX, w)]),
+        "0x400000 is not guest memory",
+    ),
+    (
+        |d, w| d.raw(&[(0x10_0000, 100, w ^ WRITE)]),
+        "wrong direction",
+    ),
+    (
+        |d, _| d.raw(&[(0x10_0000, 17, INDIRECT_FLAG)]),
+        "bad indirect",
+    ),
+    (
+        |d, _| d.raw(&[(0x10_0000, 0, INDIRECT_FLAG)]),
+        "bad indirect",
+    ),
+    (
+        |d, _| d.raw(&[(1 << 40, 32, INDIRECT_FLAG)]),
+        "0x10000000000 is not guest memory",
+    ),
+    (
+        |d, _| {
+            // A table in a table.
+            d.raw_in(0x10_0000, 0, (0x10_0000, 16, INDIRECT_FLAG), 0);
+            d.raw(&[(0x10_0000, 16, INDIRECT_FLAG)]);
+        },
+        "bad indirect",
+    ),
+    (
+        |d, w| {
+            // Longer than a chain may be: in a split ring it goes from each entry to the next, and round at the end.
+            for i in 0..2048 {
+                let entry = (0x20_0000, 1, w | if d.packed { 0 } else { NEXT });
+                d.raw_in(0x10_0000, i, entry, (i + 1) % 2048);
+            }
+            d.raw(&[(0x10_0000, 2048 * 16, INDIRECT_FLAG)]);
+        },
+        "loops or is longer",
+    ),
+];
+
+const OF_SPLIT: [Break; 5] = [
+    (|d, _| d.publish(NUM + 1), "available index"),
+    (|d, _| d.publish(0x8000), "available index"),
+    (|d, _| d.offer(NUM), "beyond the table"),
+    (
+        |d, w| {
+            d.raw_in(d.at[0], 0, (0x10_0000, 1, NEXT | w), NUM);
+            d.offer(0);
+        },
+        "beyond the table",
+    ),
+    (
+        |d, w| {
+            d.raw_in(d.at[0], 0, (0x10_0000, 1, NEXT | w), 1);
+            d.raw_in(d.at[0], 1, (0x10_0000, 1, NEXT | w), 0);
+            d.offer(0);
+        },
+        "loops or is longer",
+    ),
+];
+
+/// All slots are one chain without an end.
+const OF_PACKED: [Break; 1] = [(
+    |d, w| d.raw(&[(0x10_0000, 1, NEXT | w); NUM as usize]),
+    "loops or is longer",
+)];
+
+/// One ring after the other is broken; it is set up again after each.
+fn break_each(bits: u64, ring: usize) {
+    let ways: &[Break] = match bits & PACKED {
+        0 => &OF_SPLIT,
+        _ => &OF_PACKED,
+    };
     let s = Switch::new();
-    for (n, (make, why)) in split.into_iter().enumerate() {
-        let mut g = s.guest(VERSION_1 | INDIRECT);
+    s.engine.shared().fdb.set(mac(9), 2, true, 0);
+    let (which, w) = match ring {
+        RX => ("transmit ring 0 is broken", 0),
+        _ => ("receive ring 0 is broken", WRITE),
+    };
+    for (n, &(make, why)) in OF_BOTH.iter().chain(ways).enumerate() {
+        let mut g = s.guest(VERSION_1 | INDIRECT | bits);
         eventually("the port is well", || s.reason().is_empty());
-        make(&mut g.drivers[RX]);
+        make(&mut g.drivers[ring], w);
         g.kick(RX);
-        eventually(why, || s.reason().contains(why));
-        eventually("it is counted", || s.rings_broken() == n as u64 + 1);
+        let had = s.b.delivered().len();
+        eventually(why, || {
+            // A receive ring is looked at for a frame.
+            if ring == TX && s.a.waiting() < 64 {
+                s.a.push(numbered(8, mac(9), 0));
+            }
+            let reason = s.reason();
+            reason.contains(which) && reason.contains(why)
+        });
         assert_eq!(s.evil.state().broken, 1 + n as u64);
+        if ring == RX {
+            eventually("it is counted", || s.rings_broken() == n as u64 + 1);
+        }
+        assert!(s.b.delivered().len() >= had);
         s.goes_on(why);
         drop(g);
         eventually("it has gone", || !s.evil.state().connected);
@@ -235,9 +291,117 @@ fn a_broken_ring_has_a_counter_and_a_reason_and_its_neighbours_lose_nothing() {
 }
 
 #[test]
+fn a_broken_split_transmit_ring_has_a_reason_and_its_neighbours_lose_nothing() {
+    break_each(0, RX);
+}
+
+#[test]
+fn a_broken_split_receive_ring_has_a_reason_and_its_neighbours_lose_nothing() {
+    break_each(0, TX);
+}
+
+#[test]
+fn a_broken_packed_transmit_ring_has_a_reason_and_its_neighbours_lose_nothing() {
+    break_each(PACKED, RX);
+}
+
+#[test]
+fn a_broken_packed_receive_ring_has_a_reason_and_its_neighbours_lose_nothing() {
+    break_each(PACKED, TX);
+}
+
+/// Buffers without a byte are no reason to break: they are given back, or wait, and a frame behind them arrives.
+#[test]
+fn buffers_of_no_length_are_counted_and_disturb_nobody() {
+    for packed in [0, PACKED] {
+        let s = Switch::new();
+        s.engine.shared().fdb.set(mac(9), 2, true, 0);
+        let mut g = s.guest(VERSION_1 | packed);
+        let empty = [(0x10_0000, 0)];
+        for _ in 0..NUM / 2 {
+            assert!(g.drivers[RX].add(&empty, false, false).is_some());
+            assert!(g.drivers[TX].add(&empty, true, false).is_some());
+        }
+        let broadcast = numbered(9, MacAddr::BROADCAST, 7);
+        assert!(g.send(&broadcast));
+        g.kick(RX);
+        eventually("its frame", || s.b.delivered().contains(&broadcast));
+        assert_eq!(s.evil.state().malformed, u64::from(NUM / 2));
+        for _ in 0..10 {
+            s.a.push(numbered(8, mac(9), 0));
+        }
+        s.goes_on("beside a ring of buffers without a byte");
+        assert_eq!(s.evil.state().broken, 0);
+        drop(g);
+        s.verdict();
+    }
+}
+
+/// Descriptors, tables and indices change while the switch reads them: whatever it finds, nobody else loses anything.
+#[test]
+fn rings_that_are_rewritten_under_the_switch_disturb_nobody() {
+    for packed in [0, PACKED] {
+        let s = Switch::new();
+        s.engine.shared().fdb.set(mac(9), 2, true, 0);
+        for round in 0..4u64 {
+            let mut g = s.guest(VERSION_1 | INDIRECT | MRG | packed);
+            let stop = AtomicBool::new(false);
+            let tables = [TX, RX].map(|i| g.drivers[i].at);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let mut x = round + 1;
+                    while !stop.load(Ordering::Relaxed) {
+                        // xorshift64
+                        x ^= x << 13;
+                        x ^= x >> 7;
+                        x ^= x << 17;
+                        let [desc, avail, _] = tables[(x >> 60) as usize % 2];
+                        let slot = 16 * (x >> 20 & u64::from(NUM - 1));
+                        match x >> 50 & 7 {
+                            // An address within memory, a length, flags, all that is in a descriptor.
+                            0 => s
+                                .memory
+                                .write(desc + slot, &(x >> 30 & 0x3f_ffff).to_le_bytes()),
+                            1..4 => s
+                                .memory
+                                .write(desc + slot + 8, &(x as u16 & 0xfff).to_le_bytes()),
+                            4 | 5 => s.memory.write(desc + slot + 12, &[x as u8 & 7]),
+                            6 => s.memory.write(desc + slot + 14, &[x as u8 & 0x87]),
+                            _ => s.memory.write(avail + 4 + slot / 8, &[x as u8 & 0x7f]),
+                        }
+                    }
+                });
+                for n in 0..300u32 {
+                    for d in [TX, RX] {
+                        let at = 0x20_0000 + u64::from(n % 64) * 2048;
+                        g.drivers[d].raw(&[(at, 1514, if d == TX { WRITE } else { 0 })]);
+                    }
+                    g.kick(RX);
+                    if s.a.waiting() < 64 {
+                        s.a.push(numbered(8, mac(9), n));
+                    }
+                }
+                s.goes_on("beside rings that are rewritten");
+                stop.store(true, Ordering::Relaxed);
+            });
+            drop(g);
+            eventually("it has gone", || !s.evil.state().connected);
+            s.memory.write(0x1000, &[0; 0x8000]);
+            s.memory.write(HIGH, &[0; 0x8000]);
+        }
+        s.verdict();
+    }
+}
+
+#[test]
 fn rings_and_buffers_lose_their_memory_under_load_and_others_nothing() {
+    lose_memory(0);
+    lose_memory(PACKED);
+}
+
+fn lose_memory(packed: u64) {
     let s = Switch::new();
-    let mut g = s.guest(VERSION_1);
+    let mut g = s.guest(VERSION_1 | packed);
     // The receive ring lies high, and with it what is flooded.
     g.offer();
     let [_, high] = g.regions();
@@ -361,8 +525,13 @@ fn a_truncated_file_of_guest_memory_costs_its_own_port_only() {
 /// The destination is rewritten while the switch looks: what it decided on is what it delivers.
 #[test]
 fn a_buffer_that_is_rewritten_is_delivered_as_it_was_looked_at() {
+    rewrite(0);
+    rewrite(PACKED);
+}
+
+fn rewrite(packed: u64) {
     let s = Switch::new();
-    let mut g = s.guest(VERSION_1);
+    let mut g = s.guest(VERSION_1 | packed);
     s.engine.shared().fdb.set(mac(9), 2, true, 0);
     let mut bytes = vec![0; 12];
     bytes.extend(numbered(9, mac(2), 0));

@@ -228,6 +228,33 @@ impl Driver {
         self.back
     }
 
+    /// Writes entry `i` of a table, whatever it is: address, length, flags, and in a split ring what is next.
+    pub fn raw_in(&self, table: u64, i: u16, (addr, len, flags): (u64, u32, u16), next: u16) {
+        match self.packed {
+            true => self.packed_desc(table, i, addr, len, 0, flags),
+            false => self.desc(table, i, addr, len, flags, next),
+        }
+    }
+
+    /// Makes descriptors available as they are, the first of them last: from the table's start in a split ring.
+    pub fn raw(&mut self, chain: &[(u64, u32, u16)]) {
+        if !self.packed {
+            for (i, &d) in chain.iter().enumerate() {
+                self.raw_in(self.at[0], i as u16, d, i as u16 + 1);
+            }
+            return self.offer(0);
+        }
+        let mut all = Vec::new();
+        for &(addr, len, flags) in chain {
+            let turn = [1 << 15, 1 << 7][usize::from(self.avail_pos >> 15)];
+            all.push((self.avail_pos & 0x7fff, (addr, len, flags | turn)));
+            self.avail_pos = self.after(self.avail_pos);
+        }
+        for &(slot, d) in all.iter().rev() {
+            self.raw_in(self.at[0], slot, d, 0);
+        }
+    }
+
     /// Puts a head into the available ring, whatever it is.
     pub fn offer(&mut self, head: u16) {
         let slot = u64::from(self.avail_idx % self.num);

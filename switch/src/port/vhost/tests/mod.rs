@@ -185,6 +185,13 @@ impl World {
     }
 }
 
+/// Of a property: `PROPTEST_CASES`, or so many.
+fn cases(n: u32) -> proptest::test_runner::Config {
+    let said = std::env::var("PROPTEST_CASES").ok();
+    let n = said.and_then(|s| s.parse().ok()).unwrap_or(n);
+    proptest::test_runner::Config::with_cases(n)
+}
+
 /// A frame that no other is like.
 fn frame(seed: u64, len: usize) -> Vec<u8> {
     (0..len as u64)

@@ -70,7 +70,7 @@ fn bits() -> impl Strategy<Value = u64> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(cases(200))]
 
     #[test]
     fn rings_do_what_a_plain_model_does(bits in bits(), ops in prop::collection::vec(op(), 1..200)) {
@@ -245,7 +245,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(cases(200))]
 
     #[test]
     fn a_hostile_guest_breaks_its_own_packed_ring_only(

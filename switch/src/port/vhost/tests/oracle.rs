@@ -40,7 +40,7 @@ fn theirs(memory: &Memory, driver: &Driver) -> Vec<Option<Chain>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(cases(1000))]
 
     #[test]
     fn both_devices_find_the_same_chains_and_refuse_the_same(

@@ -517,3 +517,39 @@ fn a_packed_ring_signals_an_event_also_after_more_than_a_lap() {
     w.tx.queue.settle();
     assert_eq!(raised(&w.tx.call), 0);
 }
+
+/// Whatever a guest chains: a worker looks at so many buffers of it, and no more.
+#[test]
+fn a_chain_without_an_end_is_left_after_so_many_buffers() {
+    use super::super::ring::{Broken, CHAIN_MAX, Direction, Pieces, Pos, Ring};
+    use super::driver::{INDIRECT_FLAG, NEXT};
+    for (packed, indirect) in [(0, false), (0, true), (PACKED, false), (PACKED, true)] {
+        let memory = Memory::new();
+        let bits = VERSION_1 | INDIRECT | packed;
+        let mut driver = Driver::new(&memory, NUM, 0x1000, 0x10_0000, bits);
+        if indirect {
+            for i in 0..2048 {
+                driver.raw_in(0x10_0000, i, (0x20_0000, 1, NEXT), (i + 1) % 2048);
+            }
+            driver.raw(&[(0x10_0000, 2048 * 16, INDIRECT_FLAG)]);
+        } else {
+            driver.raw(&[(0x20_0000, 1, NEXT); NUM as usize]);
+            if packed == 0 {
+                driver.raw_in(driver.at[0], NUM - 1, (0x20_0000, 1, NEXT), 0);
+            }
+        }
+        let live = live(&memory, &driver, &event(), None);
+        let features = RingFeatures::new(bits);
+        let mut pieces = Pieces::default();
+        let found = match packed {
+            0 => Split::new(&live, NUM, 0, &features).peek(Pos(0), Direction::Read, &mut pieces),
+            _ => {
+                let start = packed::START;
+                let mut ring = Packed::new(&live, NUM, start, &features);
+                ring.peek(Pos(start), Direction::Read, &mut pieces)
+            }
+        };
+        assert_eq!(found.err(), Some(Broken::Chain));
+        assert!(pieces.walked() <= CHAIN_MAX as usize);
+    }
+}
