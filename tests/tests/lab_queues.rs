@@ -1,6 +1,7 @@
 //! Guests with several queues on a switch with several workers: both carry frames, and a group of them moves under traffic
-//! without losing one.
+//! without losing one, in split rings and in packed ones. What they send outside meanwhile has right checksums.
 
+use gangway_tests::lab::capture::Capture;
 use gangway_tests::lab::demo::{Freeze, Ports};
 use gangway_tests::lab::group::Group;
 use gangway_tests::lab::iperf;
@@ -36,9 +37,15 @@ fn both_carry(world: &World, host: &str) {
     }
 }
 
-fn moves(world: &mut World) {
+/// `VIRTIO_F_RING_PACKED`.
+const RING_PACKED: usize = 34;
+
+fn moves(world: &mut World, packed: bool) {
     for vm in ["left", "right"] {
         let shell = |script: &str| world.traffic.shell(vm, script).unwrap();
+        let features = shell("cat /sys/class/net/eth0/device/features");
+        let is_packed = features.as_bytes()[RING_PACKED] == b'1';
+        assert_eq!(is_packed, packed, "{vm}: {features}");
         let channels = shell("ethtool -l eth0");
         let combined: Vec<&str> = channels
             .lines()
@@ -50,6 +57,13 @@ fn moves(world: &mut World) {
         // By the flow instead of by the processor: a sender that changes its processor would overtake itself in the guest.
         shell("for f in /sys/class/net/eth0/queues/tx-*/xps_cpus; do echo 0 >$f; done");
     }
+    for host in [&world.lab.a, &world.lab.b] {
+        // As it looks on a wire.
+        host.netns.no_offloads("up0").unwrap();
+    }
+    let file = world.lab.dir().join("outside.pcap");
+    let filter = "src net 10.78.0.0/27";
+    let capture = Capture::start(&world.lab.net.out, "eth0", filter, 200_000, &file).unwrap();
     world.traffic.start().unwrap();
     iperf::serve(&world.traffic, "right").unwrap();
     // Slow enough that the memory that it touches can be copied meanwhile.
@@ -69,23 +83,58 @@ fn moves(world: &mut World) {
     eprintln!("{seen:?}");
     assert!(seen.bytes > 1 << 20, "{seen:?}");
     both_carry(world, "b");
+    let outside = capture.stop().unwrap();
+    eprintln!("{outside:?}");
+    assert_eq!(outside.wrong, Vec::<String>::new());
+    assert!(outside.tcp > 500 && outside.udp > 500, "{outside:?}");
+    for vm in ["left", "right"] {
+        let snmp = world.traffic.shell(vm, "cat /proc/net/snmp").unwrap();
+        for (protocol, field) in [("Tcp", "InCsumErrors"), ("Udp", "InCsumErrors")] {
+            assert_eq!(counted(&snmp, protocol, field), 0, "{protocol} of {vm}");
+        }
+    }
     for flow in world.traffic.stop().unwrap() {
         assert!(flow.is_clean(), "{flow:#?}\n{}", world.drops());
     }
 }
 
+/// A counter of a guest's kernel in `/proc/net/snmp`: a line of names, a line of values.
+fn counted(snmp: &str, protocol: &str, field: &str) -> u64 {
+    let lines = snmp.lines().filter_map(|line| line.split_once(": "));
+    let lines: Vec<&str> = lines
+        .filter(|(name, _)| *name == protocol)
+        .map(|(_, rest)| rest)
+        .collect();
+    let at = lines[0].split(' ').position(|name| name == field).unwrap();
+    lines[1].split(' ').nth(at).unwrap().parse().unwrap()
+}
+
 #[test]
 fn guests_with_two_queues_move_without_losing_a_frame() {
-    let logs = Path::new(env!("CARGO_TARGET_TMPDIR")).join("queues");
-    let group = Group {
+    moves_without_loss("queues", false);
+}
+
+#[test]
+fn guests_with_two_packed_queues_move_without_losing_a_frame() {
+    moves_without_loss("queues-packed", true);
+}
+
+fn moves_without_loss(name: &str, packed: bool) {
+    let logs = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let mut group = Group {
         queues: 2,
         workers: 2,
         tools: true,
         ..Group::chain(&["left", "right"])
     };
+    if packed {
+        for vm in &mut group.vms {
+            vm.nic = "packed=on".to_owned();
+        }
+    }
     once_more_after_a_crash(|| {
         let mut world = World::new(&group, Ports::VhostUser, &logs).unwrap();
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| moves(&mut world))) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| moves(&mut world, packed))) {
             world.lab.keep_logs(&logs).unwrap();
             eprintln!("{}\nlogs in {}", world.drops(), logs.display());
             let crashed = world.lab.crashed();
