@@ -100,6 +100,72 @@ pub enum HostCmd {
     List(Output),
     /// One host: its switch, ports, holds.
     Show(OfHost),
+    /// The threads of a switch that forward frames.
+    #[command(subcommand)]
+    Workers(WorkersCmd),
+}
+
+/// See [`HostCmd::Workers`].
+#[derive(Debug, Subcommand)]
+pub enum WorkersCmd {
+    /// Workers of all hosts, or of one: where they run, what they serve.
+    List {
+        /// The host.
+        host: Option<String>,
+        /// How to print.
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Changes them while frames flow, until the switch is started again. What is not given stays.
+    Set(WorkersArgs),
+}
+
+/// See [`WorkersCmd::Set`].
+#[derive(Debug, Args)]
+#[group(id = "change", required = true, multiple = true, args = ["count", "cpus", "poll"])]
+pub struct WorkersArgs {
+    /// The host's name.
+    pub host: String,
+    /// How many.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub count: Option<u32>,
+    /// One CPU for each worker, with commas between; or none.
+    #[arg(long, value_name = "CPU,CPU")]
+    pub cpus: Option<Cpus>,
+    /// How they wait.
+    #[arg(long, value_enum)]
+    pub poll: Option<Poll>,
+    /// How long to wait for the end of a hold, in seconds. Without it: not at all.
+    #[arg(long, value_name = "S", default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    pub wait_s: u64,
+    /// How to print.
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// CPUs; an empty list is `none`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cpus(pub Vec<u32>);
+
+impl std::str::FromStr for Cpus {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Cpus, String> {
+        if s == "none" {
+            return Ok(Cpus(Vec::new()));
+        }
+        let cpu = |c: &str| c.parse::<u32>().map_err(|e| format!("'{c}': {e}"));
+        s.split(',').map(cpu).collect::<Result<_, _>>().map(Cpus)
+    }
+}
+
+/// How a worker waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Poll {
+    /// Polls while there is work, then sleeps.
+    Adaptive,
+    /// Never sleeps.
+    Busy,
 }
 
 /// See [`Command::Vm`].
@@ -252,6 +318,19 @@ mod tests {
             parse("gangway pki issue d n --host --coordinator").is_err(),
             "two roles"
         );
+        let c = parse("gangway host workers set a --count 2 --cpus 2,3 --poll busy").expect("good");
+        let Command::Host(HostCmd::Workers(WorkersCmd::Set(w))) = c.command else {
+            panic!("not workers")
+        };
+        assert_eq!(
+            (w.host.as_str(), w.count, w.cpus, w.poll),
+            ("a", Some(2), Some(Cpus(vec![2, 3])), Some(Poll::Busy))
+        );
+        assert!(parse("gangway host workers set a --cpus none").is_ok());
+        assert!(parse("gangway host workers set a").is_err(), "no change");
+        assert!(parse("gangway host workers set a --count 0").is_err());
+        assert!(parse("gangway host workers set a --cpus 2,x").is_err());
+        assert!(parse("gangway host workers list -o json").is_ok());
         assert!(parse("gangway status xyz").is_err());
         assert!(parse("gangway report 00000000000000ff -o json").is_ok());
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use gangway_shared::api::{
     ALPN, HoldInfo, HostInfo, LinkInfo, PortInfo, Refusal, RefusalCode, Reply, Request, VERSION,
-    VmInfo,
+    VmInfo, WorkerInfo,
 };
 use gangway_shared::{codec, pki};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
@@ -235,6 +235,14 @@ impl Switch {
         match self.call(&Request::PortList).await? {
             Reply::Ports(p) => Ok(p),
             other => Err(self.protocol("PortList", &other)),
+        }
+    }
+
+    /// [`Request::WorkerList`] or [`Request::WorkersSet`].
+    pub async fn workers(&self, request: &Request) -> Result<Vec<WorkerInfo>, ClientError> {
+        match self.call(request).await? {
+            Reply::Workers(w) => Ok(w),
+            other => Err(self.protocol(verb(request), &other)),
         }
     }
 
@@ -555,6 +563,8 @@ pub fn verb(request: &Request) -> &'static str {
         Request::HoldList => "HoldList",
         Request::HoldAbort { .. } => "HoldAbort",
         Request::HoldRelease { .. } => "HoldRelease",
+        Request::WorkerList => "WorkerList",
+        Request::WorkersSet(_) => "WorkersSet",
     }
 }
 

@@ -120,6 +120,31 @@ pub enum Request {
         /// Of which hold.
         hold: HoldId,
     },
+    /// [`Reply::Workers`].
+    WorkerList,
+    /// Changes the workers while frames flow; [`Reply::Workers`] as they are then.
+    WorkersSet(WorkersSet),
+}
+
+/// See [`Request::WorkersSet`]. What is not given stays.
+#[derive(Debug, Clone, PartialEq, Eq, Default, SchemaRead, SchemaWrite)]
+pub struct WorkersSet {
+    /// How many. While a hold is open their number does not change.
+    pub count: Option<u32>,
+    /// One CPU for each worker; an empty list: none is pinned.
+    pub cpus: Option<Vec<u32>>,
+    /// How they wait.
+    pub poll: Option<PollMode>,
+}
+
+/// How a worker waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, SchemaRead, SchemaWrite)]
+#[serde(rename_all = "snake_case")]
+pub enum PollMode {
+    /// Polls while there is work, then sleeps.
+    Adaptive,
+    /// Never sleeps.
+    Busy,
 }
 
 /// Which lanes a freeze cuts.
@@ -213,6 +238,8 @@ pub enum Reply {
     Hold(HoldInfo),
     /// All holds that the switch remembers.
     Holds(Vec<HoldInfo>),
+    /// To [`Request::WorkerList`] and [`Request::WorkersSet`].
+    Workers(Vec<WorkerInfo>),
 }
 
 /// Why a request was refused, and what to do.
@@ -271,6 +298,32 @@ pub struct HostInfo {
     pub spool_used_bytes: u64,
     /// Quota of the spool.
     pub spool_quota_bytes: u64,
+}
+
+/// A worker: a thread that serves queues.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, SchemaRead, SchemaWrite)]
+pub struct WorkerInfo {
+    /// Its number, from 0.
+    pub worker: u32,
+    /// The CPU that it is pinned to, if it is.
+    pub cpu: Option<u32>,
+    /// How it waits.
+    pub poll: PollMode,
+    /// The queues that it serves.
+    pub queues: Vec<WorkerQueue>,
+    /// Frames from its queues since the switch started, those of earlier workers with its number included.
+    pub rx_frames: u64,
+    /// Frames that it has sent, likewise.
+    pub tx_frames: u64,
+}
+
+/// A queue of a port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, SchemaRead, SchemaWrite)]
+pub struct WorkerQueue {
+    /// The port's configured name.
+    pub port: String,
+    /// Which queue pair, from 0.
+    pub queue: u32,
 }
 
 /// A port and its counters since the switch started. `rx` is what the switch received from the port.

@@ -13,6 +13,7 @@ pub async fn exec(cx: &Context, command: HostCmd) -> Result<(), Failure> {
     match command {
         HostCmd::List(o) => list(cx, o.output).await,
         HostCmd::Show(o) => one(cx, &o.host, o.output.output).await,
+        HostCmd::Workers(c) => super::workers::exec(cx, c).await,
     }
 }
 

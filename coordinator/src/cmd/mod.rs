@@ -21,6 +21,7 @@ mod plan;
 mod report;
 mod status;
 mod vm;
+mod workers;
 
 /// What every command may need.
 pub struct Context {

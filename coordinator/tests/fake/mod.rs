@@ -332,6 +332,7 @@ impl FakeSwitch {
                     .collect(),
             ),
             Request::FdbList => Reply::Fdb(Vec::new()),
+            Request::WorkerList | Request::WorkersSet(_) => Reply::Workers(Vec::new()),
             Request::VmList | Request::VmmOpen { .. } | Request::VmmStart { .. } => {
                 unreachable!("answered above")
             }

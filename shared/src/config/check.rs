@@ -11,7 +11,8 @@ use std::path::PathBuf;
 use super::ConfigError;
 use super::raw::{At, Notes, Section, document, nearest};
 use super::valid::{
-    HostConfig, Poll, PortConfig, PortKind, SpoolConfig, Sync, TapRole, TlsFiles, VmConfig, Workers,
+    HostConfig, Poll, PortConfig, PortKind, SpoolConfig, Sync, TapRole, TlsFiles, VmConfig,
+    WORKERS_MAX, Workers,
 };
 use crate::id::MacAddr;
 use crate::pki;
@@ -20,7 +21,6 @@ use crate::pki;
 const SOCKET_PATH_MAX: usize = 107;
 /// `IFNAMSIZ` less its final zero (linux/if.h).
 const DEVICE_NAME_MAX: usize = 15;
-const WORKERS_MAX: u64 = 64;
 const PAGE: u64 = 4096;
 
 /// Checks a whole file.
@@ -167,7 +167,7 @@ impl<'n> Check<'n> {
 
     fn workers(&mut self, root: &mut Section<'_>) -> Workers {
         let mut t = root.table(self.notes, "workers");
-        let count = t.integer(self.notes, "count", 1, WORKERS_MAX);
+        let count = t.integer(self.notes, "count", 1, WORKERS_MAX as u64);
         let cpus = t.integers(self.notes, "cpus");
         let poll = t.string(self.notes, "poll");
         let poll = self.one_of(

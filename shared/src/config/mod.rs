@@ -14,7 +14,7 @@ mod tests;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-pub use valid::HostConfig;
+pub use valid::{HostConfig, WORKERS_MAX};
 
 /// The largest configuration file, in bytes.
 pub const FILE_MAX: u64 = 1 << 20;

@@ -47,6 +47,9 @@ pub struct TlsFiles {
     pub ca: PathBuf,
 }
 
+/// Workers that a switch may have.
+pub const WORKERS_MAX: usize = 64;
+
 /// `[workers]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Workers {

@@ -1,26 +1,20 @@
 //! What control and the ports' own threads see of the data path: ports, batches of commands, counters.
 
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
-use std::sync::mpsc::{self, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use gangway_shared::config::HostConfig;
 use gangway_shared::config::valid::PortKind;
 use gangway_shared::id::MacAddr;
 
+use super::crew::{Crew, NoAck, Place};
 use super::fdb::Fdb;
 use super::seating::Seating;
-use super::stats::{PortCounters, Traffic};
+use super::stats::{Books, PortCounters};
 use super::steering::Steering;
-use super::worker::{Batch, Command, Order, Outcome, QueueId, Seat, Worker, seconds_since};
+use super::worker::{Command, Order, Outcome, QueueId, Seat, seconds_since};
 use crate::port::{Attach, QUEUES, RxQueue, TxQueue};
-use crate::sys;
-
-/// Batches that may wait for a worker.
-const BATCHES: usize = 64;
 
 /// How a port takes part in forwarding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,7 +83,7 @@ pub struct Port {
     /// Who sends to it by which queue.
     pub steering: Steering,
     tx: [TxLock; QUEUES],
-    /// Held while queues come and go.
+    /// Held while queues or workers come and go.
     changing: Mutex<()>,
     mode: AtomicU8,
     deaf: AtomicBool,
@@ -103,7 +97,7 @@ pub struct Port {
 /// what piled up to be worked off, also by a VM that relays it; short enough that a VM which takes nothing harms nobody.
 const PATIENCE_S: u32 = 10;
 
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -112,6 +106,12 @@ impl Port {
     #[inline]
     pub fn tx(&self, queue: usize) -> TxGuard<'_> {
         self.tx[queue % QUEUES].0.lock()
+    }
+
+    /// There are so many workers now.
+    pub(super) fn steer(&self, workers: usize) {
+        let _one_at_a_time = lock(&self.changing);
+        self.steering.resize(workers);
     }
 
     /// How it takes part.
@@ -197,7 +197,7 @@ pub struct Shared {
     /// Forwarding database.
     pub fdb: Fdb,
     /// What each worker has moved.
-    pub traffic: Box<[Traffic]>,
+    pub books: Books,
     start: Instant,
     stop: AtomicBool,
 }
@@ -214,18 +214,14 @@ impl Shared {
     }
 }
 
-struct Handle {
-    batches: SyncSender<Batch>,
-    waker: Arc<OwnedFd>,
-    asleep: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
 /// The workers of a switch.
 pub struct Engine {
-    shared: Arc<Shared>,
-    workers: Mutex<Vec<Handle>>,
-    seating: Mutex<Seating>,
+    pub(super) shared: Arc<Shared>,
+    /// Taken behind `seating`, if both are.
+    pub(super) crew: Mutex<Crew>,
+    pub(super) seating: Mutex<Seating>,
+    /// Held while workers come and go.
+    pub(super) changing: Mutex<()>,
 }
 
 /// As long as it lives, no queue changes its worker, and no port gets a worker that it did not have.
@@ -249,14 +245,6 @@ impl Pin {
             .collect()
     }
 }
-
-/// A worker did not acknowledge a batch in time: the switch is broken.
-#[derive(Debug, thiserror::Error)]
-#[error("worker {0} did not acknowledge within {1:?}; the data path hangs, restart the switch")]
-pub struct NoAck(usize, Duration);
-
-/// How long a worker may take to acknowledge.
-const ACK: Duration = Duration::from_secs(5);
 
 impl Engine {
     /// Starts the workers; ports come without queues.
@@ -287,49 +275,24 @@ impl Engine {
             })
         });
         let shared = Arc::new(Shared {
-            traffic: (0..count).map(|_| Traffic::new(cfg.ports.len())).collect(),
+            books: Books::default(),
             ports: ports.collect(),
             fdb: Fdb::new(cfg.fdb_capacity, cfg.fdb_ageing_s)?,
             start: Instant::now(),
             stop: AtomicBool::new(false),
         });
-        let mut workers = Vec::new();
+        let mut crew = Crew::new(shared.clone(), cfg.flows_capacity)?;
         for n in 0..count {
-            let (batches, rx) = mpsc::sync_channel(BATCHES);
-            let waker = Arc::new(sys::eventfd()?);
-            let asleep = Arc::new(AtomicBool::new(false));
-            let worker = Worker::new(
-                n,
-                shared.clone(),
-                rx,
-                waker.clone(),
-                asleep.clone(),
-                cfg.workers.poll,
-                cfg.flows_capacity,
-            )?;
-            let cpu = cfg.workers.cpus.get(n).copied();
-            let body = move || {
-                if let Some(cpu) = cpu
-                    && let Err(e) = sys::pin_thread(cpu)
-                {
-                    tracing::warn!("worker {n} is not pinned to CPU {cpu}: {e}");
-                }
-                worker.run();
-            };
-            let thread = std::thread::Builder::new()
-                .name(format!("worker-{n}"))
-                .spawn(body)?;
-            workers.push(Handle {
-                batches,
-                waker,
-                asleep,
-                thread: Some(thread),
-            });
+            crew.join(Place {
+                cpu: cfg.workers.cpus.get(n).copied(),
+                poll: cfg.workers.poll,
+            })?;
         }
         Ok(Arc::new(Engine {
             shared,
-            workers: Mutex::new(workers),
+            crew: Mutex::new(crew),
             seating: Mutex::new(Seating::new(count)),
+            changing: Mutex::new(()),
         }))
     }
 
@@ -382,46 +345,15 @@ impl Engine {
         false
     }
 
-    fn orders(&self, orders: Vec<(usize, Order)>) -> Result<Outcome, NoAck> {
-        let workers = lock(&self.workers);
-        let mut parts: Vec<Vec<Order>> = workers.iter().map(|_| Vec::new()).collect();
-        for (worker, order) in orders {
-            parts[worker % workers.len()].push(order);
-        }
-        let mut waits = Vec::new();
-        for (n, (w, orders)) in workers.iter().zip(parts).enumerate() {
-            let (done, acked) = mpsc::channel();
-            if w.batches.send(Batch { orders, done }).is_err() {
-                return Err(NoAck(n, Duration::ZERO));
-            }
-            std::sync::atomic::fence(Ordering::SeqCst);
-            if w.asleep.load(Ordering::SeqCst) {
-                sys::signal_event(w.waker.as_fd());
-            }
-            waits.push(acked);
-        }
-        drop(workers);
-        let mut out = Outcome::default();
-        for (n, w) in waits.into_iter().enumerate() {
-            let part = w.recv_timeout(ACK).map_err(|_| NoAck(n, ACK))?;
-            out.queues.extend(part.queues);
-            out.refused.extend(part.refused);
-            out.lost += part.lost;
-        }
-        Ok(out)
+    pub(super) fn orders(&self, orders: Vec<(usize, Order)>) -> Result<Outcome, NoAck> {
+        let waits = lock(&self.crew).orders(orders)?;
+        waits.wait()
     }
 
     /// Ends the workers and lets go of all queues.
     pub fn stop(&self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        for w in lock(&self.workers).iter_mut() {
-            sys::signal_event(w.waker.as_fd());
-            if let Some(t) = w.thread.take()
-                && t.join().is_err()
-            {
-                tracing::error!("a worker had panicked");
-            }
-        }
+        lock(&self.crew).stop();
     }
 
     fn one(&self, worker: usize, order: Order) -> Option<Box<dyn RxQueue>> {

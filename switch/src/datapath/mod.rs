@@ -2,9 +2,9 @@
 //!
 //! A worker ([`worker`]) owns receive queues and everything that is decided about their frames: per pair of (receiving
 //! port, destination port) a [`lane::Lane`] with its gate. `targets` says where a frame goes, `egress` sends it.
-//! [`seating`] says who owns what, [`steering`] which of the receiver's queues a frame takes (ADR-0011). Control changes
-//! lanes only by [`engine`]'s batches, which each worker applies between two bursts and acknowledges: that
-//! acknowledgement is the cut of a freeze.
+//! [`crew`] has the threads, [`seating`] says who owns what, [`steering`] which of the receiver's queues a frame takes
+//! (ADR-0011). Control changes lanes only by [`engine`]'s batches, which each worker applies between two bursts and
+//! acknowledges: that acknowledgement is the cut of a freeze.
 //!
 //! Invariant: nothing here logs, and nothing allocates per frame (a lane allocates its backlog once, when it first
 //! meets a full receiver).
@@ -12,6 +12,7 @@
 //! Invariant: per lane, frames leave in the order in which they came (ADR-0001).
 
 pub mod backlog;
+pub mod crew;
 mod egress;
 pub mod engine;
 pub mod fdb;

@@ -1,7 +1,11 @@
 //! Which worker serves which receive queue, and in whose hands lanes are.
 //!
 //! Queues are spread evenly: those of a port, so that a guest with several has several workers, and all together. A port
-//! that goes leaves an uneven rest, which [`Seating::moves`] evens out. While a hold is open nothing moves and a port gets no worker that it did not have: the lanes that the hold has cut are all there are.
+//! that goes leaves an uneven rest, which [`Seating::moves`] evens out. While a hold is open nothing moves and a port gets no
+//! worker that it did not have: the lanes that the hold has cut are all there are.
+//!
+//! Workers are numbered from 0. When there shall be fewer, the last ones leave: they get no queue any more, and what they have
+//! moves first ([`Seating::resize`], [`Seating::dismiss`]).
 //!
 //! Pure: the engine carries out what it says.
 
@@ -13,8 +17,10 @@ use super::worker::QueueId;
 #[derive(Debug)]
 pub struct Seating {
     owners: BTreeMap<QueueId, usize>,
-    /// Queues of each worker.
+    /// Queues of each worker, of those that leave, too.
     load: Vec<usize>,
+    /// Workers that stay.
+    count: usize,
     pins: usize,
     /// Of each port, the workers that have its lanes, as long as something is pinned.
     pinned: Vec<Vec<usize>>,
@@ -28,10 +34,47 @@ impl Seating {
         Seating {
             owners: BTreeMap::new(),
             load: vec![0; workers.max(1)],
+            count: workers.max(1),
             pins: 0,
             pinned: Vec::new(),
             last: BTreeMap::new(),
         }
+    }
+
+    /// So many workers shall there be. More of them have come; or the last ones leave, until [`Seating::dismiss`] or until
+    /// this is said of all of them again.
+    pub fn resize(&mut self, workers: usize) {
+        self.count = workers.max(1);
+        if self.count > self.load.len() {
+            self.load.resize(self.count, 0);
+        }
+    }
+
+    /// Those that leave are gone, if they have no queue and nothing is pinned.
+    #[must_use]
+    pub fn dismiss(&mut self) -> bool {
+        let free = self.pins == 0 && self.load.iter().skip(self.count).all(|n| *n == 0);
+        if free {
+            self.load.truncate(self.count);
+        }
+        free
+    }
+
+    /// A hold is open.
+    pub fn is_pinned(&self) -> bool {
+        self.pins > 0
+    }
+
+    /// Queues that workers have which leave.
+    pub fn to_leave(&self) -> impl Iterator<Item = (QueueId, usize)> {
+        let all = self.owners.iter().map(|(id, w)| (*id, *w));
+        all.filter(|(_, w)| *w >= self.count)
+    }
+
+    /// All queues of a worker.
+    pub fn of(&self, worker: usize) -> Vec<QueueId> {
+        let all = self.owners.iter().filter(|(_, w)| **w == worker);
+        all.map(|(id, _)| *id).collect()
     }
 
     /// Who serves a queue.
@@ -51,7 +94,7 @@ impl Seating {
         if let Some(owner) = self.owner(id) {
             return owner;
         }
-        let n = self.load.len();
+        let n = self.count;
         let all: Vec<usize> = match self.pins {
             0 => (0..n).collect(),
             _ => self.seats(id.port),
@@ -59,7 +102,7 @@ impl Seating {
         // Of equals the one whose turn it would be if all had the same number of queues.
         let turn = id.port + usize::from(id.queue);
         let order = |w: &usize| {
-            let turn = (*w + n - turn % n) % n;
+            let turn = (*w % n + n - turn % n) % n;
             (self.share(id.port, *w), self.load[*w], turn)
         };
         let last = self.last.get(&id).copied();
@@ -91,7 +134,7 @@ impl Seating {
         all.sort_unstable();
         all.dedup();
         if all.is_empty() {
-            all.push(port % self.load.len());
+            all.push(port % self.count);
         }
         all
     }
@@ -113,15 +156,15 @@ impl Seating {
         }
     }
 
-    /// Moves that would even out a port's queues or the load, (queue, from, to), best first; none if both are even, or
-    /// pinned.
+    /// Moves away from workers that leave, then such that would even out a port's queues or the load, (queue, from, to), best
+    /// first; none if both are even, or pinned.
     ///
-    /// Each makes the ports more even, or the load and no port less: so they come to an end.
+    /// Each leaves less to those that leave, or makes the ports more even, or the load and no port less: so they come to an end.
     pub fn moves(&self) -> Vec<(QueueId, usize, usize)> {
         if self.pins > 0 {
             return Vec::new();
         }
-        let workers = 0..self.load.len();
+        let workers = 0..self.count;
         let least = workers.clone().min_by_key(|w| self.load[*w]).unwrap_or(0);
         let mut all = Vec::new();
         for (id, from) in &self.owners {
@@ -133,7 +176,7 @@ impl Seating {
                 .clone()
                 .min_by_key(|w| (self.share(id.port, *w), self.load[*w]))
                 .unwrap_or(0);
-            if more(scarce) >= 2 {
+            if *from >= self.count || more(scarce) >= 2 {
                 all.push((*id, *from, scarce));
             } else if more(least) >= 1 && self.load[*from] >= self.load[least] + 2 {
                 all.push((*id, *from, least));
@@ -141,7 +184,11 @@ impl Seating {
         }
         all.sort_by_key(|(id, from, to)| {
             let even = self.share(id.port, *from) < self.share(id.port, *to) + 2;
-            (even, std::cmp::Reverse(self.load[*from]))
+            (
+                *from < self.count,
+                even,
+                std::cmp::Reverse(self.load[*from]),
+            )
         });
         all
     }
@@ -166,6 +213,8 @@ mod tests {
         Pin,
         Unpin,
         Even,
+        Resize(usize),
+        Dismiss,
     }
 
     fn op() -> impl Strategy<Value = Op> {
@@ -175,6 +224,8 @@ mod tests {
             1 => Just(Op::Pin),
             1 => Just(Op::Unpin),
             1 => Just(Op::Even),
+            1 => (1usize..6).prop_map(Op::Resize),
+            1 => Just(Op::Dismiss),
         ]
     }
 
@@ -206,10 +257,32 @@ mod tests {
         assert_eq!(s.load, [2, 2]);
     }
 
+    /// Both come to the one that stays; one that comes back in a hold keeps to the seats that there were.
+    #[test]
+    fn who_leaves_is_left_by_all_queues() {
+        let mut s = Seating::new(2);
+        for port in 0..2 {
+            s.place(QueueId { port, queue: 0 });
+        }
+        s.resize(1);
+        assert_eq!(s.to_leave().count(), 1);
+        assert!(!s.dismiss(), "it has a queue");
+        let (id, from, to) = s.moves()[0];
+        assert_eq!((from, to), (1, 0));
+        s.moved(id, to);
+        s.pin(2);
+        assert!(!s.dismiss(), "pinned");
+        s.unpin();
+        assert!(s.dismiss());
+        assert_eq!((s.load.clone(), s.seats(1)), (vec![2], vec![0]));
+    }
+
     proptest! {
         #[test]
         fn queues_are_spread_and_a_pinned_port_keeps_to_its_seats(workers in 1usize..5, ops in proptest::collection::vec(op(), 1..120)) {
             let mut s = Seating::new(workers);
+            // Those that stay, and all.
+            let (mut count, mut workers) = (workers, workers);
             let mut model: BTreeMap<QueueId, usize> = BTreeMap::new();
             let mut pins = 0;
             let mut seats: Vec<Vec<usize>> = Vec::new();
@@ -222,6 +295,7 @@ mod tests {
                         let before = model.insert(id, w);
                         prop_assert!(before.is_none_or(|b| b == w), "one that is there stays");
                         prop_assert!(pins == 0 || seats[port].contains(&w));
+                        prop_assert!(pins > 0 || before.is_some() || w < count, "one that leaves gets nothing");
                         prop_assert!(last.get(&id).is_none_or(|l| *l == w), "one that comes back during a hold, too");
                     }
                     Op::Leave(port, queue) => {
@@ -245,19 +319,33 @@ mod tests {
                         }
                     }
                     Op::Unpin => {}
+                    Op::Resize(_) if pins > 0 => {}
+                    Op::Resize(n) => {
+                        s.resize(n);
+                        count = n;
+                        workers = workers.max(n);
+                    }
+                    Op::Dismiss => {
+                        let free = pins == 0 && model.values().all(|w| *w < count);
+                        prop_assert_eq!(s.dismiss(), free);
+                        if free {
+                            workers = count;
+                        }
+                    }
                     Op::Even => {
                         while let Some((id, from, to)) = s.moves().first().copied() {
                             prop_assert_eq!(pins, 0);
                             prop_assert_eq!(model.insert(id, to), Some(from));
                             s.moved(id, to);
                         }
+                        prop_assert!(pins > 0 || s.to_leave().next().is_none());
                         let load = |w| model.values().filter(|m| **m == w).count();
-                        let all: Vec<usize> = (0..workers).map(load).collect();
+                        let all: Vec<usize> = (0..count).map(load).collect();
                         let even = all.iter().max().unwrap() - all.iter().min().unwrap() <= 1;
                         prop_assert!(even || pins > 0, "{:?}", all);
                         for port in 0..5 {
                             let of = |w| model.iter().filter(|(id, m)| id.port == port && **m == w).count();
-                            let all: Vec<usize> = (0..workers).map(of).collect();
+                            let all: Vec<usize> = (0..count).map(of).collect();
                             let even = all.iter().max().unwrap() - all.iter().min().unwrap() <= 1;
                             prop_assert!(even || pins > 0, "port {}: {:?}", port, all);
                         }
@@ -267,6 +355,11 @@ mod tests {
                 if pins > 0 {
                     prop_assert_eq!((0..5).map(|p| s.seats(p)).collect::<Vec<_>>(), seats.clone());
                 }
+                prop_assert!(model.values().all(|w| *w < workers));
+                let mut all: Vec<_> = model.iter().map(|(id, w)| (*w, *id)).collect();
+                all.sort_unstable();
+                let told: Vec<_> = (0..workers).flat_map(|w| s.of(w).into_iter().map(move |id| (w, id))).collect();
+                prop_assert_eq!(told, all);
                 for (id, w) in &model {
                     prop_assert_eq!(s.owner(*id), Some(*w));
                     prop_assert!(s.seats(id.port).contains(w));

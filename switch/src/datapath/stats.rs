@@ -2,6 +2,7 @@
 //! of a burst would wait until all that was copied is out. Control adds them up.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::port::{NeverReason, QUEUES};
 
@@ -142,6 +143,15 @@ impl Traffic {
         }
     }
 
+    /// Frames from and to all ports.
+    pub fn frames(&self) -> (u64, u64) {
+        let sum = |c: &[AtomicU64]| c.iter().map(|n| n.load(Relaxed)).sum::<u64>();
+        let all = self.ports.iter();
+        all.fold((0, 0), |(rx, tx), m| {
+            (rx + sum(&m.rx_frames), tx + sum(&m.tx_frames))
+        })
+    }
+
     /// Of a port.
     pub fn port(&self, n: usize) -> &Moved {
         &self.ports[n]
@@ -165,6 +175,28 @@ impl Traffic {
     }
 }
 
+/// The counters of all workers that there are or have been. What one that has left counted stays, and the next one of its
+/// number goes on with it.
+#[derive(Default)]
+pub struct Books(Mutex<Vec<Arc<Traffic>>>);
+
+impl Books {
+    /// The counters of a worker, for `ports` ports.
+    pub fn of(&self, worker: usize, ports: usize) -> Arc<Traffic> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        while all.len() <= worker {
+            all.push(Arc::new(Traffic::new(ports)));
+        }
+        all[worker].clone()
+    }
+
+    /// All of them, by worker.
+    pub fn all(&self) -> Vec<Arc<Traffic>> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.clone()
+    }
+}
+
 /// What all workers together have moved at a port.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PortTotal {
@@ -177,7 +209,7 @@ pub struct PortTotal {
 }
 
 /// The sum over all workers.
-pub fn port_total(workers: &[Traffic], port: usize) -> PortTotal {
+pub fn port_total(workers: &[Arc<Traffic>], port: usize) -> PortTotal {
     let mut sum = PortTotal::default();
     for m in workers.iter().map(|w| w.port(port)) {
         sum.rx_bytes += m.rx_bytes.load(Relaxed);
@@ -191,7 +223,7 @@ pub fn port_total(workers: &[Traffic], port: usize) -> PortTotal {
 }
 
 /// The sum over all workers of what went from one port to another, and the engine's second in which the last frame came.
-pub fn link_total(workers: &[Traffic], from: usize, to: usize) -> (Run, u32) {
+pub fn link_total(workers: &[Arc<Traffic>], from: usize, to: usize) -> (Run, u32) {
     let (mut sum, mut last_s) = (Run::default(), 0);
     for w in workers {
         let c = w.link(from, to);

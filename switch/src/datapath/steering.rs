@@ -6,7 +6,9 @@
 //! Invariant: a queue is picked only while it is active, but for the moment of a change: who finds the picked one empty asks
 //! again.
 
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicUsize, Ordering};
+
+use gangway_shared::config::WORKERS_MAX;
 
 use crate::port::QUEUES;
 
@@ -18,8 +20,10 @@ const BUCKETS: usize = 64;
 pub struct Steering {
     /// A bit for each queue.
     active: AtomicU32,
-    /// A row for each worker.
+    /// A row for each worker that there may be.
     rows: Box<[[AtomicU8; BUCKETS]]>,
+    /// Workers that there are.
+    workers: AtomicUsize,
 }
 
 impl Steering {
@@ -28,7 +32,8 @@ impl Steering {
         let row = |_| std::array::from_fn(|_| AtomicU8::new(0));
         Steering {
             active: AtomicU32::new(0),
-            rows: (0..workers).map(row).collect(),
+            rows: (0..WORKERS_MAX).map(row).collect(),
+            workers: AtomicUsize::new(workers),
         }
     }
 
@@ -71,16 +76,30 @@ impl Steering {
         };
         let before = self.active.load(Ordering::Relaxed);
         let now = (before | bits(&mut on.into_iter())) & !bits(&mut off.into_iter());
-        let all: Vec<u8> = (0..QUEUES as u8).filter(|q| now & (1 << q) != 0).collect();
-        let workers = self.rows.len();
+        self.deal(now);
+        self.active.store(now, Ordering::Release);
+    }
+
+    /// There are so many workers now: flows change their queues.
+    pub fn resize(&self, workers: usize) {
+        self.workers.store(workers, Ordering::Relaxed);
+        self.deal(self.active.load(Ordering::Relaxed));
+    }
+
+    /// Gives each worker its queues of those that are active.
+    fn deal(&self, active: u32) {
+        let all: Vec<u8> = (0..QUEUES as u8)
+            .filter(|q| active & (1 << q) != 0)
+            .collect();
+        let workers = self.workers.load(Ordering::Relaxed).max(1);
         for (n, row) in self.rows.iter().enumerate() {
-            let own = |rank: &usize| all.len() < workers || rank % workers == n;
+            // A worker that is leaving shares with another one.
+            let own = |rank: &usize| all.len() < workers || rank % workers == n % workers;
             let mine: Vec<u8> = (0..all.len()).filter(own).map(|rank| all[rank]).collect();
             for (slot, queue) in row.iter().zip(mine.iter().cycle()) {
                 slot.store(*queue, Ordering::Relaxed);
             }
         }
-        self.active.store(now, Ordering::Release);
     }
 }
 
@@ -99,13 +118,16 @@ mod tests {
     proptest! {
         #[test]
         fn picks_active_queues_only_and_all_of_them_and_shares_none_without_need(
-            workers in 1usize..6,
-            changes in proptest::collection::vec((0usize..QUEUES, any::<bool>()), 1..40),
+            mut workers in 1usize..6,
+            changes in proptest::collection::vec((0usize..QUEUES, any::<bool>(), proptest::option::weighted(0.2, 1usize..6)), 1..40),
         ) {
             let s = Steering::new(workers);
             let mut active = HashSet::new();
-            for (q, on) in changes {
-                if on {
+            for (q, on, resize) in changes {
+                if let Some(n) = resize {
+                    workers = n;
+                    s.resize(n);
+                } else if on {
                     active.insert(q);
                     s.change([q], []);
                 } else {

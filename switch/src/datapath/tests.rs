@@ -10,6 +10,7 @@ use gangway_shared::config::valid::{Poll, PortConfig, PortKind, SpoolConfig, Syn
 use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 
 use super::Engine;
+use super::crew::{Place, Unchanged};
 use super::engine::Mode;
 use super::lane::{Behind, Drain, Progress, Source, Stage};
 use super::stats::{Drop as Dropped, port_total};
@@ -142,7 +143,7 @@ fn learns_floods_and_never_echoes() {
     eventually("unknown is flooded", || {
         numbers(&w.ports["a"], 3) == [3] && numbers(&w.ports["b"], 3) == [3]
     });
-    let (sum, _) = super::stats::link_total(&w.engine.shared().traffic, 1, 0);
+    let (sum, _) = super::stats::link_total(&w.engine.shared().books.all(), 1, 0);
     assert_eq!((sum.frames, sum.bytes), (1, 64));
     w.engine.stop();
 }
@@ -195,7 +196,7 @@ fn four_times_as_many_flows_as_there_is_room_for_go_where_they_should_in_order()
         });
         assert_eq!(numbers(&w.ports[at], 1), want);
         eventually("all are counted", || {
-            let (sum, _) = super::stats::link_total(&w.engine.shared().traffic, 0, port);
+            let (sum, _) = super::stats::link_total(&w.engine.shared().books.all(), 0, port);
             sum.frames == want.len() as u64
         });
     }
@@ -461,7 +462,7 @@ fn each_queue_has_its_own_counters() {
     t.send(10);
     t.verdict();
     t.w.engine.stop();
-    let traffic = &t.w.engine.shared().traffic;
+    let traffic = &t.w.engine.shared().books.all();
     let [a, b] = [0, 1].map(|port| port_total(traffic, port).queues);
     let sent: u64 = t.sent.values().map(|n| u64::from(*n)).sum();
     assert_eq!([a[0].0, a[1].0], [sent / 2; 2], "{a:?}");
@@ -556,5 +557,141 @@ fn queues_move_when_a_port_goes_but_not_during_a_hold_and_not_while_frames_wait(
     assert_ne!(worker(3), worker(stay[0]));
     send(one, from, 4);
     eventually("in order", || numbers(&w.ports["d"], from) == [1, 3]);
+    w.engine.stop();
+}
+
+fn places(n: usize) -> Vec<Place> {
+    let place = Place {
+        cpu: None,
+        poll: Poll::Adaptive,
+    };
+    vec![place; n]
+}
+
+/// Two ports send to each other and to a third one that is often full, while workers come and go.
+#[test]
+fn workers_come_and_go_and_no_frame_is_lost_or_overtaken() {
+    let w = world(&["a", "b", "c"], 1);
+    for (name, src) in [("a", 1), ("b", 2), ("c", 3)] {
+        w.ports[name].push(frame(src, MacAddr::BROADCAST, 0));
+    }
+    let learned = || {
+        let heard = |n: &str, s| !numbers(&w.ports[n], s).is_empty();
+        heard("b", 1) && heard("c", 2) && heard("a", 3)
+    };
+    eventually("all are learned", learned);
+    // Else a full backlog drops what comes.
+    w.engine.shared().ports[2].arm();
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let sender = |name: &str, src: u8, to: [u8; 2]| {
+        let (port, stop) = (w.ports[name].clone(), stop.clone());
+        std::thread::spawn(move || {
+            let mut n = 0;
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                n += 1;
+                for to in to {
+                    port.push(frame(src, mac(to), n));
+                }
+                if port.waiting() > 256 {
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+            }
+            n
+        })
+    };
+    let senders = [sender("a", 1, [2, 3]), sender("b", 2, [1, 3])];
+    for n in [2, 3, 1, 2, 1, 4, 1].into_iter().cycle().take(21) {
+        w.ports["c"].set_room(0);
+        // There is room for it before the workers lose patience with it.
+        let c = w.ports["c"].clone();
+        let room = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(3));
+            c.set_room(usize::MAX);
+        });
+        w.engine.set_workers(&places(n)).expect("nothing is held");
+        room.join().unwrap();
+        let workers = w.engine.workers();
+        assert_eq!(workers.len(), n);
+        let served: Vec<usize> = workers.iter().map(|w| w.queues.len()).collect();
+        assert_eq!(served.iter().sum::<usize>(), 3, "{served:?}");
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    let sent = senders.map(|s| s.join().unwrap());
+    for (src, n) in [(1, sent[0]), (2, sent[1])] {
+        for name in ["a", "b", "c"] {
+            if (name, src) == ("a", 1) || (name, src) == ("b", 2) {
+                continue;
+            }
+            let got = || numbers(&w.ports[name], src);
+            eventually("all frames", || got().last() == Some(&n));
+            let want: Vec<u32> = (0..=n).collect();
+            assert_eq!(got(), want, "{src} to {name}");
+        }
+    }
+    let [a, b, c] = [0, 1, 2].map(|n| port_total(&w.engine.shared().books.all(), n).queues[0]);
+    // What each has sent, and one that was flooded: those who have left are counted, too.
+    let rx = |n: u32| u64::from(n) * 2 + 1;
+    assert_eq!((a.0, b.0, c.0), (rx(sent[0]), rx(sent[1]), 1));
+    w.engine.stop();
+}
+
+#[test]
+fn a_hold_keeps_the_workers_that_there_are_and_a_receiver_that_takes_nothing_does_too() {
+    let w = world(&["a", "b"], 2);
+    let numbers_of = |n: usize| w.engine.workers()[n].queues.len();
+    assert_eq!((numbers_of(0), numbers_of(1)), (1, 1));
+    let pin = w.engine.pin();
+    for n in [1, 3] {
+        let e = w.engine.set_workers(&places(n)).unwrap_err();
+        assert!(matches!(e, Unchanged::Held), "{e}");
+    }
+    let busy = Place {
+        cpu: None,
+        poll: Poll::Busy,
+    };
+    w.engine
+        .set_workers(&[busy; 2])
+        .expect("only how they wait");
+    assert_eq!(w.engine.workers()[1].place, busy);
+    w.engine.set_workers(&places(2)).unwrap();
+    drop(pin);
+    let e = w.engine.set_workers(&[
+        Place {
+            cpu: Some(8000),
+            poll: Poll::Adaptive,
+        },
+        busy,
+    ]);
+    assert!(matches!(e, Err(Unchanged::NoCpu(8000, _))));
+    assert_eq!(w.engine.workers()[0].place.cpu, None);
+    for (name, src) in [("a", 1), ("b", 2)] {
+        w.ports[name].push(frame(src, MacAddr::BROADCAST, 0));
+    }
+    eventually("both are learned", || {
+        numbers(&w.ports["b"], 1) == [0] && numbers(&w.ports["a"], 2) == [0]
+    });
+    // Neither takes anything: whoever is to leave has a frame that waits.
+    for name in ["a", "b"] {
+        w.ports[name].set_room(0);
+    }
+    w.ports["a"].push(frame(1, mac(2), 1));
+    w.ports["b"].push(frame(2, mac(1), 1));
+    eventually("both wait", || {
+        w.ports["a"].waiting() + w.ports["b"].waiting() == 0
+    });
+    let e = w.engine.set_workers(&places(1)).unwrap_err();
+    assert!(matches!(e, Unchanged::Waiting { .. }), "{e}");
+    assert_eq!((numbers_of(0), numbers_of(1)), (1, 1), "as it was");
+    w.ports["a"].push(frame(1, mac(2), 2));
+    w.ports["b"].push(frame(2, mac(1), 2));
+    for name in ["a", "b"] {
+        w.ports[name].set_room(usize::MAX);
+    }
+    w.engine.set_workers(&places(1)).expect("they take");
+    w.ports["a"].push(frame(1, mac(2), 3));
+    w.ports["b"].push(frame(2, mac(1), 3));
+    eventually("in order", || {
+        numbers(&w.ports["b"], 1) == [0, 1, 2, 3] && numbers(&w.ports["a"], 2) == [0, 1, 2, 3]
+    });
     w.engine.stop();
 }

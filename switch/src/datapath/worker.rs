@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use arrayvec::ArrayVec;
 use gangway_shared::config::valid::Poll;
 
+use super::crew::Place;
 use super::egress::{Egress, Towards};
 use super::engine::Shared;
 use super::flow::{Flow, Flows, Key};
@@ -19,7 +20,7 @@ use super::stats::{Drop, Run, Traffic, add};
 use super::targets::Targets;
 use crate::port::{BURST, Burst, Frame, RxErrors, RxQueue};
 use crate::spool::Writer;
-use crate::sys;
+use crate::sys::{self, Affinity};
 
 /// Empty rounds before an adaptive worker sleeps. Each costs a system call per device queue: with 32 of them a switch at
 /// 8,000 frames per second took a quarter of a core.
@@ -82,6 +83,14 @@ pub enum Order {
     Detach(QueueId),
     /// Gives it back if nothing that came in at its port waits here.
     Leave(QueueId),
+    /// Takes nothing from it, until it leaves or this is taken back: what has come in can be delivered meanwhile.
+    Quiet(QueueId, bool),
+    /// Runs there, and waits like that.
+    Run(Place),
+    /// Says what waits here, and what it serves.
+    Idle,
+    /// Ends.
+    Retire,
     /// Something about a lane.
     Lane(Command),
 }
@@ -103,6 +112,31 @@ pub struct Outcome {
     pub refused: Vec<(Seat, usize)>,
     /// Frames of a backlog that found no room in a spool.
     pub lost: u64,
+    /// Lanes that are not idle, for which a queue or a worker does not leave: (receiving port, destination port).
+    pub busy: Vec<(usize, usize)>,
+    /// CPUs that a worker could not be pinned to.
+    pub unpinned: Vec<(usize, std::io::Error)>,
+}
+
+impl Outcome {
+    /// What another one gave.
+    pub fn add(&mut self, other: Outcome) {
+        self.queues.extend(other.queues);
+        self.refused.extend(other.refused);
+        self.lost += other.lost;
+        self.busy.extend(other.busy);
+        self.unpinned.extend(other.unpinned);
+    }
+}
+
+/// How a worker hears of batches.
+pub struct Line {
+    /// They come here.
+    pub batches: Receiver<Batch>,
+    /// Wakes it.
+    pub waker: Arc<OwnedFd>,
+    /// It has to be woken.
+    pub asleep: Arc<AtomicBool>,
 }
 
 struct Rx {
@@ -110,6 +144,8 @@ struct Rx {
     queue: Option<Box<dyn RxQueue>>,
     fd: Option<RawFd>,
     blocked: bool,
+    /// See [`Order::Quiet`].
+    quiet: bool,
     /// Where the frame at hand goes.
     targets: Vec<usize>,
     /// Lanes that took a frame of this burst, other than by the short way.
@@ -131,11 +167,13 @@ pub struct Worker {
     /// Which one.
     n: usize,
     shared: Arc<Shared>,
-    batches: Receiver<Batch>,
-    waker: Arc<OwnedFd>,
-    asleep: Arc<AtomicBool>,
+    traffic: Arc<Traffic>,
+    line: Line,
     poller: sys::Poller,
     poll: Poll,
+    /// Where it runs when it has no CPU of its own.
+    home: Affinity,
+    retired: bool,
     rx: Vec<Rx>,
     /// By receiving port.
     sides: Vec<Side>,
@@ -161,23 +199,23 @@ impl Worker {
     pub fn new(
         n: usize,
         shared: Arc<Shared>,
-        batches: Receiver<Batch>,
-        waker: Arc<OwnedFd>,
-        asleep: Arc<AtomicBool>,
+        line: Line,
         poll: Poll,
         flows: usize,
+        home: Affinity,
     ) -> std::io::Result<Worker> {
         let poller = sys::Poller::new()?;
-        poller.add(waker.as_fd())?;
+        poller.add(line.waker.as_fd())?;
         let sides = shared.ports.iter().map(|_| Side::default()).collect();
         Ok(Worker {
             n,
+            traffic: shared.books.of(n, shared.ports.len()),
             shared,
-            batches,
-            waker,
-            asleep,
+            line,
             poller,
             poll,
+            home,
+            retired: false,
             rx: Vec::new(),
             sides,
             flows: Flows::new(flows)?,
@@ -197,7 +235,7 @@ impl Worker {
             let round = Round {
                 n: self.n,
                 shared: &self.shared,
-                traffic: &self.shared.traffic[self.n],
+                traffic: &self.traffic,
                 flows: &self.flows,
                 now_s,
                 now_ns: OnceCell::new(),
@@ -237,7 +275,9 @@ impl Worker {
         // Also for what was given back without being a frame.
         self.settle();
         // Order matters: first say that we sleep, then look once more (engine::batch does the reverse).
-        self.asleep.store(true, std::sync::atomic::Ordering::SeqCst);
+        self.line
+            .asleep
+            .store(true, std::sync::atomic::Ordering::SeqCst);
         let mut ready = false;
         let mut retry = self.sides.iter().any(|s| !s.pending.is_empty());
         for rx in &mut self.rx {
@@ -253,14 +293,15 @@ impl Worker {
             Some(Duration::from_millis(500))
         };
         if !ready {
-            match self.batches.try_recv() {
+            match self.line.batches.try_recv() {
                 Ok(b) => self.apply(b),
                 Err(_) => self.poller.wait(timeout),
             }
         }
-        self.asleep
+        self.line
+            .asleep
             .store(false, std::sync::atomic::Ordering::SeqCst);
-        sys::drain_event(self.waker.as_fd());
+        sys::drain_event(self.line.waker.as_fd());
         for q in self.rx.iter_mut().filter_map(|rx| rx.queue.as_mut()) {
             q.disarm();
         }
@@ -268,10 +309,10 @@ impl Worker {
 
     /// False when the worker shall end.
     fn control(&mut self) -> bool {
-        while let Ok(b) = self.batches.try_recv() {
+        while let Ok(b) = self.line.batches.try_recv() {
             self.apply(b);
         }
-        !self.shared.stopping()
+        !self.retired && !self.shared.stopping()
     }
 
     fn apply(&mut self, batch: Batch) {
@@ -290,12 +331,30 @@ impl Worker {
                     self.disarm(id);
                 }
                 Order::Detach(id) => out.queues.extend(self.detach(id)),
-                Order::Leave(id) => {
-                    let idle = |l: &Lane| l.is_plain();
-                    if self.side(id.port).lanes.iter().all(idle) {
-                        out.queues.extend(self.detach(id));
+                Order::Leave(id) => match self.sides[id.port].busy() {
+                    Some(to) => out.busy.push((id.port, to)),
+                    None => out.queues.extend(self.detach(id)),
+                },
+                Order::Quiet(id, yes) => {
+                    if let Some(rx) = self.rx.iter_mut().find(|r| r.id == id) {
+                        rx.quiet = yes;
                     }
                 }
+                Order::Run(place) => {
+                    self.poll = place.poll;
+                    let moved = place.cpu.map_or_else(|| self.home.apply(), sys::pin_thread);
+                    if let Err(e) = moved {
+                        out.unpinned.push((place.cpu.unwrap_or(0), e));
+                    }
+                }
+                Order::Idle => {
+                    let served = self.rx.iter().map(|r| (r.id.port, r.id.port));
+                    let sides = self.sides.iter().enumerate();
+                    out.busy
+                        .extend(sides.filter_map(|(n, s)| Some((n, s.busy()?))));
+                    out.busy.extend(served);
+                }
+                Order::Retire => self.retired = true,
                 Order::Lane(c) => self.lane(c, &mut out),
             }
         }
@@ -351,6 +410,7 @@ impl Worker {
                 queue: None,
                 fd: None,
                 blocked: false,
+                quiet: false,
                 targets: Vec::new(),
                 touched: Vec::new(),
                 errors: RxErrors::default(),
@@ -396,6 +456,10 @@ impl Rx {
             self.blocked = false;
             return false;
         };
+        if self.quiet {
+            self.blocked = true;
+            return false;
+        }
         let port = self.id.port;
         let from = &shared.ports[port];
         let mut burst = Burst::new();
@@ -556,6 +620,11 @@ impl Rx {
 }
 
 impl Side {
+    /// A lane that does not simply forward: what came in here waits, or is held.
+    fn busy(&self) -> Option<usize> {
+        self.lanes.iter().position(|l| !l.is_plain())
+    }
+
     fn is_pending(&mut self, to: usize) {
         if !self.pending.contains(&to) {
             self.pending.push(to);

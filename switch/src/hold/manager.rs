@@ -16,6 +16,7 @@ use super::machine::{Event, Verdict, step};
 use super::refuse;
 use super::source::SourceHold;
 use super::target::TargetHold;
+use super::workers;
 use crate::control::Handler;
 use crate::datapath::Engine;
 use crate::datapath::engine::Mode;
@@ -664,6 +665,11 @@ impl Manager {
             }
             Request::HoldAbort { hold } => self.abort(hold),
             Request::HoldRelease { hold } => self.release(hold),
+            Request::WorkerList => Ok(Reply::Workers(workers::list(&self.host))),
+            Request::WorkersSet(wish) => {
+                workers::set(&self.host, &wish, || self.open_holds())?;
+                Ok(Reply::Workers(workers::list(&self.host)))
+            }
             Request::Hello { .. }
             | Request::VmList
             | Request::VmmOpen { .. }
@@ -674,6 +680,18 @@ impl Manager {
         }
     }
 
+    /// For messages. One that is busy at the moment is named without its VMs.
+    fn open_holds(&self) -> String {
+        let holds = lock(&self.holds);
+        let name = |(id, h): (&HoldId, &Arc<Mutex<Hold>>)| match h.try_lock() {
+            Ok(h) if matches!(h.info.state, HoldState::Released | HoldState::Aborted) => None,
+            Ok(h) => Some(format!("{id} of {}", h.info.vms.join(", "))),
+            Err(_) => Some(id.to_string()),
+        };
+        let open: Vec<String> = holds.iter().filter_map(name).collect();
+        open.join("; ")
+    }
+
     fn host_info(&self) -> HostInfo {
         let shared = self.host.engine.shared();
         let c = &self.host.config;
@@ -681,7 +699,7 @@ impl Manager {
             name: c.name.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
             uptime_s: self.start.elapsed().as_secs(),
-            workers: c.workers.count as u32,
+            workers: self.host.engine.workers().len() as u32,
             migration_address: c
                 .migration_address
                 .map(|a: IpAddr| a.to_string())
@@ -697,6 +715,7 @@ impl Manager {
     fn ports(&self) -> Vec<PortInfo> {
         use std::sync::atomic::Ordering::Relaxed;
         let shared = self.host.engine.shared();
+        let books = shared.books.all();
         let ports = &shared.ports;
         let info = |(n, p): (usize, &Arc<crate::datapath::engine::Port>)| {
             let c = &p.counters;
@@ -706,7 +725,7 @@ impl Manager {
                     .copied()
                     .chain(["rx_malformed", "rx_ring_broken", "rx_overrun"]);
             let counts = c.drops.iter().chain(&c.rx_errors).map(|v| v.load(Relaxed));
-            let total = port_total(&shared.traffic, n);
+            let total = port_total(&books, n);
             let used = total.queues.iter().rposition(|q| *q != (0, 0));
             let queue = |&(rx_frames, tx_frames): &(u64, u64)| QueueInfo {
                 rx_frames,
@@ -743,11 +762,12 @@ impl Manager {
 
     fn links(&self) -> Vec<LinkInfo> {
         let shared = self.host.engine.shared();
+        let books = shared.books.all();
         let now_s = shared.now_s();
         let mut all = Vec::new();
         for (f, from) in shared.ports.iter().enumerate() {
             for (t, to) in shared.ports.iter().enumerate() {
-                let (sum, last_s) = link_total(&shared.traffic, f, t);
+                let (sum, last_s) = link_total(&books, f, t);
                 if sum.frames > 0 {
                     all.push(LinkInfo {
                         from: from.name.clone(),

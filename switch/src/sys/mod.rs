@@ -15,7 +15,7 @@ pub mod tun;
 
 pub use frame_io::FrameBuf;
 pub use poll::{Poller, drain_event, is_eventfd, signal_event};
-pub use process::{barrier_everywhere, eventfd, peer_pid, pin_thread};
+pub use process::{Affinity, affinity, barrier_everywhere, eventfd, peer_pid, pin_thread};
 
 use std::io;
 

@@ -84,6 +84,28 @@ pub fn pin_thread(cpu: usize) -> io::Result<()> {
     Ok(rustix::thread::sched_setaffinity(None, &set)?)
 }
 
+/// The CPUs that a thread may run on.
+#[derive(Debug, Clone, Copy)]
+pub struct Affinity(CpuSet);
+
+/// Those of the calling thread (`sched_getaffinity(2)`).
+///
+/// # Errors
+/// `EINVAL` the machine has more CPUs than we can name.
+pub fn affinity() -> io::Result<Affinity> {
+    Ok(Affinity(rustix::thread::sched_getaffinity(None)?))
+}
+
+impl Affinity {
+    /// Lets the calling thread run on them (`sched_setaffinity(2)`).
+    ///
+    /// # Errors
+    /// `EINVAL` our cpuset allows none of them.
+    pub fn apply(&self) -> io::Result<()> {
+        Ok(rustix::thread::sched_setaffinity(None, &self.0)?)
+    }
+}
+
 /// Waits until `fd` is readable, has failed or hung up (`poll(2)`); false when the time is over first.
 ///
 /// # Errors
@@ -151,8 +173,14 @@ mod tests {
 
     #[test]
     fn a_thread_can_be_pinned() {
-        std::thread::spawn(|| pin_thread(0).expect("pin"))
-            .join()
-            .expect("thread");
+        let body = || {
+            let home = affinity().expect("affinity");
+            let all = |a: &Affinity| a.0.count();
+            pin_thread(0).expect("pin");
+            assert_eq!(all(&affinity().expect("one")), 1);
+            home.apply().expect("back");
+            assert_eq!(all(&affinity().expect("all")), all(&home));
+        };
+        std::thread::spawn(body).join().expect("thread");
     }
 }
