@@ -4,7 +4,7 @@ PORTS ?= vhost-user
 FREEZE ?= switchover
 BASELINE ?=
 RUNS ?= 5
-BENCHES ?= pvp testpmd growth hold latency idle
+BENCHES ?= bound pvp testpmd growth hold latency idle
 
 FUZZ ?= vhost_user split_ring packed_ring packet codec shipment spool_scan spool_open config qmp
 FUZZ_S ?= 120

@@ -2,6 +2,7 @@
 //!
 //! - [`rig`]: the switches of a run and the window that one of them is measured in
 //! - [`pvp`]: a null guest between two ports, ring layouts and frame sizes
+//! - [`bound`]: what no switch can be faster than: a device that only moves frames
 //! - [`testpmd`]: DPDK's driver and testpmd instead, all ring shapes that virtio-user has
 //! - [`growth`]: more ports, flows, addresses
 //! - [`tap`]: TCP over TAPs, beside a Linux bridge
@@ -20,6 +21,7 @@
 //! Invariant: nothing outside of [`sys`] is unsafe; nothing that was started or reserved outlives a run, also when it fails.
 #![deny(unsafe_code)]
 
+pub mod bound;
 pub mod cli;
 pub mod control;
 pub mod frames;

@@ -11,7 +11,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use crate::pingpong::State;
 use crate::report::{Beside, Cell, Figure, name};
 use crate::ring::Layout;
-use crate::{growth, hold, idle, latency, testpmd};
+use crate::{bound, growth, hold, idle, latency, testpmd};
 
 const WIDTH: u32 = 960;
 const PANEL: u32 = 340;
@@ -459,6 +459,26 @@ pub fn latency(cells: &[latency::Cell]) -> Result<String> {
         });
     }
     draw(&panels)
+}
+
+/// What no switch can be faster than.
+pub fn bound(cells: &[bound::Cell]) -> Result<String> {
+    let name = |c: &bound::Cell| {
+        format!(
+            "{} {} {}",
+            c.what,
+            c.frame,
+            format!("{:?}", c.state).to_lowercase()
+        )
+    };
+    draw(&[Panel::Bars {
+        title: "Cycles per frame".to_owned(),
+        categories: cells.iter().map(name).collect(),
+        series: vec![Bars {
+            name: "a device that only moves frames".to_owned(),
+            values: cells.iter().map(|c| Some(c.cycles)).collect(),
+        }],
+    }])
 }
 
 /// CPU time with idle ports.

@@ -116,6 +116,31 @@ impl Memory {
         };
     }
 
+    /// Fetches the cache line at `offset`.
+    #[inline(always)]
+    pub fn fetch(&self, offset: usize) {
+        let at = self.at(offset, 1);
+        // SAFETY: a hint that changes nothing, on an address that is mapped; every x86-64 has it.
+        unsafe {
+            core::arch::asm!("prefetcht0 [{}]", in(reg) at, options(nostack, preserves_flags, readonly))
+        };
+    }
+
+    /// Copies whole cache lines to another memory, with the widest stores that `wide` says the processor has.
+    #[inline(always)]
+    pub fn copy_lines(&self, from: usize, to: &Memory, at: usize, lines: usize, wide: Wide) {
+        assert!(from + 64 * lines <= self.map.len() && at + 64 * lines <= to.map.len());
+        // SAFETY: in bounds of both, which are mapped apart; the processor has what was found at the start.
+        unsafe {
+            let (from, to) = (self.map.as_ptr().add(from), to.map.as_mut_ptr().add(at));
+            match wide {
+                Wide::Avx512 => lines_avx512(from, to, lines),
+                Wide::Avx2 => lines_avx2(from, to, lines),
+                Wide::Any => lines_any(from, to, lines),
+            }
+        }
+    }
+
     /// Writes bytes, before the switch knows of them.
     pub fn write(&self, offset: usize, bytes: &[u8]) {
         assert!(offset + bytes.len() <= self.map.len());
@@ -135,6 +160,56 @@ impl Memory {
             std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len());
         }
     }
+}
+
+/// The widest stores of this processor.
+#[derive(Debug, Clone, Copy)]
+pub enum Wide {
+    /// 16 bytes.
+    Any,
+    /// 32 bytes.
+    Avx2,
+    /// A cache line.
+    Avx512,
+}
+
+impl Wide {
+    /// What this processor has.
+    pub fn here() -> Wide {
+        if std::arch::is_x86_feature_detected!("avx512f") {
+            Wide::Avx512
+        } else if std::arch::is_x86_feature_detected!("avx2") {
+            Wide::Avx2
+        } else {
+            Wide::Any
+        }
+    }
+}
+
+/// # Safety
+/// `from` is readable and `to` writable for so many lines.
+#[inline(always)]
+unsafe fn lines_any(from: *const u8, to: *mut u8, lines: usize) {
+    for i in 0..lines {
+        // SAFETY: by the contract.
+        unsafe { std::ptr::copy(from.add(64 * i), to.add(64 * i), 64) }
+    }
+}
+
+/// # Safety
+/// As [`lines_any`]; the processor has AVX2.
+#[target_feature(enable = "avx2")]
+unsafe fn lines_avx2(from: *const u8, to: *mut u8, lines: usize) {
+    // SAFETY: by the contract.
+    unsafe { lines_any(from, to, lines) }
+}
+
+/// # Safety
+/// As [`lines_any`]; the processor has AVX-512.
+#[target_feature(enable = "avx512f,avx512vl")]
+unsafe fn lines_avx512(from: *const u8, to: *mut u8, lines: usize) {
+    // SAFETY: by the contract.
+    unsafe { lines_any(from, to, lines) }
 }
 
 /// The time-stamp counter: constant rate, the same on both CPUs (`constant_tsc`, `nonstop_tsc`).
