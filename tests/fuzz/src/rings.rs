@@ -219,7 +219,7 @@ fn serve(data: &[u8], packed: bool) {
         (receiver(a, rx, features), sender(b, tx, num, features))
     };
 
-    let mut shown = 0;
+    let (mut shown, mut whole) = (0, true);
     while !input.is_empty() {
         let op = input.u8();
         let ring = usize::from(op >> 7);
@@ -258,12 +258,12 @@ fn serve(data: &[u8], packed: bool) {
             }
             9 => {
                 let len = usize::from(input.u16()).clamp(FRAME_MIN, FRAME_MAX);
-                let mut whole = FRAME[..len].to_vec();
+                let mut bytes = FRAME[..len].to_vec();
                 let head = input.take(usize::from(op >> 4) * 8);
                 let n = head.len().min(len);
-                whole[..n].copy_from_slice(&head[..n]);
+                bytes[..n].copy_from_slice(&head[..n]);
                 let vnet = if op & 16 != 0 { input.vnet() } else { [0; 10] };
-                tx.send(&Frame::from_slice(VnetHdr(vnet), &whole));
+                tx.send(&Frame::from_slice(VnetHdr(vnet), &bytes));
             }
             10 => {
                 let len = usize::from(input.u16() & 0x7ff).max(FRAME_MIN);
@@ -287,12 +287,21 @@ fn serve(data: &[u8], packed: bool) {
                 let next = (op & 48 != 48).then(|| live(&guest, ring, input.u8()));
                 assert!(controls[ring].swap(next), "no section is open");
             }
+            _ if op & 16 != 0 => {
+                // The front-end takes memory away.
+                let len = 2 * u64::from(input.u16());
+                guest.file.set_len(len.min(FILE)).expect("a size");
+                whole = false;
+            }
             _ => drop(rx.errors()),
         }
     }
     tx.flush();
     drop((rx, tx));
     for at in [LOW, HIGH_AT + HIGH, FILE - 4] {
+        if !whole {
+            break;
+        }
         let mut now = [0; 4];
         guest.file.read_exact_at(&mut now, at).expect("in the file");
         assert_eq!(now, CANARY, "behind the guest's memory");

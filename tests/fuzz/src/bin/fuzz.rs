@@ -84,8 +84,10 @@ fn search(name: &str, target: Target, options: Vec<String>) -> std::io::Result<c
         print(info);
         std::process::abort();
     }));
+    // For a merge the driver has a shell run its first argument, with options behind it: this search again.
+    let again = format!("{} {name} 0", std::env::current_exe()?.display());
     let args = [
-        "gangway-fuzz".to_owned(),
+        again,
         format!("-artifact_prefix={}-", dir.display()),
         "-max_len=4096".into(),
         // Inputs are sequences of steps: a short one goes nowhere.
