@@ -278,7 +278,7 @@ impl Drop for Gate {
 }
 
 /// Raises an eventfd. A full one is raised already. A front-end's could be made blocking by it again, and filled: then this
-/// waits (ADR-0014).
+/// waits (ADR-0018).
 pub fn signal(fd: &File) {
     let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
 }
