@@ -44,7 +44,7 @@ const BURST: u64 = 32;
 const BATCH_HEADER: u64 = 48;
 const BATCH_ENTRY: u64 = 4;
 const SLOT_FRONT: u64 = 12;
-const SLOT_ALIGN: u64 = 8;
+const SLOT_ALIGN: u64 = 16;
 
 /// Where the segments come from that a freeze fills.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]

@@ -8,13 +8,14 @@ use gangway_shared::id::{HoldId, LaneKey};
 pub use super::header::{
     BadHeader, FILE_HEADER, FileHeader, NAME_MAX, QUEUE_MAGIC, SEGMENT_MAGIC, VERSION,
 };
+use super::sum::{Copier, Striped};
 pub use super::sum::{crc32c, striped};
 use crate::port::{FRAME_MAX, Frame, PLAIN_HDR, VnetHdr};
 
 /// Bytes of a batch before its table; also the whole of a marker.
 pub const BATCH_HEADER: usize = 48;
 /// Batches, and the frames in them, start at multiples of this.
-pub const ALIGN: usize = 8;
+pub const ALIGN: usize = super::sum::BLOCK;
 /// Bytes of a batch's first field, the epoch, which is not sent.
 pub const EPOCH: usize = 8;
 /// Bytes of a frame's entry in the table.
@@ -28,6 +29,9 @@ pub const BATCH_MAX: usize = 96 << 10;
 /// The highest number of a record: so far from a counter's end that nothing that counts on from it overflows.
 pub const SEQ_MAX: u64 = u64::MAX >> 1;
 
+/// Bytes of a batch's slots, and of one of them, from which on they are written past the caches.
+const STREAMED: usize = 8 << 10;
+const STREAMED_FRAME: usize = 512;
 /// Where the checksum begins.
 const SUMMED: usize = 16;
 /// Where the table begins, in a batch as it is shipped.
@@ -144,68 +148,40 @@ pub fn fit(frames: &[Frame<'_>], room: usize) -> (usize, usize) {
 pub fn write_batch(out: &mut [u8], epoch: u64, f: &Fields, frames: &[Frame<'_>], salt: u32) -> u32 {
     let len = out.len();
     let (head, body) = out.split_at_mut(BATCH_HEADER);
-    let (table, mut rest) = body.split_at_mut(table_len(frames.len()));
+    let (table, slots) = body.split_at_mut(table_len(frames.len()));
     if let Some(last) = table.last_chunk_mut::<ALIGN>() {
         *last = [0; ALIGN];
     }
     for (entry, frame) in table.as_chunks_mut::<ENTRY>().0.iter_mut().zip(frames) {
         *entry = frame.len.to_le_bytes();
-        let slot;
-        (slot, rest) = rest.split_at_mut(slot_len(frame.len));
-        write_frame(slot, frame);
     }
-    head.copy_from_slice(&header(0, BATCH, len, frames.len(), f));
-    let crc = striped(&out[SUMMED..]) ^ salt;
-    out[8..12].copy_from_slice(&crc.to_le_bytes());
-    out[..EPOCH].copy_from_slice(&epoch.to_le_bytes());
+    let mut h = header(epoch, BATCH, len, frames.len(), f);
+    let mut sum = Striped::new();
+    sum.add(&h[SUMMED..]);
+    sum.add(table);
+    // Much that nobody reads before it has left the caches anyway need not go through them.
+    let stream = slots.len() >= STREAMED && slots.len() / frames.len().max(1) >= STREAMED_FRAME;
+    let mut to = Copier::new(slots, sum, stream);
+    for frame in frames {
+        match frame.plain_front() {
+            Some(front) => to.push(front),
+            None => {
+                let mut front = PLAIN_HDR;
+                front[..10].copy_from_slice(&frame.vnet.0);
+                to.push(&front);
+                to.push(frame.head());
+            }
+        }
+        for s in frame.rest() {
+            to.push_seg(s);
+        }
+        to.pad();
+    }
+    let crc = to.end() ^ salt;
+    h[8..12].copy_from_slice(&crc.to_le_bytes());
+    head[EPOCH..].copy_from_slice(&h[EPOCH..]);
+    head[..EPOCH].copy_from_slice(&h[..EPOCH]);
     crc
-}
-
-#[inline]
-fn write_frame(slot: &mut [u8], frame: &Frame<'_>) {
-    if let Some(last) = slot.last_chunk_mut::<ALIGN>() {
-        *last = [0; ALIGN];
-    }
-    let end = FRONT + frame.len as usize;
-    let mut at = match frame.plain_front() {
-        Some(front) => {
-            copy_front(&mut slot[..front.len()], front);
-            front.len()
-        }
-        None => {
-            slot[..10].copy_from_slice(&frame.vnet.0);
-            slot[10..FRONT].copy_from_slice(&PLAIN_HDR[10..]);
-            let head = frame.head();
-            copy_front(&mut slot[FRONT..FRONT + head.len()], head);
-            FRONT + head.len()
-        }
-    };
-    for s in frame.rest() {
-        s.read(0, &mut slot[at..at + s.len()]);
-        at += s.len();
-    }
-    debug_assert_eq!(at, end);
-}
-
-/// Copies what is mostly 60 to 140 bytes, in pieces of a fixed size of which the last may overlap the one before.
-#[inline(always)]
-fn copy_front(to: &mut [u8], from: &[u8]) {
-    let len = from.len();
-    let to = &mut to[..len];
-    match len {
-        64..=192 => {
-            to[..64].copy_from_slice(&from[..64]);
-            if len > 128 {
-                to[64..128].copy_from_slice(&from[64..128]);
-            }
-            if len - 64 <= 16 {
-                to[len - 16..].copy_from_slice(&from[len - 16..]);
-            } else {
-                to[len - 64..].copy_from_slice(&from[len - 64..]);
-            }
-        }
-        _ => to.copy_from_slice(from),
-    }
 }
 
 /// What stands between batches.

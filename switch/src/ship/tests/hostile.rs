@@ -290,7 +290,7 @@ fn damage_in_the_source_ends_the_shipment_with_its_place() {
     }
     let path = dir.join(HOLD.to_string()).join("s-0000/000000.seg");
     let mut b = std::fs::read(&path).unwrap();
-    b[256 + 3 * 168 + 70] ^= 1;
+    b[256 + 3 * 176 + 70] ^= 1;
     std::fs::write(&path, b).unwrap();
     let (_spool, found) = Spool::open(&cfg).unwrap();
     let out = w.ship(w.args());

@@ -43,7 +43,7 @@ fn version_2_is_written_as_ever() {
     let crc = super::super::format::crc32c(&b[..252]);
     b[252..256].copy_from_slice(&crc.to_le_bytes());
     // Header, two batches, marker.
-    let used = FILE_HEADER + 88 + 136 + 48;
+    let used = FILE_HEADER + 96 + 144 + 48;
     let hex: Vec<String> = b[..used]
         .chunks(16)
         .map(|c| c.iter().map(|b| format!("{b:02x}")).collect())
@@ -125,13 +125,14 @@ fn checksum_and_digest_are_what_the_document_says() {
         }
     }
     assert_eq!(magics, [b"GWbt", b"GWbt", b"GWsl"]);
-    // The second batch: two entries, and no padding of the table; 45 bytes of the first frame's slot, which has 48.
-    let two = &b[FILE_HEADER + 88..];
+    // The second batch: two entries, and 8 bytes of padding; 45 bytes of the first frame's slot, which has 48.
+    let two = &b[FILE_HEADER + 96..];
     assert_eq!((le32(two, 48), le32(two, 52)), (33, 14));
-    assert_eq!(two[56..68], PLAIN_HDR);
-    assert_eq!(two[68..101], bytes(5, 33));
-    assert_eq!(two[101..104], [0; 3]);
-    assert_eq!(two[104..114], vnet(0x0506_0708).0);
+    assert_eq!(two[64..76], PLAIN_HDR);
+    assert_eq!(two[76..109], bytes(5, 33));
+    assert_eq!(two[56..64], [0; 8]);
+    assert_eq!(two[109..112], [0; 3]);
+    assert_eq!(two[112..122], vnet(0x0506_0708).0);
 
     let dir = tmp();
     let (spool, _) = open(dir.path());
@@ -158,7 +159,7 @@ fn foreign_bytes_are_never_a_batch() {
     }
     let ours = salt(HOLD, &lane(3));
     let r = &b[FILE_HEADER..];
-    for n in 0..88 {
+    for n in 0..96 {
         let cut = step(&r[..n], EPOCH, ours);
         assert!(matches!(cut, Step::Bad | Step::Free), "{n} bytes");
         let mut bad = r.to_vec();
@@ -176,7 +177,7 @@ fn foreign_bytes_are_never_a_batch() {
 fn a_table_that_does_not_fit_is_no_batch() {
     let b = golden();
     let ours = salt(HOLD, &lane(3));
-    let len = 88;
+    let len = 96;
     let whole = &b[FILE_HEADER..FILE_HEADER + len];
     for (at, value) in [
         (48, 19),

@@ -325,10 +325,13 @@ fn a_missing_segment_costs_what_was_in_it() {
 /// same name.
 #[test]
 fn what_a_recycled_segment_held_never_comes_back() {
+    const LANES: u16 = 12;
     for same in [false, true] {
         let dir = tmp();
+        // So few segments that most of the last ones were used before.
+        let cfg = config(dir.path(), 128 << 10, 40 * (128 << 10));
         {
-            let (spool, _) = open(dir.path());
+            let (spool, _) = Spool::open(&cfg).unwrap();
             for round in 0..3_u64 {
                 let hold = if same { HOLD } else { HoldId(round) };
                 let (mut w, q) = spool.create(hold, Kind::Source, &lane(0)).unwrap();
@@ -340,20 +343,27 @@ fn what_a_recycled_segment_held_never_comes_back() {
                 spool.remove_hold(hold).unwrap();
                 until(|| spool.used_bytes() == 0);
             }
-            let (mut w, _q) = spool.create(HOLD, Kind::Source, &lane(0)).unwrap();
-            for n in 0..5 {
-                put(&mut w, n, 700);
+            for n in 0..LANES {
+                let (mut w, _q) = spool.create(HOLD, Kind::Source, &lane(n)).unwrap();
+                for n in 0..5 {
+                    put(&mut w, n, 700);
+                }
+                w.commit();
             }
-            w.commit();
         }
         // What lies behind them is still there.
-        let b = std::fs::read(segment(dir.path(), 0)).unwrap();
-        assert!(b[60_000..].iter().any(|b| *b != 0));
-        let (_spool, found) = open(dir.path());
-        assert_eq!(found.len(), 1);
-        assert_eq!(found[0].torn_bytes, 0);
-        assert_eq!(found[0].damaged, []);
-        assert_eq!(all(&found[0].queue).0, [1, 2, 3, 4, 5]);
+        let recycled = |n: u16| {
+            let queue = dir.path().join(format!("{HOLD}/s-{n:04}/000000.seg"));
+            let b = std::fs::read(queue).unwrap();
+            b[60_000..].iter().any(|b| *b != 0)
+        };
+        assert!((0..LANES).any(recycled));
+        let (_spool, found) = Spool::open(&cfg).unwrap();
+        assert_eq!(found.len(), usize::from(LANES));
+        for f in found {
+            assert_eq!((f.torn_bytes, f.damaged), (0, vec![]));
+            assert_eq!(all(&f.queue).0, [1, 2, 3, 4, 5]);
+        }
     }
 }
 
