@@ -4,6 +4,7 @@ PORTS ?= vhost-user
 FREEZE ?= switchover
 BASELINE ?=
 RUNS ?= 5
+CASE ?=
 BENCHES ?= bound pvp testpmd growth hold latency idle
 
 FUZZ ?= vhost_user split_ring packed_ring packet codec shipment spool_scan spool_open config qmp
@@ -14,7 +15,7 @@ FUZZ_FLAGS := --cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-covera
 	-Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions -Coverflow-checks -Zsanitizer=address
 FUZZ_HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 
-.PHONY: demo bench bench-moves test check fuzz audit lab clean
+.PHONY: demo bench bench-moves chaos test check fuzz audit lab clean
 
 # A group of real VMs moves between two hosts. PORTS=vhost-user|tap FREEZE=switchover|early BASELINE=1
 demo: lab
@@ -32,6 +33,12 @@ bench:
 	cargo build --release -q -p gangway-switch -p gangway-benches
 	for b in $(BENCHES); do target/release/gangway-$$b || exit 1; done
 	cargo bench -q -p gangway-benches --bench micro
+
+# Each fault at each step of a migration, on real VMs: docs/reliability.md gets the table, target/chaos JSON and the logs of red
+# rows. All of it takes about two hours. CASE="seal kill-source-switch", CASE=seal (all faults there), CASE=cut-3s (at all steps)
+chaos: lab
+	cargo build -q --workspace --bins
+	target/debug/gangway-chaos --case "$(CASE)" --page docs/reliability.md
 
 # What the lab needs: packages, guest image
 lab:

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use super::qemu::Files;
+use super::qemu::{self, Files};
 
 const PAGE: usize = 4096;
 const CHUNK: usize = 256 * PAGE;
@@ -26,18 +26,10 @@ pub struct Stale {
 
 /// The memory of the QEMU whose lab monitor is at `files`.
 pub fn of(files: &Files) -> Result<File> {
-    let monitor = files.lab_qmp.display().to_string();
-    for process in std::fs::read_dir("/proc").context("/proc")?.flatten() {
-        let path = process.path();
-        let line = std::fs::read(path.join("cmdline")).unwrap_or_default();
-        let line = String::from_utf8_lossy(&line);
-        if !line.starts_with("qemu-system") || !line.contains(&monitor) {
-            continue;
-        }
-        let memory = memfd(path.join("fd"))?;
-        return memory.with_context(|| format!("no memfd in {}", path.display()));
-    }
-    bail!("no QEMU has a monitor at {monitor}")
+    let pid = qemu::process_at(files)
+        .with_context(|| format!("no QEMU has a monitor at {}", files.lab_qmp.display()))?;
+    let memory = memfd(PathBuf::from(format!("/proc/{pid}/fd")))?;
+    memory.with_context(|| format!("no memfd in process {pid}"))
 }
 
 /// The largest memfd among a process's descriptors.

@@ -41,9 +41,21 @@ pub struct World {
 impl World {
     /// Starts switches and VMs, and waits until all are ready. No traffic yet.
     pub fn new(group: &Group, ports: Ports, logs: &Path) -> Result<Self> {
+        Self::prepared(group, ports, logs, |_| Ok(()), |config| config)
+    }
+
+    /// The same, on hosts that are prepared before anything runs on them, with configurations that are edited.
+    pub fn prepared(
+        group: &Group,
+        ports: Ports,
+        logs: &Path,
+        prepare: impl FnOnce(&Lab) -> Result<()>,
+        edit: impl Fn(String) -> String,
+    ) -> Result<Self> {
         let programs = Programs::find()?;
         let mut lab = Lab::new()?;
-        let built = Self::build(&mut lab, &programs, group, ports);
+        let built =
+            prepare(&lab).and_then(|()| Self::build(&mut lab, &programs, group, ports, edit));
         match built {
             Ok((coordinator, sources, traffic)) => Ok(Self {
                 group: group.clone(),
@@ -65,9 +77,10 @@ impl World {
         programs: &Programs,
         group: &Group,
         ports: Ports,
+        edit: impl Fn(String) -> String,
     ) -> Result<(Coordinator, Vec<Vm>, Traffic)> {
         let coordinator = Coordinator::new(lab, programs)?;
-        let configs = [&lab.a, &lab.b].map(|host| host_config(lab, host, group, ports));
+        let configs = [&lab.a, &lab.b].map(|host| edit(host_config(lab, host, group, ports)));
         for (host, config) in [&mut lab.a, &mut lab.b].into_iter().zip(&configs) {
             host.start_switch(&programs.switch, config)?;
         }
@@ -109,6 +122,14 @@ impl World {
         drop(host.switch.take());
         host.start_switch(&programs.switch, config)?;
         answers(host, &self.coordinator)
+    }
+
+    /// Starts a switch again that was killed, with the configuration that it had, and waits until it answers.
+    pub fn revive_switch(&mut self, of_a: bool) -> Result<()> {
+        let host = if of_a { &self.lab.a } else { &self.lab.b };
+        let file = host.dir.join("host.toml");
+        let config = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
+        self.restart_switch(of_a, &config)
     }
 
     /// What both switches and all kernels say of frames that they dropped: for the message of a run that is not clean.

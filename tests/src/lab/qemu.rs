@@ -243,6 +243,28 @@ impl Vm {
     }
 }
 
+/// The QEMU whose lab monitor is at `files`, whoever has started it.
+pub fn process_at(files: &Files) -> Option<i32> {
+    let monitor = files.lab_qmp.display().to_string();
+    for process in std::fs::read_dir("/proc").ok()?.flatten() {
+        let line = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line);
+        if line.starts_with("qemu-system") && line.contains(&monitor) {
+            return process.file_name().to_str()?.parse().ok();
+        }
+    }
+    None
+}
+
+/// Kills it at once.
+pub fn kill(files: &Files) -> Result<()> {
+    use rustix::process::{Pid, Signal, kill_process};
+    let pid = process_at(files).and_then(Pid::from_raw);
+    let pid =
+        pid.with_context(|| format!("no QEMU has a monitor at {}", files.lab_qmp.display()))?;
+    Ok(kill_process(pid, Signal::KILL)?)
+}
+
 /// The end of a log, for an error message.
 fn said(log: &Path) -> String {
     let text = std::fs::read(log).unwrap_or_default();

@@ -191,6 +191,11 @@ impl Traffic {
         told.join("\n")
     }
 
+    /// A VM that is dead is not asked any more; its flows are judged by the other end alone.
+    pub fn forget(&mut self, vm: &str) {
+        self.group.vms.retain(|spec| spec.name != vm);
+    }
+
     /// Starts all flows, or starts them again after [`Traffic::stop`]; their counts go on.
     pub fn start(&mut self) -> Result<()> {
         self.ping()?;

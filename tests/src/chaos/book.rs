@@ -1,0 +1,208 @@
+//! Keeps what came of each case, and writes it into docs/reliability.md between two marks.
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use std::fmt::Write as _;
+use std::path::Path;
+
+use super::rule::Ending;
+use super::run::Row;
+use super::{Case, Fault};
+
+const BEGIN: &str = "<!-- chaos: begin -->";
+const END: &str = "<!-- chaos: end -->";
+
+/// `results.json`: the last row of every case.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Book {
+    /// The product's steps.
+    pub steps: Vec<String>,
+    /// One for each case that was run.
+    pub rows: Vec<Row>,
+}
+
+impl Book {
+    /// What earlier runs have left.
+    pub fn load(path: &Path) -> Result<Book> {
+        match std::fs::read(path) {
+            Ok(text) => serde_json::from_slice(&text).with_context(|| path.display().to_string()),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Book::default()),
+            Err(e) => Err(e).with_context(|| path.display().to_string()),
+        }
+    }
+
+    /// Replaces the case's row.
+    pub fn put(&mut self, row: Row) {
+        self.rows.retain(|r| r.case != row.case);
+        self.rows.push(row);
+        self.rows.sort_by_key(|row| {
+            let step = self.steps.iter().position(|s| *s == row.case.step);
+            (step, !row.case.before, row.case.fault)
+        });
+    }
+
+    /// Writes it beside, and puts it in place.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let beside = path.with_extension("new");
+        std::fs::write(&beside, serde_json::to_vec_pretty(self)?)
+            .and_then(|()| std::fs::rename(&beside, path))
+            .with_context(|| path.display().to_string())
+    }
+
+    /// Replaces what is between the marks of a page.
+    pub fn write_into(&self, page: &Path) -> Result<()> {
+        let text = std::fs::read_to_string(page).with_context(|| page.display().to_string())?;
+        let parts = text
+            .split_once(BEGIN)
+            .and_then(|(head, rest)| Some((head, rest.split_once(END)?.1)));
+        let (head, tail) =
+            parts.with_context(|| format!("{}: no {BEGIN} ... {END}", page.display()))?;
+        let new = format!("{head}{BEGIN}\n{}{END}{tail}", self.markdown());
+        std::fs::write(page, new).with_context(|| page.display().to_string())
+    }
+
+    fn row(&self, step: &str, fault: Fault) -> Option<&Row> {
+        let case = Case {
+            step: step.to_owned(),
+            before: false,
+            fault,
+        };
+        self.rows.iter().find(|r| r.case == case)
+    }
+
+    /// Steps by faults, then totals, then the red rows one by one.
+    pub fn markdown(&self) -> String {
+        let mut out = String::from("| `CASE=` |");
+        for fault in Fault::ALL {
+            let _ = write!(out, " {} |", fault.name());
+        }
+        let _ = writeln!(out, "\n|---|{}", "---|".repeat(Fault::ALL.len()));
+        for step in &self.steps {
+            let _ = write!(out, "| `\"{step}\"` |");
+            for fault in Fault::ALL {
+                let cell = match self.row(step, fault) {
+                    _ if !fault.can_hit(step, &self.steps) => "-".to_owned(),
+                    None => "not run".to_owned(),
+                    Some(row) => cell(row),
+                };
+                let _ = write!(out, " {cell} |");
+            }
+            out.push('\n');
+        }
+        let red: Vec<&Row> = self.rows.iter().filter(|r| !r.wrong.is_empty()).collect();
+        let sum = |of: fn(&Row) -> u64| self.rows.iter().map(of).sum::<u64>();
+        let _ = writeln!(
+            out,
+            "\n{} cases, {} green, {} red. Frames, messages and requests that were judged: {}. Lost: {}, twice: {}, out of order: {}, \
+             damaged: {}; from outside while no switch ran: {}.",
+            self.rows.len(),
+            self.rows.len() - red.len(),
+            red.len(),
+            sum(|r| r.traffic.sent),
+            sum(|r| r.traffic.lost),
+            sum(|r| r.traffic.duplicated),
+            sum(|r| r.traffic.reordered),
+            sum(|r| r.traffic.corrupted),
+            sum(|r| r.traffic.unheard),
+        );
+        if !red.is_empty() {
+            out.push_str("\n| red row | what is against the rule |\n|---|---|\n");
+        }
+        for row in red {
+            let text = row.wrong.join("; ").replace('|', "/").replace('\n', " ");
+            let _ = writeln!(out, "| `make chaos CASE=\"{}\"` | {text} |", row.name);
+        }
+        out
+    }
+}
+
+fn cell(row: &Row) -> String {
+    let ending = match row.ending {
+        Ending::Moved => "moved",
+        Ending::RolledBack => "back",
+        Ending::Open => "open",
+    };
+    let user = match row.user.len() {
+        0 => String::new(),
+        n => format!(" ({n} abort)"),
+    };
+    let red = match row.wrong.is_empty() {
+        true => String::new(),
+        false => format!("**RED** {} lost, ", row.traffic.lost),
+    };
+    format!("{red}{ending}{user}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::rule::Sum;
+    use super::*;
+
+    fn row(step: &str, fault: Fault, wrong: &[&str]) -> Row {
+        let case = Case {
+            step: step.to_owned(),
+            before: false,
+            fault,
+        };
+        Row {
+            name: case.to_string(),
+            case,
+            ending: Ending::RolledBack,
+            exit: Some(3),
+            user: Vec::new(),
+            troubles: Vec::new(),
+            traffic: Sum {
+                sent: 10,
+                ..Sum::default()
+            },
+            outage_ms: None,
+            took_s: 1.0,
+            wrong: wrong.iter().map(|w| w.to_string()).collect(),
+            at_s: 0,
+        }
+    }
+
+    #[test]
+    fn a_page_gets_the_table_between_its_marks_and_keeps_the_rest() {
+        let dir = tempfile::tempdir().unwrap();
+        let page = dir.path().join("page.md");
+        let mut book = Book {
+            steps: vec!["start".to_owned(), "stop".to_owned()],
+            rows: Vec::new(),
+        };
+        std::fs::write(&page, "no marks").unwrap();
+        assert!(book.write_into(&page).is_err());
+        std::fs::write(&page, format!("head\n{BEGIN}\nold\n{END}\ntail\n")).unwrap();
+        book.put(row("stop", Fault::Fail, &["a | b"]));
+        book.put(row("start", Fault::Fail, &[]));
+        book.write_into(&page).unwrap();
+        let text = std::fs::read_to_string(&page).unwrap();
+        assert!(
+            text.starts_with("head\n") && text.ends_with("\ntail\n"),
+            "{text}"
+        );
+        assert!(!text.contains("old"), "{text}");
+        assert!(text.contains("2 cases, 1 green, 1 red"), "{text}");
+        assert!(
+            text.contains("`make chaos CASE=\"stop fail\"` | a / b |"),
+            "{text}"
+        );
+        let before = text;
+        book.write_into(&page).unwrap();
+        assert_eq!(before, std::fs::read_to_string(&page).unwrap());
+    }
+
+    #[test]
+    fn a_case_that_is_run_again_replaces_its_row() {
+        let mut book = Book {
+            steps: vec!["start".to_owned(), "stop".to_owned()],
+            rows: Vec::new(),
+        };
+        book.put(row("stop", Fault::Fail, &["lost"]));
+        book.put(row("start", Fault::KillCoordinator, &[]));
+        book.put(row("stop", Fault::Fail, &[]));
+        let names: Vec<&str> = book.rows.iter().map(|r| r.name.as_str()).collect();
+        assert_eq!(names, ["start kill-coordinator", "stop fail"]);
+        assert!(book.rows[1].wrong.is_empty());
+    }
+}

@@ -1,0 +1,208 @@
+//! PURE: what a fault may cost, and what came of it.
+//!
+//! | fault | what it may cost |
+//! |---|---|
+//! | every one | no frame, none twice, none out of order; the migration is over: all VMs run at B, or all at A |
+//! | a switch is killed | what came in from outside while no switch ran: nobody had accepted it. Between VMs nothing is lost; of each flow a burst may arrive twice |
+//! | a QEMU is killed that is the VM at that time | this VM, and what it sends and gets. The others lose nothing and go on |
+//! | a QEMU is killed that is not (A's when B's has all of it, B's before the commit) | nothing |
+
+use super::Fault;
+use crate::lab::traffic::Flow;
+use serde::{Deserialize, Serialize};
+
+/// A switch that is killed may have delivered at most one burst of each lane that it had not yet given back.
+pub const BURST: u64 = 32;
+
+/// How it ended, as `gangway status` says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ending {
+    /// On B.
+    Moved,
+    /// On A.
+    RolledBack,
+    /// Neither, after all that a user can do.
+    Open,
+}
+
+/// What the case's traffic came to, over all flows that are judged.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Sum {
+    /// Sent.
+    pub sent: u64,
+    /// Not arrived.
+    pub lost: u64,
+    /// Not arrived, and nobody had accepted it: it came from outside while no switch ran.
+    pub unheard: u64,
+    /// Arrived twice.
+    pub duplicated: u64,
+    /// Arrived late.
+    pub reordered: u64,
+    /// Arrived damaged.
+    pub corrupted: u64,
+    /// Flows that are not judged: the killed VM's own.
+    pub gone: u64,
+}
+
+/// The circumstances.
+#[derive(Clone, Debug)]
+pub struct Scene<'a> {
+    /// What was done.
+    pub fault: Fault,
+    /// The VM that died with its QEMU.
+    pub dead: Option<&'a str>,
+    /// How long no switch ran at the host (from the kill to its first answer).
+    pub outage_s: f64,
+    /// Datagrams per second to each VM's echo.
+    pub echo_rate: u32,
+}
+
+/// Whether a flow depends on the VM: as an end, or as a stream through it.
+fn of_dead(flow: &Flow, dead: &str) -> bool {
+    // The chain's streams hang together: what breaks at its end is felt up to its first VM.
+    flow.name.contains(dead) || flow.name.starts_with("tcp ")
+}
+
+/// Adds up, and says what is against the rule. `before`: the same flows when the case began.
+pub fn judge(scene: &Scene, before: &[Flow], after: &[Flow]) -> (Sum, Vec<String>) {
+    let (mut sum, mut wrong) = (Sum::default(), Vec::new());
+    let killed = matches!(
+        scene.fault,
+        Fault::KillSourceSwitch | Fault::KillTargetSwitch
+    );
+    for flow in after {
+        if scene.dead.is_some_and(|dead| of_dead(flow, dead)) {
+            sum.gone += 1;
+            continue;
+        }
+        let was = before.iter().find(|f| f.name == flow.name);
+        let was = was.cloned().unwrap_or_default();
+        let outside = flow.name.starts_with("outside udp");
+        let mut lost = flow.lost - was.lost.min(flow.lost);
+        if killed && outside {
+            let most = (f64::from(scene.echo_rate) * scene.outage_s).ceil() as u64;
+            let unheard = lost.min(most);
+            sum.unheard += unheard;
+            lost -= unheard;
+        }
+        let duplicated = flow.duplicated - was.duplicated.min(flow.duplicated);
+        let reordered = flow.reordered - was.reordered.min(flow.reordered);
+        let corrupted = flow.corrupted - was.corrupted.min(flow.corrupted);
+        let sent = flow.sent - was.sent.min(flow.sent);
+        sum.sent += sent;
+        sum.lost += lost;
+        sum.duplicated += duplicated;
+        sum.reordered += reordered;
+        sum.corrupted += corrupted;
+        let twice = if killed { BURST } else { 0 };
+        for (what, n) in [
+            ("lost", lost),
+            ("twice", duplicated.saturating_sub(twice)),
+            ("out of order", reordered),
+            ("damaged", corrupted),
+        ] {
+            if n > 0 {
+                wrong.push(format!("{}: {n} of {sent} {what}", flow.name));
+            }
+        }
+        if !flow.errors.is_empty() {
+            wrong.push(format!("{}: {}", flow.name, flow.errors.join("; ")));
+        } else if flow.digest_source != flow.digest_target {
+            wrong.push(format!("{}: digests differ", flow.name));
+        }
+        if sent == 0 && lost == 0 {
+            wrong.push(format!("{}: nothing was sent", flow.name));
+        }
+    }
+    (sum, wrong)
+}
+
+/// The only way that it may end, if there is only one. `at` and the others: places in the table; B's copy is whole from
+/// behind `switchover` on, there is no way back from behind `commit` on.
+pub fn must_end(fault: Fault, at: usize, switchover: usize, commit: usize) -> Option<Ending> {
+    match fault {
+        Fault::KillSourceQemu if at < switchover => Some(Ending::RolledBack),
+        Fault::KillSourceQemu => Some(Ending::Moved),
+        _ if at > commit => Some(Ending::Moved),
+        Fault::KillTargetQemu if at < commit => Some(Ending::RolledBack),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn flow(name: &str, sent: u64, lost: u64) -> Flow {
+        Flow {
+            name: name.to_owned(),
+            sent,
+            received: sent - lost,
+            lost,
+            ..Flow::default()
+        }
+    }
+
+    fn scene(fault: Fault) -> Scene<'static> {
+        Scene {
+            fault,
+            dead: None,
+            outage_s: 0.5,
+            echo_rate: 100,
+        }
+    }
+
+    #[test]
+    fn a_lost_frame_is_a_red_row() {
+        let after = [flow("udp a->b", 1000, 1)];
+        let (sum, wrong) = judge(&scene(Fault::KillCoordinator), &[], &after);
+        assert_eq!((sum.sent, sum.lost), (1000, 1));
+        assert_eq!(wrong, ["udp a->b: 1 of 1000 lost"]);
+    }
+
+    #[test]
+    fn only_what_a_case_has_cost_counts() {
+        let before = [flow("udp a->b", 1000, 1)];
+        let after = [flow("udp a->b", 1500, 1)];
+        let (sum, wrong) = judge(&scene(Fault::CutShort), &before, &after);
+        assert_eq!((sum.sent, sum.lost, wrong.len()), (500, 0, 0));
+    }
+
+    #[test]
+    fn what_came_from_outside_while_no_switch_ran_is_told_apart_and_bounded() {
+        let scene = scene(Fault::KillSourceSwitch);
+        let after = [flow("outside udp echo a", 1000, 40), flow("udp a->b", 9, 0)];
+        let (sum, wrong) = judge(&scene, &[], &after);
+        assert_eq!((sum.unheard, sum.lost, wrong.len()), (40, 0, 0));
+        let after = [flow("outside udp echo a", 1000, 60), flow("udp a->b", 9, 1)];
+        let (sum, wrong) = judge(&scene, &[], &after);
+        assert_eq!((sum.unheard, sum.lost, wrong.len()), (50, 11, 2));
+    }
+
+    #[test]
+    fn a_burst_may_come_twice_only_from_a_switch_that_was_killed() {
+        let mut twice = flow("udp a->b", 1000, 0);
+        twice.duplicated = BURST;
+        let judged = |fault, flow: &Flow| judge(&scene(fault), &[], std::slice::from_ref(flow)).1;
+        assert!(judged(Fault::KillTargetSwitch, &twice).is_empty());
+        assert_eq!(judged(Fault::KillCoordinator, &twice).len(), 1);
+        twice.duplicated += 1;
+        assert_eq!(judged(Fault::KillTargetSwitch, &twice).len(), 1);
+    }
+
+    #[test]
+    fn a_killed_vm_takes_its_own_flows_and_no_others() {
+        let mut scene = scene(Fault::KillSourceQemu);
+        scene.dead = Some("c");
+        let after = [flow("udp b->c", 10, 9), flow("udp a->b", 10, 1)];
+        let (sum, wrong) = judge(&scene, &[], &after);
+        assert_eq!((sum.gone, sum.lost, wrong.len()), (1, 1, 1));
+    }
+
+    #[test]
+    fn a_flow_that_was_silent_proves_nothing() {
+        let (_, wrong) = judge(&scene(Fault::Fail), &[], &[flow("udp a->b", 0, 0)]);
+        assert_eq!(wrong.len(), 1);
+    }
+}

@@ -1,0 +1,39 @@
+//! A few of the faults of `make chaos`: docs/reliability.md has the rule and the table.
+
+use gangway_tests::chaos::run::Stage;
+use gangway_tests::chaos::{Wish, cases};
+use std::path::{Path, PathBuf};
+
+fn logs(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
+}
+
+/// One behind the other in one world, which each leaves as it was; after a guest's own crash the case is run once more.
+fn all_green(name: &str, wishes: &[&str]) {
+    let mut stage = Some(Stage::new(None, &logs(name)).unwrap());
+    let steps = stage.as_ref().unwrap().steps().unwrap();
+    let wishes: Vec<Wish> = wishes.iter().map(|w| w.parse().unwrap()).collect();
+    for case in cases(&wishes, &steps).unwrap() {
+        for again in [true, false] {
+            let used = stage.take();
+            let mut used = used.unwrap_or_else(|| Stage::new(Some(&case), &logs(name)).unwrap());
+            let row = used.run(&case, &steps).unwrap();
+            let crashed = used.crashed();
+            if row.leaves_all_as_it_was() {
+                stage = Some(used);
+            }
+            if row.wrong.is_empty() {
+                break;
+            }
+            assert!(again && !crashed.is_empty(), "{row:#?}\n{crashed:?}");
+        }
+    }
+}
+
+#[test]
+fn faults_before_the_point_of_no_return_put_everything_back_and_lose_nothing() {
+    all_green(
+        "chaos",
+        &["stop fail", "restore fail", "seal kill-coordinator"],
+    );
+}
