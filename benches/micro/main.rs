@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use gangway_benches::frames::{frame, mac};
 use gangway_benches::ring::{self as driver, Layout};
-use gangway_shared::config::valid::{SpoolConfig, Sync};
+use gangway_shared::config::valid::{SpoolConfig, SpoolLimits, Sync};
 use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 use gangway_switch::datapath::fdb::Fdb;
 use gangway_switch::datapath::flow::{Flows, Key};
@@ -195,6 +195,7 @@ impl Spooled {
             segment_bytes,
             quota_bytes: 4 * segment_bytes,
             sync: Sync::None,
+            limits: SpoolLimits::default(),
         };
         let (spool, _) = Spool::open(&config).expect("a spool");
         Spooled { spool, hold: 0 }

@@ -11,8 +11,8 @@ use std::path::PathBuf;
 use super::ConfigError;
 use super::raw::{At, Notes, Section, document, nearest};
 use super::valid::{
-    HostConfig, Poll, PortConfig, PortKind, SpoolConfig, Sync, TapRole, TlsFiles, VmConfig,
-    WORKERS_MAX, Workers,
+    HostConfig, Poll, PortConfig, PortKind, SpoolConfig, SpoolLimits, Sync, TapRole, TlsFiles,
+    VmConfig, WORKERS_MAX, Workers,
 };
 use crate::id::MacAddr;
 use crate::pki;
@@ -269,12 +269,22 @@ impl<'n> Check<'n> {
                 ("none", Sync::None),
             ],
         );
+        let default = SpoolLimits::default();
+        let mut number = |key, min, max, default| {
+            let n = t.integer(self.notes, key, min, max);
+            n.map_or(default, |n| n.value)
+        };
+        let limits = SpoolLimits {
+            sync_ms: number("sync_ms", 1, 1000, default.sync_ms),
+            sync_bytes: number("sync_bytes", 1 << 20, i64::MAX as u64, default.sync_bytes),
+        };
         t.finish(self.notes);
         SpoolConfig {
             dir,
             segment_bytes,
             quota_bytes,
             sync: sync.unwrap_or(Sync::Batch),
+            limits,
         }
     }
 

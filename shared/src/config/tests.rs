@@ -287,6 +287,16 @@ const BAD: &[(&str, &str, &str)] = &[
     ),
     (
         "",
+        "[spool]\nsync_ms = 0\n",
+        "spool.sync_ms: 0 is out of range; 1 to 1000 are allowed",
+    ),
+    (
+        "",
+        "[spool]\nsync_bytes = 4096\n",
+        "spool.sync_bytes: 4096 is out of range; 1048576 to",
+    ),
+    (
+        "",
         "[fdb]\nageing_s = 1\n",
         "host.toml:34: fdb.ageing_s: 1 is out of range; 10 to 1000000",
     ),

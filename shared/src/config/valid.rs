@@ -81,14 +81,34 @@ pub struct SpoolConfig {
     pub quota_bytes: u64,
     /// `spool.sync` (`batch`).
     pub sync: Sync,
+    /// What a hold may take of it, and how long a disk may be behind.
+    pub limits: SpoolLimits,
+}
+
+/// The rest of `[spool]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SpoolLimits {
+    /// `spool.sync_ms` (20; 1 to 1000): with `batch`, how often what is held is forced to the disk.
+    pub sync_ms: u64,
+    /// `spool.sync_bytes` (64 MiB; 1 MiB at least): how much of a lane may not be on the disk yet. Then its senders wait.
+    pub sync_bytes: u64,
+}
+
+impl Default for SpoolLimits {
+    fn default() -> SpoolLimits {
+        SpoolLimits {
+            sync_ms: 20,
+            sync_bytes: 64 << 20,
+        }
+    }
 }
 
 /// When held frames are forced to the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sync {
-    /// At each freeze, seal and acknowledgement.
+    /// Every `spool.sync_ms`, and at each freeze, seal and acknowledgement.
     Batch,
-    /// After each burst.
+    /// Before frames go back to their sender.
     Each,
     /// Left to the kernel: survives a killed process, not a loss of power.
     None,

@@ -27,7 +27,7 @@ use gangway_shared::api::Tally;
 use super::backlog::Backlog;
 use super::stats::Drop;
 use crate::port::{Frame, Sent};
-use crate::spool::{Reader, Writer};
+use crate::spool::{Owed, Reader, Writer};
 
 /// What a drain has delivered of one queue; written by the worker, read by control.
 #[derive(Debug, Default)]
@@ -243,6 +243,11 @@ impl Lane {
         }
     }
 
+    /// What was taken and must be on the disk before it is released.
+    pub fn owed(&mut self) -> Option<Owed> {
+        self.writer().and_then(|w| w.owed())
+    }
+
     /// True if [`Lane::step`] has something to do.
     pub fn pending(&self) -> bool {
         matches!(self.gate, Gate::Drain(_)) || !self.backlog.is_empty()
@@ -411,7 +416,7 @@ mod tests {
     use super::*;
     use crate::port::VnetHdr;
     use crate::spool::{Kind, Spool};
-    use gangway_shared::config::valid::{SpoolConfig, Sync};
+    use gangway_shared::config::valid::{SpoolConfig, SpoolLimits, Sync};
     use gangway_shared::id::{HoldId, LaneKey};
     use proptest::prelude::*;
 
@@ -481,7 +486,7 @@ mod tests {
         #[test]
         fn keeps_every_frame_and_their_order_through_holds_and_full_receivers(ops in proptest::collection::vec(op(), 1..60)) {
             let dir = tempfile::tempdir().expect("a directory");
-            let cfg = SpoolConfig { dir: dir.path().into(), segment_bytes: 1 << 20, quota_bytes: 256 << 20, sync: Sync::None };
+            let cfg = SpoolConfig { dir: dir.path().into(), segment_bytes: 1 << 20, quota_bytes: 256 << 20, sync: Sync::None, limits: SpoolLimits::default() };
             let (spool, _) = Spool::open(&cfg).expect("a spool");
             let key = LaneKey { from: "a".into(), queue: 0, to: "b".into() };
             let mut lane = Lane::default();

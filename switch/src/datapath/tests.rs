@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gangway_shared::config::HostConfig;
-use gangway_shared::config::valid::{Poll, PortConfig, PortKind, SpoolConfig, Sync, Workers};
+use gangway_shared::config::valid::{
+    Poll, PortConfig, PortKind, SpoolConfig, SpoolLimits, Sync, Workers,
+};
 use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 
 use super::Engine;
@@ -54,6 +56,7 @@ pub(crate) fn config(names: &[&str], workers: usize, spool: PathBuf) -> HostConf
             segment_bytes: 1 << 20,
             quota_bytes: 64 << 20,
             sync: Sync::None,
+            limits: SpoolLimits::default(),
         },
         migration_address: None,
         ports: names.iter().map(port).collect(),
@@ -106,8 +109,13 @@ impl World {
 }
 
 fn world(names: &[&'static str], workers: usize) -> World {
+    world_with(names, workers, Sync::None)
+}
+
+fn world_with(names: &[&'static str], workers: usize, sync: Sync) -> World {
     let dir = tempfile::tempdir().unwrap();
-    let cfg = config(names, workers, dir.path().into());
+    let mut cfg = config(names, workers, dir.path().into());
+    cfg.spool.sync = sync;
     let engine = Engine::start(&cfg).unwrap();
     let (spool, _) = Spool::open(&cfg.spool).unwrap();
     let mut ports = HashMap::new();
@@ -693,5 +701,44 @@ fn a_hold_keeps_the_workers_that_there_are_and_a_receiver_that_takes_nothing_doe
     eventually("in order", || {
         numbers(&w.ports["b"], 1) == [0, 1, 2, 3] && numbers(&w.ports["a"], 2) == [0, 1, 2, 3]
     });
+    w.engine.stop();
+}
+
+#[test]
+fn with_each_a_sender_gets_nothing_back_before_the_disk_has_it_and_others_go_on() {
+    let w = world_with(&["a", "b", "c"], 1, Sync::Each);
+    for (port, n) in [("a", 1), ("b", 2), ("c", 3)] {
+        w.ports[port].push(frame(n, MacAddr::BROADCAST, 0));
+    }
+    eventually("all are learned", || numbers(&w.ports["a"], 3) == [0]);
+    let key = LaneKey {
+        from: "a".into(),
+        queue: 0,
+        to: "c".into(),
+    };
+    let (writer, q) = w.spool.create(HoldId(1), Kind::Source, &key).unwrap();
+    let hold = vec![Command::Hold(w.seat(0), 2, writer)];
+    w.engine.batch(hold).unwrap();
+    let slow = q.disk.lock().unwrap();
+    for n in 1..=100 {
+        w.ports["a"].push(frame(1, mac(3), n));
+    }
+    eventually("a burst is held", || q.last_seq() == 32);
+    for n in 1..=100 {
+        w.ports["b"].push(frame(2, mac(3), n));
+    }
+    eventually("the worker does not wait for the disk", || {
+        numbers(&w.ports["c"], 2).len() == 101
+    });
+    assert_eq!((w.ports["a"].waiting(), q.durable_seq()), (100, 0));
+    assert_eq!(q.last_seq(), 32, "and takes nothing twice");
+    // A queue that is taken away gives back what was accepted: its successor must not take it again.
+    let rx = w.engine.detach_rx(0, 0).unwrap();
+    assert_eq!(w.ports["a"].waiting(), 68);
+    w.engine.attach_rx(0, 0, rx);
+    eventually("the next burst is held", || q.last_seq() == 64);
+    drop(slow);
+    eventually("all is given back", || w.ports["a"].waiting() == 0);
+    assert_eq!((q.last_seq(), q.durable_seq()), (100, 100));
     w.engine.stop();
 }

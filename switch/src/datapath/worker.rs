@@ -19,7 +19,7 @@ use super::parse;
 use super::stats::{Drop, Run, Traffic, add};
 use super::targets::Targets;
 use crate::port::{BURST, Burst, Frame, RxErrors, RxQueue};
-use crate::spool::Writer;
+use crate::spool::{Owed, Writer};
 use crate::sys::{self, Affinity};
 
 /// Empty rounds before an adaptive worker sleeps. Each costs a system call per device queue: with 32 of them a switch at
@@ -150,6 +150,9 @@ struct Rx {
     targets: Vec<usize>,
     /// Lanes that took a frame of this burst, other than by the short way.
     touched: Vec<usize>,
+    /// Frames of the last burst that are accepted and not released, as long as some of them are `owed` to the disk.
+    taken: usize,
+    owed: Vec<Owed>,
     errors: RxErrors,
 }
 
@@ -323,6 +326,7 @@ impl Worker {
                     self.side(id.port);
                     let fd = q.wake_fd();
                     let rx = self.entry(id);
+                    rx.give_back();
                     let old = rx.queue.replace(q);
                     let old_fd = std::mem::replace(&mut rx.fd, fd);
                     rx.errors = RxErrors::default();
@@ -398,7 +402,8 @@ impl Worker {
 
     fn detach(&mut self, id: QueueId) -> Option<Box<dyn RxQueue>> {
         let at = self.rx.iter().position(|r| r.id == id)?;
-        let rx = self.rx.remove(at);
+        let mut rx = self.rx.remove(at);
+        rx.give_back();
         self.watch(rx.fd, None);
         rx.queue
     }
@@ -413,6 +418,8 @@ impl Worker {
                 quiet: false,
                 targets: Vec::new(),
                 touched: Vec::new(),
+                taken: 0,
+                owed: Vec::new(),
                 errors: RxErrors::default(),
             });
             self.rx.len() - 1
@@ -437,6 +444,16 @@ impl Worker {
 }
 
 impl Rx {
+    /// What was accepted goes back to its sender. Where the queue is taken away that is before the disk has it: nobody
+    /// would take it from the next queue again, and the hold's next sync covers it.
+    fn give_back(&mut self) {
+        self.owed.clear();
+        let taken = std::mem::take(&mut self.taken);
+        if let Some(q) = self.queue.as_mut().filter(|_| taken > 0) {
+            q.release(taken);
+        }
+    }
+
     /// One burst: look up, gate, transmit, give back. True if there was one.
     fn poll(
         &mut self,
@@ -459,6 +476,14 @@ impl Rx {
         if self.quiet {
             self.blocked = true;
             return false;
+        }
+        if !self.owed.is_empty() {
+            self.owed.retain(|o| !o.is_settled());
+            if !self.owed.is_empty() {
+                self.blocked = true;
+                return false;
+            }
+            queue.release(std::mem::take(&mut self.taken));
         }
         let port = self.id.port;
         let from = &shared.ports[port];
@@ -593,6 +618,7 @@ impl Rx {
         let _ = traffic.next(port, run, usize::MAX, now_s);
         for &to in &self.touched {
             side.lanes[to].commit();
+            self.owed.extend(side.lanes[to].owed());
         }
         let got = burst.len();
         drop(burst);
@@ -602,7 +628,13 @@ impl Rx {
             add(moved.rx_frames(usize::from(self.id.queue)), done as u64);
             add(&moved.rx_bytes, bytes);
         }
-        queue.release(done);
+        if done > 0 && !self.owed.is_empty() {
+            self.taken = done;
+            self.blocked = true;
+        } else {
+            self.owed.clear();
+            queue.release(done);
+        }
         let e = queue.errors();
         if e != self.errors {
             let was = std::mem::replace(&mut self.errors, e);

@@ -15,11 +15,12 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
-use gangway_shared::config::valid::Sync as SyncPolicy;
+use gangway_shared::config::valid::{SpoolConfig, SpoolLimits, Sync as SyncPolicy};
 use gangway_shared::id::HoldId;
 
 use super::map::Segment;
 use super::queue::{Queue, lock};
+use super::syncer::Syncer;
 use super::{Kind, SpoolError};
 
 /// While something can't be done: how long until it is tried again.
@@ -32,6 +33,8 @@ pub(super) struct Host {
     pub(super) segment_bytes: u64,
     pub(super) quota_bytes: u64,
     pub(super) policy: SyncPolicy,
+    pub(super) limits: SpoolLimits,
+    pub(super) syncer: Syncer,
     pub(super) state: Mutex<State>,
     /// Half of the quota is used.
     pub(super) scarce: Arc<AtomicBool>,
@@ -75,19 +78,16 @@ impl Epochs {
 }
 
 impl Host {
-    pub(super) fn new(
-        dir: PathBuf,
-        segment_bytes: u64,
-        quota_bytes: u64,
-        policy: SyncPolicy,
-    ) -> Host {
+    pub(super) fn new(cfg: &SpoolConfig) -> Host {
         Host {
-            in_memory: is_tmpfs(&dir),
+            in_memory: is_tmpfs(&cfg.dir),
             epochs: Epochs(RandomState::new(), AtomicU64::new(0)),
-            dir,
-            segment_bytes,
-            quota_bytes,
-            policy,
+            dir: cfg.dir.clone(),
+            segment_bytes: cfg.segment_bytes,
+            quota_bytes: cfg.quota_bytes,
+            policy: cfg.sync,
+            limits: cfg.limits,
+            syncer: Syncer::default(),
             state: Mutex::default(),
             scarce: Arc::default(),
             thread: OnceLock::new(),
@@ -236,12 +236,17 @@ impl Host {
     pub(super) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
         self.wake();
+        self.syncer.ask();
+    }
+
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
     }
 
     /// The thread's loop.
     pub(super) fn run(&self) {
         let _ = self.thread.set(thread::current());
-        while !self.stop.load(Ordering::Acquire) {
+        while !self.is_stopped() {
             let wanted: Vec<Arc<Queue>> = {
                 let mut state = lock(&self.state);
                 self.collect(&mut state);

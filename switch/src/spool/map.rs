@@ -33,6 +33,12 @@ pub(super) struct Segment {
 }
 
 impl Segment {
+    /// How far it is on the disk.
+    #[cfg(test)]
+    pub(super) fn synced(&self) -> u32 {
+        self.synced.load(Ordering::Acquire)
+    }
+
     fn from_map(map: MmapRaw, published: u32) -> Segment {
         Segment {
             map,
@@ -182,9 +188,9 @@ impl Segment {
             .store(self.end.load(Ordering::Relaxed), Ordering::Release);
     }
 
-    /// Forces what is published to the disk (`msync(MS_SYNC)`: what fdatasync does, for that range).
-    pub(super) fn sync(&self) -> io::Result<()> {
-        let to = self.published();
+    /// Forces what is published below `to` to the disk (`msync(MS_SYNC)`: what fdatasync does, for that range).
+    pub(super) fn sync(&self, to: u32) -> io::Result<()> {
+        let to = to.min(self.published());
         let from = self.synced.load(Ordering::Acquire);
         if to <= from {
             return Ok(());

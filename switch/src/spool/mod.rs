@@ -3,8 +3,9 @@
 //! Bytes: docs/formats/spool.md.
 //!
 //! Invariant: [`Writer::append_run`] takes no lock, allocates nothing and makes no system call, but for one wake-up of the
-//! keeper per segment; it copies each frame once and sums what it has copied.
+//! keeper per segment (and of the syncer per burst, with `sync = "each"`); it copies each frame once and sums what it has copied.
 //! Invariant: what a reader returns has been committed and its checksum was right.
+//! Invariant: nobody who appends waits for a disk; a disk that is too far behind is a reason to have no room.
 //! Invariant: after an I/O error a queue takes nothing more until the spool is opened again (fail-stop).
 
 use std::fmt;
@@ -24,6 +25,7 @@ mod reader;
 pub mod recover;
 mod store;
 mod sum;
+mod syncer;
 mod writer;
 
 #[cfg(test)]
@@ -33,6 +35,7 @@ pub use format::{Batch, Record};
 pub use queue::{Queue, sync_all};
 pub use reader::{Damaged, RUN, Reader, Run};
 pub use store::Spool;
+pub use syncer::Owed;
 pub use writer::{NoRoom, RejectedBatch, Writer};
 
 /// What a queue is for; the three of a hold are kept apart.

@@ -151,6 +151,7 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
         index: header.index,
         dir: dir.to_path_buf(),
         policy: host.policy,
+        limits: host.limits,
         host: Arc::downgrade(host),
         scarce: host.scarce.clone(),
         page,

@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use gangway_shared::api::Tally;
-use gangway_shared::config::valid::Sync as SyncPolicy;
+use gangway_shared::config::valid::{SpoolLimits, Sync as SyncPolicy};
 use gangway_shared::id::{HoldId, LaneKey};
 use tokio::sync::Notify;
 
 use super::keeper::Host;
-use super::map::{Page, Segment};
+use super::map::{PAGE, Page, Segment};
 use super::reader::Reader;
 use super::{Kind, SpoolError};
 
@@ -36,6 +36,7 @@ pub struct Queue {
     salt: u32,
     dir: PathBuf,
     policy: SyncPolicy,
+    limits: SpoolLimits,
     host: Weak<Host>,
     page: Page,
     /// All of them in order; pushed by the keeper.
@@ -44,6 +45,10 @@ pub struct Queue {
     dir_dirty: AtomicBool,
     /// The last committed sequence number.
     last: AtomicU64,
+    /// Records up to this one are on the disk.
+    durable: AtomicU64,
+    /// The same as a place in the queue (see [`Queue::place`]); may be further.
+    synced: AtomicU64,
     tally: TallyCell,
     sealed: AtomicBool,
     removed: AtomicBool,
@@ -58,6 +63,9 @@ pub struct Queue {
     waiting: AtomicU32,
     notify: Notify,
     sealed_notify: Notify,
+    /// A disk that is slow while a test has this, and fails while it is true.
+    #[cfg(test)]
+    pub(crate) disk: Mutex<bool>,
 }
 
 #[derive(Debug, Default)]
@@ -66,6 +74,18 @@ struct SyncState {
     done: usize,
     /// The directories above are on the disk.
     parents_done: bool,
+    /// The page that was being written at the last tick: number of the segment, offset.
+    tail: Option<(u32, u32)>,
+}
+
+/// How much of a queue is forced to the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// Everything committed.
+    All,
+    /// Whole pages, and the last one if it was the last one before: a page that is forced faults when it is written again,
+    /// and the writer of a busy lane shall not meet that.
+    Pages,
 }
 
 /// What makes a queue, for [`Queue::new`].
@@ -76,6 +96,7 @@ pub(super) struct Parts {
     pub(super) index: u32,
     pub(super) dir: PathBuf,
     pub(super) policy: SyncPolicy,
+    pub(super) limits: SpoolLimits,
     pub(super) host: Weak<Host>,
     pub(super) scarce: Arc<AtomicBool>,
     pub(super) page: Page,
@@ -93,7 +114,12 @@ impl Queue {
             lane: p.lane,
             index: p.index,
             dir: p.dir,
-            policy: p.policy,
+            policy: match (p.policy, p.kind) {
+                // Its sender is a switch, which keeps everything until it is told that it is on the disk.
+                (SyncPolicy::Each, Kind::Incoming) => SyncPolicy::Batch,
+                (policy, _) => policy,
+            },
+            limits: p.limits,
             host: p.host,
             scarce: p.scarce,
             page: p.page,
@@ -103,6 +129,8 @@ impl Queue {
             sync: Mutex::default(),
             dir_dirty: AtomicBool::new(true),
             last: AtomicU64::new(0),
+            durable: AtomicU64::new(0),
+            synced: AtomicU64::new(0),
             tally: TallyCell::default(),
             sealed: AtomicBool::new(false),
             removed: AtomicBool::new(false),
@@ -111,6 +139,8 @@ impl Queue {
             waiting: AtomicU32::new(0),
             notify: Notify::new(),
             sealed_notify: Notify::new(),
+            #[cfg(test)]
+            disk: Mutex::default(),
         }
     }
 
@@ -197,10 +227,10 @@ impl Queue {
         if self.policy == SyncPolicy::None {
             return Ok(());
         }
-        self.sync_now()
+        self.sync_now(Reach::All)
     }
 
-    fn sync_now(&self) -> Result<(), SpoolError> {
+    pub(super) fn sync_now(&self, reach: Reach) -> Result<(), SpoolError> {
         let mut state = self.sync.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(why) = self.failed.get() {
             return Err(SpoolError::Stopped(why.clone()));
@@ -208,6 +238,8 @@ impl Queue {
         if self.is_removed() {
             return Ok(());
         }
+        // What is committed is published: all of it is below the ends that are taken now.
+        let seq = self.last_seq();
         let segments: Vec<Arc<Segment>> = {
             let all = lock(&self.segments);
             all.get(state.done..).unwrap_or_default().to_vec()
@@ -216,26 +248,13 @@ impl Queue {
             .iter()
             .take_while(|s| s.next().is_some_and(|n| n.published() > 0))
             .count();
-        let r = (|| {
-            for s in &segments {
-                s.sync()?;
-            }
-            if self.dir_dirty.swap(false, Ordering::AcqRel) {
-                std::fs::File::open(&self.dir)?.sync_all()?;
-            }
-            if !state.parents_done {
-                self.page.sync()?;
-                // The hold's directory, and the spool's.
-                for dir in self.dir.ancestors().skip(1).take(2) {
-                    std::fs::File::open(dir)?.sync_all()?;
-                }
-            }
-            io::Result::Ok(())
-        })();
-        match r {
-            Ok(()) => {
+        match self.force(&mut state, &segments, reach) {
+            Ok(whole) => {
                 state.done += done;
                 state.parents_done = true;
+                if whole {
+                    self.durable.fetch_max(seq, Ordering::AcqRel);
+                }
                 Ok(())
             }
             Err(e) => {
@@ -245,6 +264,80 @@ impl Queue {
                 Err(SpoolError::Stopped(why))
             }
         }
+    }
+
+    /// True if nothing was left out.
+    fn force(
+        &self,
+        state: &mut SyncState,
+        segments: &[Arc<Segment>],
+        reach: Reach,
+    ) -> io::Result<bool> {
+        #[cfg(test)]
+        if *lock(&self.disk) {
+            return Err(io::Error::other("a test's disk"));
+        }
+        let mut whole = true;
+        let ends: Vec<u32> = segments.iter().map(|s| s.published()).collect();
+        let last = ends.iter().rposition(|end| *end > 0);
+        for (n, (s, end)) in segments.iter().zip(&ends).enumerate() {
+            let mut to = *end;
+            let tail = Some((s.number(), to - to % PAGE as u32));
+            if reach == Reach::Pages && Some(n) == last && state.tail != tail {
+                to -= to % PAGE as u32;
+                whole = to == *end;
+                state.tail = tail;
+            }
+            s.sync(to)?;
+            if Some(n) == last {
+                self.synced.store(self.place(s, to), Ordering::Release);
+            }
+        }
+        if self.dir_dirty.swap(false, Ordering::AcqRel) {
+            std::fs::File::open(&self.dir)?.sync_all()?;
+        }
+        if !state.parents_done {
+            self.page.sync()?;
+            // The hold's directory, and the spool's.
+            for dir in self.dir.ancestors().skip(1).take(2) {
+                std::fs::File::open(dir)?.sync_all()?;
+            }
+        }
+        Ok(whole)
+    }
+
+    /// Bytes from the queue's start to that place in a segment.
+    pub(super) fn place(&self, segment: &Segment, at: u32) -> u64 {
+        u64::from(segment.number()) * segment.len() as u64 + u64::from(at)
+    }
+
+    /// The disk is too far behind to take what ends there.
+    pub(super) fn is_behind(&self, end: u64) -> bool {
+        self.is_forced()
+            && end.saturating_sub(self.synced.load(Ordering::Relaxed)) > self.limits.sync_bytes
+    }
+
+    /// By the syncer: not what another switch keeps until it has heard that it is safe.
+    fn is_forced(&self) -> bool {
+        self.policy != SyncPolicy::None && self.kind != Kind::Incoming
+    }
+
+    /// There is something for the syncer.
+    pub(super) fn wants_sync(&self) -> bool {
+        self.is_forced()
+            && self.durable_seq() < self.last_seq()
+            && !self.is_removed()
+            && self.failed().is_none()
+    }
+
+    /// Records up to this one are on the disk.
+    pub fn durable_seq(&self) -> u64 {
+        self.durable.load(Ordering::Acquire)
+    }
+
+    /// For the writer: frames may not go back to their sender before they are on the disk.
+    pub(super) fn owes(&self) -> bool {
+        self.policy == SyncPolicy::Each
     }
 
     pub(super) fn fail(&self, why: String) {
@@ -311,9 +404,10 @@ impl Queue {
         if sealed {
             self.sealed.store(true, Ordering::Release);
         }
-        if self.policy == SyncPolicy::Each {
-            // A failure is latched; the writer has no room from then on.
-            let _ = self.sync_now();
+        if self.policy == SyncPolicy::Each
+            && let Some(h) = self.host.upgrade()
+        {
+            h.syncer.ask();
         }
         self.wake(sealed);
     }
@@ -382,6 +476,13 @@ impl Queue {
         self.allotted.load(Ordering::Relaxed)
     }
 
+    /// For tests that take the power away: number of each segment, and how far it is on the disk.
+    #[cfg(test)]
+    pub(super) fn on_disk(&self) -> Vec<(u32, u32)> {
+        let all = lock(&self.segments);
+        all.iter().map(|s| (s.number(), s.synced())).collect()
+    }
+
     /// How many segments there are.
     #[cfg(test)]
     pub(super) fn segment_count(&self) -> usize {
@@ -408,12 +509,23 @@ impl Queue {
 
 /// Syncs several queues at once: file systems merge what comes together. Blocks.
 pub fn sync_all(queues: &[Arc<Queue>]) -> Result<(), SpoolError> {
+    at_once(queues, &|q| q.sync())
+}
+
+/// Does it for several queues, by a few threads.
+pub(super) fn at_once(
+    queues: &[Arc<Queue>],
+    what: &(impl Fn(&Queue) -> Result<(), SpoolError> + std::marker::Sync),
+) -> Result<(), SpoolError> {
     const THREADS: usize = 8;
+    if let [q] = queues {
+        return what(q);
+    }
     let each = queues.len().div_ceil(THREADS).max(1);
     std::thread::scope(|scope| {
         let parts = queues.chunks(each);
         let work: Vec<_> = parts
-            .map(|p| scope.spawn(|| p.iter().try_for_each(|q| q.sync())))
+            .map(|p| scope.spawn(|| p.iter().try_for_each(|q| what(q))))
             .collect();
         work.into_iter().try_for_each(|w| {
             let panicked = |_| Err(SpoolError::Stopped("a thread panicked".into()));

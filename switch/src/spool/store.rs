@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use gangway_shared::api::Tally;
-use gangway_shared::config::valid::SpoolConfig;
+use gangway_shared::config::valid::{SpoolConfig, Sync as SyncPolicy};
 use gangway_shared::id::{HoldId, LaneKey};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -24,7 +24,8 @@ use super::{Kind, Recovered, SpoolError, open};
 #[derive(Debug)]
 pub struct Spool {
     host: Arc<Host>,
-    keeper: Option<JoinHandle<()>>,
+    /// The keeper, and the syncer if there is one.
+    threads: Vec<JoinHandle<()>>,
     /// Held as long as we have the directory.
     _lock: File,
 }
@@ -61,26 +62,31 @@ impl Spool {
             }
             _ => make_dir(&pool)?,
         }
-        let host = Arc::new(Host::new(
-            cfg.dir.clone(),
-            cfg.segment_bytes,
-            cfg.quota_bytes,
-            cfg.sync,
-        ));
+        let host = Arc::new(Host::new(cfg));
         let recovered = open::recover(&host)?;
-        let keeper = std::thread::Builder::new()
-            .name("spool-keeper".into())
-            .spawn({
-                let host = host.clone();
-                move || host.run()
-            })
-            .map_err(SpoolError::io(&cfg.dir))?;
-        let spool = Spool {
+        let mut spool = Spool {
             host,
-            keeper: Some(keeper),
+            threads: Vec::new(),
             _lock: lock_file,
         };
+        spool.start("spool-keeper", |h| h.run())?;
+        if cfg.sync != SyncPolicy::None {
+            spool.start("spool-syncer", |h| h.run_syncer())?;
+        }
         Ok((Arc::new(spool), recovered))
+    }
+
+    fn start(
+        &mut self,
+        name: &str,
+        what: impl FnOnce(&Host) + Send + 'static,
+    ) -> Result<(), SpoolError> {
+        let host = self.host.clone();
+        let thread = std::thread::Builder::new().name(name.into());
+        let thread = thread.spawn(move || what(&host));
+        self.threads
+            .push(thread.map_err(SpoolError::io(&self.host.dir))?);
+        Ok(())
     }
 
     /// A new, empty queue; its first segment is ready. Blocks: for the control path. Call [`Queue::sync`] before
@@ -133,6 +139,7 @@ impl Spool {
                 index,
                 dir: dir.clone(),
                 policy: host.policy,
+                limits: host.limits,
                 host: Arc::downgrade(host),
                 scarce: host.scarce.clone(),
                 page,
@@ -146,6 +153,8 @@ impl Spool {
                 let mut state = lock(&host.state);
                 let queues = state.queues.entry(hold).or_default();
                 queues.push(queue.clone());
+                drop(state);
+                host.syncer.ask();
                 Ok((writer, queue))
             }
             Err(e) => {
@@ -209,9 +218,9 @@ impl Spool {
 impl Drop for Spool {
     fn drop(&mut self) {
         self.host.stop();
-        if let Some(k) = self.keeper.take() {
+        for t in self.threads.drain(..) {
             // It can only have panicked, and that was printed.
-            let _ = k.join();
+            let _ = t.join();
         }
     }
 }

@@ -7,6 +7,7 @@ use gangway_shared::api::Tally;
 use super::format::{self, BATCH_HEADER, EPOCH, FILE_HEADER, Fields, FileHeader, Marker, Origin};
 use super::map::{Segment, Tail};
 use super::queue::Queue;
+use super::syncer::Owed;
 use crate::port::{FRAME_MAX, Frame};
 
 /// Appends to a queue. Owned by one thread at a time.
@@ -114,6 +115,12 @@ impl Writer {
         let begun = segment.number() > 0 || self.tail.room() < segment.len() / 4 * 3;
         if begun && self.queue.lacks_segments() {
             self.queue.want_segment();
+        }
+        if self
+            .queue
+            .is_behind(self.queue.place(segment, self.tail.at()) + total as u64)
+        {
+            return false;
         }
         // A marker must always fit behind a batch.
         self.tail.room() >= total + BATCH_HEADER || segment.next().is_some()
@@ -238,6 +245,16 @@ impl Writer {
         if self.dirty {
             self.publish(false);
         }
+    }
+
+    /// What was committed and must be on the disk before the frames go back to their sender; none unless `spool.sync` is
+    /// `each`, or if it is there already.
+    pub fn owed(&self) -> Option<Owed> {
+        let seq = self.next_seq - 1;
+        (self.queue.owes() && self.queue.durable_seq() < seq).then(|| Owed {
+            queue: self.queue.clone(),
+            seq,
+        })
     }
 
     /// Commits, and no record will follow. Again: does nothing.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use gangway_shared::config::valid::{SpoolConfig, Sync};
+use gangway_shared::config::valid::{SpoolConfig, SpoolLimits, Sync};
 use gangway_shared::id::{HoldId, LaneKey};
 use gangway_switch::port::{Frame, VnetHdr};
 use gangway_switch::spool::format::{
@@ -43,6 +43,7 @@ pub fn config(dir: &Path) -> SpoolConfig {
         segment_bytes: SEGMENT as u64,
         quota_bytes: 64 * SEGMENT as u64,
         sync: Sync::None,
+        limits: SpoolLimits::default(),
     }
 }
 

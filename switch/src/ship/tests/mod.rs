@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use gangway_shared::config::valid::{SpoolConfig, Sync, TlsFiles};
+use gangway_shared::config::valid::{SpoolConfig, SpoolLimits, Sync, TlsFiles};
 use gangway_shared::id::{HoldId, LaneKey};
 use gangway_shared::pki::{self, Credentials};
 use gangway_shared::ship::ALPN;
@@ -46,6 +46,7 @@ fn spool_config(dir: PathBuf, sync: Sync) -> SpoolConfig {
         segment_bytes: 256 << 10,
         quota_bytes: 256 << 20,
         sync,
+        limits: SpoolLimits::default(),
     }
 }
 

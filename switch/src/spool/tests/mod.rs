@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gangway_shared::config::valid::{SpoolConfig, Sync};
+use gangway_shared::config::valid::{SpoolConfig, SpoolLimits, Sync};
 use gangway_shared::id::{HoldId, LaneKey};
 use tempfile::TempDir;
 
@@ -15,6 +15,7 @@ mod golden;
 mod limits;
 mod model;
 mod recovery;
+mod sync;
 
 pub(crate) const HOLD: HoldId = HoldId(0x1122_3344_5566_7788);
 
@@ -24,6 +25,7 @@ pub(crate) fn config(dir: &Path, segment_bytes: u64, quota_bytes: u64) -> SpoolC
         segment_bytes,
         quota_bytes,
         sync: Sync::None,
+        limits: SpoolLimits::default(),
     }
 }
 
