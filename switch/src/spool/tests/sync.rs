@@ -173,7 +173,7 @@ fn image(from: &Path, to: &Path, q: &Queue, keep: &[bool]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(16))]
 
     /// Whatever was said to be on the disk is there, in order and intact; of the rest, what is there is intact, too.
     #[test]
