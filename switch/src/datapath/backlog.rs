@@ -1,10 +1,12 @@
 //! A bounded queue of frames in memory, for a lane whose receiver has no room at the moment: what a network device's
 //! transmit queue is to a TAP. One ring of bytes, allocated when it is first needed.
 
-use crate::port::{Frame, VnetHdr};
+use crate::port::{BURST, Burst, Frame, VnetHdr};
 
 /// Bytes of frames and their headers that a lane keeps at most before it drops.
 pub const BACKLOG_BYTES: usize = 1 << 20;
+/// What they take in the spool at most, written in runs: a frame of 14 bytes takes a ninth more there.
+pub const SPOOLED_MAX: usize = BACKLOG_BYTES / 8 * 9;
 const HEADER: usize = 16;
 
 fn need(len: u32) -> usize {
@@ -81,14 +83,31 @@ impl Backlog {
 
     /// The oldest frame.
     pub fn front(&self) -> Option<Frame<'_>> {
-        if self.frames == 0 {
-            return None;
+        (self.frames > 0).then(|| self.record(self.head))
+    }
+
+    /// The oldest frames, a burst of them at most.
+    pub fn oldest(&self) -> Burst<'_> {
+        let mut out = Burst::new();
+        let mut at = self.head;
+        let mut wrapped = self.tail <= self.head;
+        while out.len() < self.frames.min(BURST) {
+            let frame = self.record(at);
+            at += need(frame.len);
+            out.push(frame);
+            if wrapped && at == self.end {
+                (at, wrapped) = (0, false);
+            }
         }
-        let r = &self.ring[self.head..];
+        out
+    }
+
+    fn record(&self, at: usize) -> Frame<'_> {
+        let r = &self.ring[at..];
         let len = u32::from_le_bytes([r[0], r[1], r[2], r[3]]) as usize;
         let mut vnet = VnetHdr::default();
         vnet.0.copy_from_slice(&r[4..14]);
-        Some(Frame::from_slice(vnet, &r[HEADER..HEADER + len]))
+        Frame::from_slice(vnet, &r[HEADER..HEADER + len])
     }
 
     /// Removes the oldest frame.
@@ -129,6 +148,9 @@ mod tests {
                         prop_assert!(used + 2 * (len + 24) + 65_000 > BACKLOG_BYTES);
                     }
                 } else if let Some(want) = model.pop_front() {
+                    let lengths: Vec<_> = b.oldest().iter().map(|f| f.len as usize).collect();
+                    let expected = std::iter::once(&want).chain(&model).map(Vec::len);
+                    prop_assert_eq!(lengths, expected.take(BURST).collect::<Vec<_>>());
                     let got = b.front().expect("a frame");
                     let mut out = vec![0; got.len as usize];
                     got.copy_to(&mut out);

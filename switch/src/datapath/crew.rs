@@ -192,7 +192,7 @@ impl Crew {
         }
         let end = all().map(|n| (n, Order::Retire)).collect();
         self.orders(end)?.wait()?;
-        for hand in self.hands.drain(count..) {
+        for hand in self.hands.drain(count.min(self.hands.len())..) {
             ended(hand.thread);
         }
         Ok(None)

@@ -278,16 +278,20 @@ impl Lane {
         Step::Idle
     }
 
-    /// Forward -> Hold. What waits in the backlog goes first. Returns the frames that found no room (zero unless the
-    /// spool's first segment is smaller than a backlog). In any other state nothing changes and the writer comes back.
+    /// Forward -> Hold. What waits in the backlog goes first. Returns the frames that found no room (zero if the queue has
+    /// [`super::backlog::SPOOLED_MAX`] reserved). In any other state nothing changes and the writer comes back.
     pub fn hold(&mut self, mut writer: Writer, now_ns: u64) -> Result<u64, Writer> {
         if !matches!(self.gate, Gate::Forward) {
             return Err(writer);
         }
         let mut lost = 0;
-        while let Some(f) = self.backlog.front() {
-            lost += u64::from(!writer.has_room(f.len) || writer.append(now_ns, &f).is_err());
-            self.backlog.pop();
+        while !self.backlog.is_empty() {
+            let run = self.backlog.oldest();
+            let (done, all) = (writer.append_run(now_ns, &run), run.len());
+            drop(run);
+            let no_room = usize::from(done < all);
+            (0..done + no_room).for_each(|_| self.backlog.pop());
+            lost += no_room as u64;
         }
         writer.commit();
         self.gate = Gate::Hold(writer);
@@ -414,7 +418,7 @@ impl Source {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::port::VnetHdr;
+    use crate::port::{FRAME_MAX, VnetHdr};
     use crate::spool::{Kind, Spool};
     use gangway_shared::config::valid::{SpoolConfig, SpoolLimits, Sync};
     use gangway_shared::id::{HoldId, LaneKey};
@@ -449,6 +453,55 @@ mod tests {
             1 => Just(Op::LetGo),
             3 => Just(Op::Step),
         ]
+    }
+
+    /// Whatever the frames' lengths, and without a keeper that comes in time.
+    #[test]
+    fn a_full_backlog_finds_room_in_what_was_reserved_for_it() {
+        for segment_bytes in [128 << 10, 1 << 20] {
+            for len in [22, 60, 90, 1514, 9000, FRAME_MAX] {
+                let dir = tempfile::tempdir().expect("a directory");
+                let cfg = SpoolConfig {
+                    dir: dir.path().join("spool"),
+                    segment_bytes,
+                    quota_bytes: 64 << 20,
+                    sync: Sync::None,
+                };
+                let (spool, _) = Spool::open(&cfg).expect("a spool");
+                let key: LaneKey = LaneKey {
+                    from: "a".into(),
+                    queue: 0,
+                    to: "b".into(),
+                };
+                let (writer, queue) = spool
+                    .create(HoldId(1), Kind::Source, &key)
+                    .expect("a queue");
+                spool
+                    .reserve(&queue, crate::datapath::backlog::SPOOLED_MAX)
+                    .expect("segments");
+                let mut lane = Lane::default();
+                let mut full = |_: &Frame<'_>| Sent::Full;
+                let mut n = 0;
+                loop {
+                    let bytes = frame(n, len);
+                    let f = Frame::from_slice(VnetHdr::default(), &bytes);
+                    if !lane.accepts(f.len, || true) {
+                        break;
+                    }
+                    assert_eq!(lane.take(&f, || 1, &mut full), Ok(()));
+                    n += 1;
+                }
+                // The keeper is gone: what was reserved is all there is.
+                spool.stop_keeper();
+                let lost = lane.hold(writer, 1).map_err(|_| "not forwarding");
+                assert_eq!(
+                    lost,
+                    Ok(0),
+                    "{n} frames of {len} bytes, segments of {segment_bytes}"
+                );
+                assert_eq!(queue.last_seq(), n);
+            }
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 
 use super::manager::Host;
 use super::{READ_BACK, refuse};
+use crate::datapath::backlog::SPOOLED_MAX;
 use crate::datapath::engine::{Mode, Pin};
 use crate::datapath::lane::{Behind, Drain, Gate, Progress, Source as Older, Stage};
 use crate::datapath::stats::Drop as Dropped;
@@ -159,6 +160,8 @@ impl SourceHold {
             to: host.engine.shared().ports[to].name.clone(),
         };
         let (writer, queue) = self.queue(host, Kind::Source, &key)?;
+        let reserved = host.spool.reserve(&queue, SPOOLED_MAX);
+        reserved.map_err(|e| refuse(RefusalCode::Resources, format!("no spool for {key}: {e}")))?;
         queue.set_inside(inside);
         Ok(Lane {
             key,

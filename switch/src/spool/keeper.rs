@@ -279,7 +279,7 @@ impl Host {
     }
 
     /// One more segment for a queue.
-    fn provide(&self, q: &Queue) -> Result<(), SpoolError> {
+    pub(super) fn provide(&self, q: &Queue) -> Result<(), SpoolError> {
         if q.kind() == Kind::Local && !self.spare_for_local() {
             return Err(self.used_up());
         }

@@ -13,12 +13,13 @@ use gangway_shared::id::{HoldId, LaneKey};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
-use super::format::{FileHeader, NAME_MAX, QUEUE_MAGIC};
+use super::format::{self, BATCH_HEADER, FILE_HEADER, FileHeader, NAME_MAX, QUEUE_MAGIC};
 use super::keeper::Host;
 use super::map::Page;
 use super::queue::{Parts, Queue, lock};
 use super::writer::Writer;
 use super::{Kind, Recovered, SpoolError, open};
+use crate::port::FRAME_MAX;
 
 /// All queues of this host.
 #[derive(Debug)]
@@ -162,6 +163,31 @@ impl Spool {
                 let _ = std::fs::remove_dir_all(&dir);
                 Err(e)
             }
+        }
+    }
+
+    /// Gives a queue that nobody writes to yet as many segments as frames take that are `bytes` long with what a batch adds to
+    /// them, whatever their lengths are. Blocks: for the control path.
+    pub fn reserve(&self, queue: &Queue, bytes: usize) -> Result<(), SpoolError> {
+        // Of each segment as much may stay empty as the largest frame would have needed.
+        let empty =
+            FILE_HEADER + format::batch_len(1, format::slot_len(FRAME_MAX as u32)) + BATCH_HEADER;
+        let usable = (self.host.segment_bytes as usize)
+            .saturating_sub(empty)
+            .max(1);
+        let want = bytes.div_ceil(usable) as u32;
+        while queue.next_number() < want && !queue.is_removed() {
+            self.host.provide(queue)?;
+        }
+        Ok(())
+    }
+
+    /// Nobody makes segments any more.
+    #[cfg(test)]
+    pub fn stop_keeper(&self) {
+        self.host.stop();
+        while self.keeper.as_ref().is_some_and(|k| !k.is_finished()) {
+            std::thread::yield_now();
         }
     }
 

@@ -112,7 +112,9 @@ impl Writer {
             return false;
         }
         let segment = self.tail.segment();
-        let begun = segment.number() > 0 || self.tail.room() < segment.len() / 4 * 3;
+        let begun = segment.number() > 0
+            || self.tail.room() < segment.len() / 4 * 3
+            || self.tail.room() < total + BATCH_HEADER;
         if begun && self.queue.lacks_segments() {
             self.queue.want_segment();
         }

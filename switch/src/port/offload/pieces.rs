@@ -36,8 +36,12 @@ impl Pieces {
         }
     }
 
+    /// The same, in pieces in any case.
+    ///
+    /// # Errors
+    /// Of `call`.
     #[cold]
-    fn cut(
+    pub fn cut(
         &mut self,
         frame: &Frame<'_>,
         mut call: impl FnMut(&Frame<'_>) -> io::Result<()>,

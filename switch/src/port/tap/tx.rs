@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::vm::VmTap;
+use crate::port::offload::gso;
 use crate::port::offload::pieces::Pieces;
 use crate::port::packet::{Health, refused};
 use crate::port::{Frame, NeverReason, Sent, TxQueue, VnetHdr};
@@ -112,6 +113,14 @@ impl VmTapTx {
                 self.send_segmented(frame)
             }
             None if self.tap.segments_itself(frame.vnet, frame.len) => refused(e, &self.health),
+            // A burst of datagrams needs nobody to segment it.
+            None if frame.vnet.gso_type() == gso::UDP_L4 => {
+                match self.pieces.cut(frame, |f| self.direct.send(f)) {
+                    Ok(frames) => self.sent(frames),
+                    Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => Sent::Full,
+                    Err(e) => refused(&e, &self.health),
+                }
+            }
             None => Sent::Never(NeverReason::Offload),
         }
     }
@@ -121,8 +130,8 @@ impl VmTapTx {
         if segments > SEGMENTS_MAX || self.tap.queue_empty().is_none() {
             return Sent::Never(NeverReason::Offload);
         }
-        match self.segmenting.send(frame) {
-            Ok(()) => self.sent(segments),
+        match self.pieces.send(frame, |f| self.segmenting.send(f)) {
+            Ok(frames) => self.sent(segments.max(frames)),
             Err(e) => refused(&e, &self.health),
         }
     }
