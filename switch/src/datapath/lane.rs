@@ -466,6 +466,7 @@ mod tests {
                     segment_bytes,
                     quota_bytes: 64 << 20,
                     sync: Sync::None,
+                    limits: Default::default(),
                 };
                 let (spool, _) = Spool::open(&cfg).expect("a spool");
                 let key: LaneKey = LaneKey {

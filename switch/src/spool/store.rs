@@ -186,7 +186,7 @@ impl Spool {
     #[cfg(test)]
     pub fn stop_keeper(&self) {
         self.host.stop();
-        while self.keeper.as_ref().is_some_and(|k| !k.is_finished()) {
+        while self.threads.iter().any(|t| !t.is_finished()) {
             std::thread::yield_now();
         }
     }
