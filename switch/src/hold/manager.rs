@@ -25,7 +25,7 @@ use crate::datapath::worker::{Command, Outcome, now_ns};
 use crate::port::tap::VmTap;
 use crate::port::{Attach, Burst, VnetHdr};
 use crate::ship::{Acceptor, Incoming, Outgoing, OutgoingArgs};
-use crate::spool::Spool;
+use crate::spool::{Kind, Spool};
 
 /// How long the target's switch may take to accept a shipment.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -570,8 +570,26 @@ impl Manager {
         Ok(reply)
     }
 
+    /// What another switch has shipped to an earlier run of this one. The source puts a hold back, and then the copy is of
+    /// no use; frames that were accepted here as a source are never thrown away.
+    fn forget_shipped(&self, hold: HoldId) {
+        if self.find(hold).is_ok() || self.host.spool.queues(hold).is_empty() {
+            return;
+        }
+        // One that is just being opened is not ours.
+        let _one = lock(&self.opening);
+        let queues = self.host.spool.queues(hold);
+        let own = queues.iter().any(|q| q.kind() == Kind::Source);
+        if !queues.is_empty() && !own && self.find(hold).is_err() {
+            tracing::info!(%hold, "aborted: what an earlier run had received is freed");
+            drop(queues);
+            self.host.free_spool(hold);
+        }
+    }
+
     fn abort(&self, hold: HoldId) -> Answer {
         let host = &self.host;
+        self.forget_shipped(hold);
         let mut follow = false;
         let reply = self.advance(hold, Event::Abort, |end, info| {
             match end {

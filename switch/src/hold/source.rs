@@ -399,12 +399,11 @@ impl SourceHold {
         host.batch(ids)?;
         self.live(host);
         self.disarm(host, true);
-        self.pin = None;
-        host.free_spool(self.id);
+        self.forget(host);
         Ok(())
     }
 
-    /// After an abort.
+    /// Gives back everything that was reserved: a writer that stays keeps its segment.
     pub fn forget(&mut self, host: &Host) {
         for l in self.lanes.iter_mut().chain(&mut self.read_back) {
             (l.writer, l.spare) = (None, None);

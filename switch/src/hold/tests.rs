@@ -402,6 +402,10 @@ fn move_all(scope_first: Option<Scope>) {
     }
     s.a.ask(Request::HoldRelease { hold: ID });
     s.b.ask(Request::HoldRelease { hold: ID });
+    // What was reserved for an abort, too, although the account is kept.
+    eventually("nothing of it is in the spools", || {
+        s.w.source.used_bytes() + s.w.target.used_bytes() == 0
+    });
     s.verdict();
 }
 
@@ -769,6 +773,29 @@ fn frames_of_an_earlier_run_are_not_mixed_with_a_new_hold() {
     let (code, what) = refusal(&s.a, Request::HoldOpen(open_args(&s, &["m"])));
     assert_eq!(code, RefusalCode::Busy, "{what}");
     assert!(what.contains("earlier run"), "{what}");
+    s.more();
+    s.verdict();
+}
+
+#[test]
+fn an_abort_frees_what_a_target_had_received_before_it_was_restarted() {
+    let s = Scene::new();
+    let key = LaneKey {
+        from: "p".into(),
+        queue: 0,
+        to: "m".into(),
+    };
+    for (site, spool, kind) in [
+        (&s.b, &s.w.target, Kind::Incoming),
+        (&s.a, &s.w.source, Kind::Source),
+    ] {
+        drop(spool.create(ID, kind, &key).unwrap());
+        assert!(spool.used_bytes() > 0);
+        let (code, _) = refusal(site, Request::HoldAbort { hold: ID });
+        assert_eq!(code, RefusalCode::Unknown, "it is no hold of this run");
+    }
+    assert_eq!(s.w.target.used_bytes(), 0);
+    assert!(s.w.source.used_bytes() > 0, "accepted frames are kept");
     s.more();
     s.verdict();
 }

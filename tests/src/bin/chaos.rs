@@ -144,8 +144,10 @@ fn say(row: &Row) {
         t.duplicated,
         t.reordered,
         t.unheard,
-        row.outage_ms
-            .map_or(String::new(), |ms| format!("; no switch for {ms} ms")),
+        row.outage_ms.map_or(String::new(), |ms| format!(
+            "; no switch for {ms} ms, silence {:.0} ms",
+            row.silence_ms
+        )),
     );
     for wrong in &row.wrong {
         println!("      {wrong}");

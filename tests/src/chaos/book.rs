@@ -156,6 +156,7 @@ mod tests {
                 ..Sum::default()
             },
             outage_ms: None,
+            silence_ms: 0.0,
             took_s: 1.0,
             wrong: wrong.iter().map(|w| w.to_string()).collect(),
             at_s: 0,

@@ -21,6 +21,9 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
+/// Stands where a step stands in a case without a migration: a switch is killed under VMs that run on it.
+pub const NO_MIGRATION: &str = "no-migration";
+
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -84,6 +87,7 @@ impl Fault {
     pub fn can_hit(self, step: &str, steps: &[String]) -> bool {
         let at = |name: &str| steps.iter().position(|s| s == name);
         match self {
+            _ if step == NO_MIGRATION => self == Fault::KillSourceSwitch,
             Fault::KillTargetQemu => at(step) >= at("start"),
             Fault::KillSourceQemu => at(step) < at("retire"),
             _ => true,

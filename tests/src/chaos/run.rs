@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::rule::{self, Ending, Scene, Sum};
-use super::{Case, Fault};
+use super::{Case, Fault, NO_MIGRATION};
 use crate::lab::Lab;
 use crate::lab::demo::{Freeze, Ports};
 use crate::lab::group::Group;
@@ -19,6 +19,7 @@ use crate::lab::process::{self, Process, until};
 use crate::lab::qemu::{self, Files};
 use crate::lab::qmp::Qmp;
 use crate::lab::traffic::Flow;
+use crate::workload::report::Clock;
 
 /// The VM whose QEMU is killed: the one that the others send to.
 const VICTIM: &str = "consumer";
@@ -48,6 +49,9 @@ pub struct Row {
     pub traffic: Sum,
     /// How long no switch ran, if one was killed.
     pub outage_ms: Option<f64>,
+    /// The longest silence that a client outside has seen in this world so far.
+    #[serde(default)]
+    pub silence_ms: f64,
     /// From the order to migrate to the end, the user's part included.
     pub took_s: f64,
     /// What is against the rules; nothing: a green row.
@@ -113,7 +117,7 @@ impl Stage {
         if names.is_empty() {
             bail!("the dry run names no step");
         }
-        Ok(names)
+        Ok([names, vec![NO_MIGRATION.to_owned()]].concat())
     }
 
     /// What guests' kernels say when they have crashed by themselves.
@@ -133,7 +137,51 @@ impl Stage {
         Ok(row)
     }
 
+    /// The group stays where it is, and A's switch is killed and comes again.
+    fn run_in_place(&mut self, case: &Case) -> Result<Row> {
+        let world = &mut self.world;
+        world.traffic.start()?;
+        thread::sleep(Duration::from_secs(2));
+        let began = Instant::now();
+        drop(world.lab.a.switch.take());
+        let outage = mend(world, case.fault)?;
+        thread::sleep(Duration::from_secs(4));
+        let mut row = Row::new(case, Ending::RolledBack);
+        row.took_s = began.elapsed().as_secs_f64();
+        row.wrong = runs_where_it_should(world, Ending::RolledBack, None);
+        row.wrong.extend(left_over(world));
+        self.judge(row, None, outage)
+    }
+
+    /// Stops the traffic, and completes the row with what came of it.
+    fn judge(&mut self, mut row: Row, dead: Option<&str>, outage: Option<f64>) -> Result<Row> {
+        if let Some(dead) = dead {
+            self.world.traffic.forget(dead);
+        }
+        thread::sleep(Duration::from_millis(500));
+        let flows = self.world.traffic.stop()?;
+        let scene = Scene {
+            fault: row.case.fault,
+            dead,
+            // Until QEMU and switch have found each other again.
+            outage_s: outage.map_or(0.0, |s| s + 1.5),
+            echo_rate: self.world.group.echo_rate,
+        };
+        let (traffic, wrong) = rule::judge(&scene, &self.flows, &flows);
+        row.traffic = traffic;
+        row.wrong.extend(wrong);
+        row.outage_ms = outage.map(|s| (s * 10_000.0).round() / 10.0);
+        let of_host = |flow: &&Flow| flow.clock == Some(Clock::Host);
+        let stalls = flows.iter().filter(of_host).map(|flow| flow.stall_ms_max);
+        row.silence_ms = stalls.fold(0.0, f64::max);
+        self.flows = flows;
+        Ok(row)
+    }
+
     fn run_in(&mut self, case: &Case, steps: &[String]) -> Result<Row> {
+        if case.step == NO_MIGRATION {
+            return self.run_in_place(case);
+        }
         let world = &mut self.world;
         world.traffic.start()?;
         thread::sleep(Duration::from_millis(700));
@@ -161,8 +209,11 @@ impl Stage {
         let (state, troubles) = settle(world, &id, exit, &mut user, &mut wrong)?;
         let took_s = began.elapsed().as_secs_f64();
         empty_disk(world, case.fault);
-        // The pause file would be taken for the next case's.
-        let _ = std::fs::remove_file(folder.join("paused"));
+        // When what was done: for whoever looks into a row.
+        let journals = self.logs.join("journals");
+        std::fs::create_dir_all(&journals)?;
+        let name = case.to_string().replace([' ', ':'], "-");
+        std::fs::copy(folder.join("journal"), journals.join(name))?;
 
         let ending = match state.as_str() {
             "moved" => Ending::Moved,
@@ -193,50 +244,33 @@ impl Stage {
         if ending != Ending::Open {
             wrong.extend(left_over(world));
         }
-        if let Some(dead) = dead {
-            world.traffic.forget(dead);
-        }
-        thread::sleep(Duration::from_millis(500));
-        let flows = world.traffic.stop()?;
-        let scene = Scene {
-            fault: case.fault,
-            dead,
-            // Until QEMU and switch have found each other again.
-            outage_s: outage.map_or(0.0, |s| s + 1.5),
-            echo_rate: world.group.echo_rate,
-        };
-        let (traffic, against) = rule::judge(&scene, &self.flows, &flows);
-        self.flows = flows;
-        wrong.extend(against);
-        Ok(Row {
-            case: case.clone(),
-            name: case.to_string(),
-            ending,
-            exit,
-            user,
-            troubles,
-            traffic,
-            outage_ms: outage.map(|s| (s * 10_000.0).round() / 10.0),
-            took_s: (took_s * 10.0).round() / 10.0,
-            wrong,
-            at_s: now_s(),
-        })
+        let mut row = Row::new(case, ending);
+        (row.exit, row.user, row.troubles) = (exit, user, troubles);
+        (row.took_s, row.wrong) = ((took_s * 10.0).round() / 10.0, wrong);
+        self.judge(row, dead, outage)
     }
 }
 
 impl Row {
     fn broken(case: &Case, error: &anyhow::Error) -> Row {
+        let mut row = Row::new(case, Ending::Open);
+        row.wrong = vec![format!("the case came to no end: {error:#}")];
+        row
+    }
+
+    fn new(case: &Case, ending: Ending) -> Row {
         Row {
             case: case.clone(),
             name: case.to_string(),
-            ending: Ending::Open,
+            ending,
             exit: None,
             user: Vec::new(),
             troubles: Vec::new(),
             traffic: Sum::default(),
             outage_ms: None,
+            silence_ms: 0.0,
             took_s: 0.0,
-            wrong: vec![format!("the case came to no end: {error:#}")],
+            wrong: Vec::new(),
             at_s: now_s(),
         }
     }
