@@ -61,6 +61,8 @@ pub enum Command {
     Abort(OfMigration),
     /// The account of a migration.
     Report(OfMigration),
+    /// Compares what both hosts remember of a migration that is over, frame by frame.
+    Verify(VerifyArgs),
 }
 
 /// See [`Command::Pki`].
@@ -217,6 +219,22 @@ pub struct OfMigration {
     pub output: Output,
 }
 
+/// See [`Command::Verify`].
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// The migration's number; without it the youngest.
+    pub id: Option<HoldId>,
+    /// Also writes both hosts' records here, as JSON.
+    #[arg(long, value_name = "FILE")]
+    pub ledger: Option<PathBuf>,
+    /// Also writes the held frames here, if the hosts have kept them.
+    #[arg(long, value_name = "FILE")]
+    pub pcapng: Option<PathBuf>,
+    /// How to print the verdict.
+    #[command(flatten)]
+    pub output: Output,
+}
+
 /// See [`Command::Plan`].
 #[derive(Debug, Args)]
 pub struct PlanArgs {
@@ -332,6 +350,7 @@ mod tests {
         assert!(parse("gangway host workers set a --cpus 2,x").is_err());
         assert!(parse("gangway host workers list -o json").is_ok());
         assert!(parse("gangway status xyz").is_err());
+        assert!(parse("gangway verify 00000000000000ff --pcapng f --ledger g -o json").is_ok());
         assert!(parse("gangway report 00000000000000ff -o json").is_ok());
     }
 }

@@ -565,6 +565,9 @@ pub fn verb(request: &Request) -> &'static str {
         Request::HoldRelease { .. } => "HoldRelease",
         Request::WorkerList => "WorkerList",
         Request::WorkersSet(_) => "WorkersSet",
+        Request::LedgerShow { .. } => "LedgerShow",
+        Request::LedgerIndex(_) => "LedgerIndex",
+        Request::LedgerFrames(_) => "LedgerFrames",
     }
 }
 

@@ -6,6 +6,7 @@ pub mod cmd;
 pub mod exit;
 pub mod graph;
 pub mod hosts;
+pub mod ledger;
 pub mod migration;
 pub mod nearest;
 pub mod pki;

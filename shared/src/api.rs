@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use wincode::{SchemaRead, SchemaWrite};
 
 use crate::id::{HoldId, LaneKey, MacAddr};
+use crate::ledger::{IndexBatch, KeptFrame, Ledger, LedgerLane};
 
 /// The QUIC application protocol of control calls.
 pub const ALPN: &[u8] = b"gangway-control/1";
@@ -124,6 +125,32 @@ pub enum Request {
     WorkerList,
     /// Changes the workers while frames flow; [`Reply::Workers`] as they are then.
     WorkersSet(WorkersSet),
+    /// The record of a hold that is over: [`Reply::Ledger`], its lanes from this one on.
+    LedgerShow {
+        /// Of which hold.
+        hold: HoldId,
+        /// Of which end.
+        role: Role,
+        /// The first lane that is wanted.
+        lane: u32,
+    },
+    /// The index of a lane: [`Reply::LedgerIndex`].
+    LedgerIndex(LedgerPage),
+    /// The frames of a lane that were kept: [`Reply::LedgerFrames`].
+    LedgerFrames(LedgerPage),
+}
+
+/// A part of a lane's record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, SchemaRead, SchemaWrite)]
+pub struct LedgerPage {
+    /// Of which hold.
+    pub hold: HoldId,
+    /// Of which end.
+    pub role: Role,
+    /// Which lane, in the order of [`Reply::Ledger`].
+    pub lane: u32,
+    /// 0 at first, then what the last page said.
+    pub at: u64,
 }
 
 /// See [`Request::WorkersSet`]. What is not given stays.
@@ -240,6 +267,27 @@ pub enum Reply {
     Holds(Vec<HoldInfo>),
     /// To [`Request::WorkerList`] and [`Request::WorkersSet`].
     Workers(Vec<WorkerInfo>),
+    /// To [`Request::LedgerShow`].
+    Ledger {
+        /// All but the lanes.
+        ledger: Ledger,
+        /// Some of them, from the wanted one on; none behind the last one.
+        lanes: Vec<LedgerLane>,
+    },
+    /// To [`Request::LedgerIndex`].
+    LedgerIndex {
+        /// In order.
+        batches: Vec<IndexBatch>,
+        /// Where the next page begins; absent: this is the last one.
+        next: Option<u64>,
+    },
+    /// To [`Request::LedgerFrames`].
+    LedgerFrames {
+        /// In order.
+        frames: Vec<KeptFrame>,
+        /// Where the next page begins; absent: this is the last one.
+        next: Option<u64>,
+    },
 }
 
 /// Why a request was refused, and what to do.

@@ -7,5 +7,6 @@ pub mod api;
 pub mod codec;
 pub mod config;
 pub mod id;
+pub mod ledger;
 pub mod pki;
 pub mod ship;

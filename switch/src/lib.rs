@@ -5,6 +5,7 @@
 pub mod control;
 pub mod datapath;
 pub mod hold;
+pub mod ledger;
 pub mod mem;
 pub mod port;
 pub mod run;

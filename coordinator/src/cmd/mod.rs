@@ -20,6 +20,7 @@ mod pki;
 mod plan;
 mod report;
 mod status;
+mod verify;
 mod vm;
 mod workers;
 
@@ -102,5 +103,6 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Status(c) => status::exec(&cx, c),
         Command::Abort(c) => abort::exec(&cx, c).await,
         Command::Report(c) => report::exec(&cx, c),
+        Command::Verify(c) => verify::exec(&cx, c).await,
     }
 }

@@ -333,6 +333,9 @@ impl FakeSwitch {
             ),
             Request::FdbList => Reply::Fdb(Vec::new()),
             Request::WorkerList | Request::WorkersSet(_) => Reply::Workers(Vec::new()),
+            Request::LedgerShow { .. } | Request::LedgerIndex(_) | Request::LedgerFrames(_) => {
+                refused(RefusalCode::Unknown, "no ledger is kept here")
+            }
             Request::VmList | Request::VmmOpen { .. } | Request::VmmStart { .. } => {
                 unreachable!("answered above")
             }

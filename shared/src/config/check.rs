@@ -11,8 +11,8 @@ use std::path::PathBuf;
 use super::ConfigError;
 use super::raw::{At, Notes, Section, document, nearest};
 use super::valid::{
-    HostConfig, Poll, PortConfig, PortKind, SpoolConfig, SpoolLimits, Sync, TapRole, TlsFiles,
-    VmConfig, WORKERS_MAX, Workers,
+    HostConfig, LedgerConfig, Poll, PortConfig, PortKind, SpoolConfig, SpoolLimits, Sync, TapRole,
+    TlsFiles, VmConfig, WORKERS_MAX, Workers,
 };
 use crate::id::MacAddr;
 use crate::pki;
@@ -77,6 +77,7 @@ impl<'n> Check<'n> {
         let (fdb_ageing_s, fdb_capacity) = self.fdb(root);
         let flows_capacity = self.flows(root);
         let spool = self.spool(root, &state_dir, workers.count);
+        let ledger = self.ledger(root, &state_dir);
         let migration_address = self.migration(root);
         let vms = self.vms(root, migration_address);
         let ports = self.ports(root, &vms);
@@ -91,6 +92,7 @@ impl<'n> Check<'n> {
             fdb_capacity,
             flows_capacity,
             spool,
+            ledger,
             migration_address,
             ports,
             vms,
@@ -223,6 +225,23 @@ impl<'n> Check<'n> {
         let capacity = t.integer(self.notes, "capacity", 64, 1 << 24);
         t.finish(self.notes);
         capacity.map_or(1 << 20, |c| c.value as usize)
+    }
+
+    fn ledger(&mut self, root: &mut Section<'_>, state_dir: &std::path::Path) -> LedgerConfig {
+        let mut t = root.table(self.notes, "ledger");
+        let dir = t.string(self.notes, "dir");
+        let default = state_dir.join("ledger").display().to_string();
+        let dir = self.path_or(&t, "dir", dir, &default);
+        let keep_days = t.integer(self.notes, "keep_days", 0, 3650);
+        let keep_bytes = t.integer(self.notes, "keep_bytes", 0, i64::MAX as u64);
+        let frames_bytes = t.integer(self.notes, "frames_bytes", 0, i64::MAX as u64);
+        t.finish(self.notes);
+        LedgerConfig {
+            dir,
+            keep_days: keep_days.map_or(30, |d| d.value as u32),
+            keep_bytes: keep_bytes.map_or(256 << 20, |b| b.value),
+            frames_bytes: frames_bytes.map_or(0, |b| b.value),
+        }
     }
 
     fn spool(

@@ -52,6 +52,9 @@ fn a_complete_file_is_read_with_its_defaults() {
     assert_eq!(c.name, "kvm1");
     assert_eq!(c.state_dir, Path::new("/var/lib/gangway"));
     assert_eq!(c.spool.dir, Path::new("/var/lib/gangway/spool"));
+    assert_eq!(c.ledger.dir, Path::new("/var/lib/gangway/ledger"));
+    assert_eq!((c.ledger.keep_days, c.ledger.keep_bytes), (30, 256 << 20));
+    assert_eq!(c.ledger.frames_bytes, 0);
     assert_eq!(
         (c.workers.count, c.fdb_ageing_s, c.fdb_capacity),
         (1, 300, 1 << 20)
@@ -279,6 +282,26 @@ const BAD: &[(&str, &str, &str)] = &[
         "",
         "[spool]\nquota_bytes = 1\n",
         "host.toml:34: spool.quota_bytes: 1 is less than one segment",
+    ),
+    (
+        "",
+        "[ledger]\nkeep_days = 3651\n",
+        "host.toml:34: ledger.keep_days: 3651 is out of range; 0 to 3650",
+    ),
+    (
+        "",
+        "[ledger]\nkeep_bytes = -1\n",
+        "ledger.keep_bytes: -1 is out of range",
+    ),
+    (
+        "",
+        "[ledger]\nframes_bytes = \"all\"\n",
+        "ledger.frames_bytes: must be an integer",
+    ),
+    (
+        "",
+        "[ledger]\ndir = 1\n",
+        "ledger.dir: must be a string in quotes, not an integer",
     ),
     (
         "",

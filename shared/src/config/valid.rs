@@ -28,6 +28,8 @@ pub struct HostConfig {
     pub flows_capacity: usize,
     /// `[spool]`.
     pub spool: SpoolConfig,
+    /// `[ledger]`.
+    pub ledger: LedgerConfig,
     /// `migration.address`: where this host receives the memory of VMs; absent: none can arrive.
     pub migration_address: Option<std::net::IpAddr>,
     /// `[[port]]`, in the file's order.
@@ -101,6 +103,19 @@ impl Default for SpoolLimits {
             sync_bytes: 64 << 20,
         }
     }
+}
+
+/// `[ledger]`: what is remembered of holds that are over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LedgerConfig {
+    /// `ledger.dir` (`ledger` under `host.state_dir`).
+    pub dir: PathBuf,
+    /// `ledger.keep_days` (30; 0 to 3650): older ones are deleted. 0: nothing is kept.
+    pub keep_days: u32,
+    /// `ledger.keep_bytes` (256 MiB): of all together; the oldest go first.
+    pub keep_bytes: u64,
+    /// `ledger.frames_bytes` (0): of each hold so many bytes of the held frames themselves are kept, too.
+    pub frames_bytes: u64,
 }
 
 /// When held frames are forced to the disk.

@@ -23,9 +23,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use gangway_shared::api::Tally;
+use gangway_shared::ledger::Account;
 
 use super::backlog::Backlog;
-use super::stats::Drop;
+use super::stats::{DROP_NAMES, Drop, add};
 use crate::port::{Frame, Sent};
 use crate::spool::{Owed, Reader, Writer};
 
@@ -35,10 +36,89 @@ pub struct Progress {
     frames: AtomicU64,
     bytes: AtomicU64,
     digest: AtomicU64,
+    last_seq: AtomicU64,
+    /// What the receiver took: first and last number, frames, bytes, roll.
+    delivered: [AtomicU64; 5],
+    lost: [Gap; GAPS],
+    gaps: AtomicU64,
+    /// Frames of gaps that found no place.
+    lost_more: AtomicU64,
     finished: AtomicBool,
 }
 
+/// Ranges of frames that were not delivered of which a drain keeps account.
+const GAPS: usize = 32;
+
+/// Frames in a row that were not delivered, and the [`Drop`] that says why.
+#[derive(Debug, Default)]
+struct Gap {
+    first_seq: AtomicU64,
+    last_seq: AtomicU64,
+    why: AtomicU64,
+}
+
 impl Progress {
+    /// Read from the queue, and up to which record.
+    pub fn flushed(&self) -> Account {
+        Account::batches(self.last_seq.load(Ordering::Acquire), &self.tally())
+    }
+
+    /// Taken by the receiver.
+    pub fn delivered(&self) -> Account {
+        let [first_seq, last_seq, frames, bytes, roll] =
+            [0, 1, 2, 3, 4].map(|i| self.delivered[i].load(Ordering::Acquire));
+        Account {
+            first_seq,
+            last_seq,
+            frames,
+            bytes,
+            digest: None,
+            roll: Some(roll),
+        }
+    }
+
+    /// What was not delivered: first and last number, why; and the number of frames beyond these.
+    pub fn lost(&self) -> (Vec<(u64, u64, &'static str)>, u64) {
+        let n = self.gaps.load(Ordering::Acquire) as usize;
+        let gap = |g: &Gap| {
+            let why = g.why.load(Ordering::Relaxed) as usize;
+            let get = |a: &AtomicU64| a.load(Ordering::Acquire);
+            let name = DROP_NAMES.get(why).copied().unwrap_or_default();
+            (get(&g.first_seq), get(&g.last_seq), name)
+        };
+        let known = self.lost.iter().take(n).map(gap).collect();
+        (known, self.lost_more.load(Ordering::Acquire))
+    }
+
+    fn lose(&self, first_seq: u64, last_seq: u64, why: Drop) {
+        let n = self.gaps.load(Ordering::Relaxed) as usize;
+        if let Some(g) = n.checked_sub(1).and_then(|n| self.lost.get(n))
+            && g.last_seq.load(Ordering::Relaxed) + 1 == first_seq
+            && g.why.load(Ordering::Relaxed) == why as u64
+        {
+            g.last_seq.store(last_seq, Ordering::Release);
+        } else if let Some(g) = self.lost.get(n) {
+            g.first_seq.store(first_seq, Ordering::Relaxed);
+            g.last_seq.store(last_seq, Ordering::Relaxed);
+            g.why.store(why as u64, Ordering::Relaxed);
+            self.gaps.store(n as u64 + 1, Ordering::Release);
+        } else {
+            add(&self.lost_more, last_seq - first_seq + 1);
+        }
+    }
+
+    fn took(&self, got: &Account) {
+        let Some(roll) = got.roll else { return };
+        let [first, last, frames, bytes, sum] = &self.delivered;
+        if frames.load(Ordering::Relaxed) == 0 {
+            first.store(got.first_seq, Ordering::Release);
+        }
+        last.store(got.last_seq, Ordering::Release);
+        add(bytes, got.bytes);
+        add(sum, roll);
+        add(frames, got.frames);
+    }
+
     /// What was delivered so far.
     pub fn tally(&self) -> Tally {
         let get = |a: &AtomicU64| a.load(Ordering::Acquire);
@@ -54,7 +134,8 @@ impl Progress {
         self.finished.load(Ordering::Acquire)
     }
 
-    fn set(&self, t: Tally) {
+    fn set(&self, last_seq: u64, t: Tally) {
+        self.last_seq.store(last_seq, Ordering::Release);
         self.digest.store(t.digest, Ordering::Release);
         self.bytes.store(t.bytes, Ordering::Release);
         self.frames.store(t.frames, Ordering::Release);
@@ -385,26 +466,47 @@ impl Source {
     /// True when everything committed was delivered.
     fn step(&mut self, left: &mut usize, to: &mut dyn Sink, count: &mut dyn FnMut(Drop)) -> bool {
         let before = *left;
-        let passed = self.pass(left, to, count);
+        let mut got = Account::default();
+        let passed = self.pass(left, to, count, &mut got);
         if *left < before {
-            self.progress.set(self.reader.tally());
+            self.progress.took(&got);
+            self.progress
+                .set(self.reader.next_seq() - 1, self.reader.tally());
         }
         passed
     }
 
-    fn pass(&mut self, left: &mut usize, to: &mut dyn Sink, count: &mut dyn FnMut(Drop)) -> bool {
+    fn pass(
+        &mut self,
+        left: &mut usize,
+        to: &mut dyn Sink,
+        count: &mut dyn FnMut(Drop),
+        got: &mut Account,
+    ) -> bool {
         while *left > 0 {
-            let sent = self.reader.pass_run(*left, |run| to.send_run(run.frames));
+            let sent = self.reader.pass_run(*left, |run| {
+                let sent = to.send_run(run.frames);
+                for (f, seq) in run.frames.iter().take(sent).zip(run.first_seq..) {
+                    got.frame(seq, f.len);
+                }
+                sent
+            });
             if sent > 0 {
                 *left -= sent;
                 continue;
             }
             match self.reader.peek() {
                 Ok(None) => return self.reader.at_end(),
-                Err(_) => count(Drop::Corrupt),
+                Err(d) => {
+                    self.progress.lose(d.first_seq, d.last_seq, Drop::Corrupt);
+                    count(Drop::Corrupt);
+                }
                 Ok(Some(r)) => match to.send(&Frame::from_slice(r.vnet, r.frame)) {
-                    Sent::Yes => {}
-                    Sent::Never(r) => count(r.into()),
+                    Sent::Yes => got.frame(r.seq, r.frame.len() as u32),
+                    Sent::Never(why) => {
+                        self.progress.lose(r.seq, r.seq, why.into());
+                        count(why.into());
+                    }
                     Sent::Full | Sent::Down => return false,
                 },
             }

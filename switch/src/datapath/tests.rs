@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use gangway_shared::config::HostConfig;
 use gangway_shared::config::valid::{
-    Poll, PortConfig, PortKind, SpoolConfig, SpoolLimits, Sync, Workers,
+    LedgerConfig, Poll, PortConfig, PortKind, SpoolConfig, SpoolLimits, Sync, Workers,
 };
 use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 
@@ -51,6 +51,12 @@ pub(crate) fn config(names: &[&str], workers: usize, spool: PathBuf) -> HostConf
         fdb_ageing_s: 300,
         fdb_capacity: 1024,
         flows_capacity: 1024,
+        ledger: LedgerConfig {
+            dir: spool.join("ledger"),
+            keep_days: 30,
+            keep_bytes: 64 << 20,
+            frames_bytes: 64 << 20,
+        },
         spool: SpoolConfig {
             dir: spool,
             segment_bytes: 1 << 20,

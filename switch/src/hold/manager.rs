@@ -12,6 +12,7 @@ use gangway_shared::api::{
 use gangway_shared::config::HostConfig;
 use gangway_shared::id::{HoldId, MacAddr};
 
+use super::book;
 use super::machine::{Event, Verdict, step};
 use super::refuse;
 use super::source::SourceHold;
@@ -599,7 +600,11 @@ impl Manager {
                 }
                 End::Target(t) => {
                     info.lanes = t.lanes();
+                    // Only what was counted: the VMs wait to run on the source again, and reading takes its time.
+                    let mut books = t.books();
+                    books.iter_mut().for_each(|b| b.again = None);
                     t.abort(host);
+                    book::keep(host, info, HoldState::Aborted, books);
                 }
             }
             info.thawed_ns = now_ns();
@@ -616,9 +621,10 @@ impl Manager {
                 }
                 if s.put_back_done(host) {
                     h.info.lanes = s.lanes(host);
+                    h.info.drained_ns = now_ns();
+                    book::keep(host, &h.info, HoldState::Aborted, s.books(host));
                     s.forget(host);
                     h.info.state = HoldState::Aborted;
-                    h.info.drained_ns = now_ns();
                 }
                 false
             });
@@ -632,10 +638,12 @@ impl Manager {
             match end {
                 End::Source(s) => {
                     info.lanes = s.lanes(host);
+                    book::keep(host, info, HoldState::Released, s.books(host));
                     s.release(host)?;
                 }
                 End::Target(t) => {
                     info.lanes = t.lanes();
+                    book::keep(host, info, HoldState::Released, t.books());
                     t.release(host);
                 }
             }
@@ -683,6 +691,9 @@ impl Manager {
             }
             Request::HoldAbort { hold } => self.abort(hold),
             Request::HoldRelease { hold } => self.release(hold),
+            Request::LedgerShow { hold, role, lane } => book::show(&self.host, hold, role, lane),
+            Request::LedgerIndex(p) => book::index(&self.host, p),
+            Request::LedgerFrames(p) => book::frames(&self.host, p),
             Request::WorkerList => Ok(Reply::Workers(workers::list(&self.host))),
             Request::WorkersSet(wish) => {
                 workers::set(&self.host, &wish, || self.open_holds())?;

@@ -6,6 +6,7 @@
 //! Invariant: a request that is refused has changed nothing.
 //! Invariant: nothing here runs on a worker.
 
+mod book;
 pub mod machine;
 pub mod manager;
 pub mod source;

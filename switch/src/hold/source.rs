@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use gangway_shared::api::{HoldOpen, LaneInfo, Refusal, RefusalCode, Scope, Tally};
 use gangway_shared::id::{HoldId, LaneKey, MacAddr};
+use gangway_shared::ledger::{LaneKind, Stage as At};
 
+use super::book::book;
 use super::manager::Host;
 use super::{READ_BACK, refuse};
 use crate::datapath::backlog::SPOOLED_MAX;
@@ -14,6 +16,7 @@ use crate::datapath::engine::{Mode, Pin};
 use crate::datapath::lane::{Behind, Drain, Gate, Progress, Source as Older, Stage};
 use crate::datapath::stats::Drop as Dropped;
 use crate::datapath::worker::{Command, Seat, now_ns};
+use crate::ledger::{Book, counted};
 use crate::port::{FRAME_MAX, Frame};
 use crate::ship::{Lanes, Outgoing};
 use crate::spool::{Kind, Queue, Writer, sync_all};
@@ -37,6 +40,8 @@ struct Lane {
     flushed: Option<Arc<Progress>>,
     /// Set when it forwards again.
     back: Option<Arc<Progress>>,
+    /// The spare one, once it is used.
+    behind: Option<Arc<Queue>>,
 }
 
 /// Source's end.
@@ -176,6 +181,7 @@ impl SourceHold {
             closed: false,
             flushed: None,
             back: None,
+            behind: None,
         })
     }
 
@@ -447,10 +453,50 @@ impl SourceHold {
         self.lanes.iter().chain(&self.read_back).map(info).collect()
     }
 
+    /// For the ledger.
+    pub fn books(&self, host: &Host) -> Vec<Book> {
+        let ships = self.outgoing.status();
+        let infos = self.lanes(host);
+        let mut books = Vec::new();
+        for (l, info) in self.lanes.iter().chain(&self.read_back).zip(infos) {
+            let mut b = book(&l.key, LaneKind::Shipped, l.inside);
+            b.note(At::Accept, counted(l.queue.progress()));
+            b.again = Some((l.queue.clone(), At::Spool));
+            b.lane.dropped = info.dropped;
+            if let Some(s) = ships.iter().find(|s| s.lane == l.ship) {
+                if let Some(sent) = s.sent {
+                    b.note(At::Ship, counted(sent));
+                }
+                b.note(At::Acknowledge, counted((s.acked_seq, s.acked)));
+            }
+            if let Some(p) = &l.flushed {
+                b.drained(p);
+            }
+            books.push(b);
+            if let (Some(q), Some(p)) = (&l.behind, &l.back) {
+                books.extend(behind(q, p));
+            }
+        }
+        books
+    }
+
     /// Trouble with the shipment.
     pub fn error(&self) -> Option<String> {
         self.outgoing.error()
     }
+}
+
+/// What waited behind older frames; none if nothing did.
+pub(super) fn behind(queue: &Arc<Queue>, drained: &Progress) -> Option<Book> {
+    let progress = queue.progress();
+    if progress.1.frames == 0 {
+        return None;
+    }
+    let mut b = book(queue.lane(), LaneKind::Behind, queue.inside());
+    b.note(At::Accept, counted(progress));
+    b.again = Some((queue.clone(), At::Spool));
+    b.drained(drained);
+    Some(b)
 }
 
 impl Lane {
@@ -470,6 +516,7 @@ impl Lane {
         let behind = self.spare.take().map(|(writer, queue)| {
             let progress = Arc::new(Progress::default());
             self.back = Some(progress.clone());
+            self.behind = Some(queue.clone());
             let reader = queue.reader();
             let local = Older { reader, progress };
             Behind { writer, local }

@@ -15,13 +15,17 @@ use std::time::{Duration, Instant};
 
 use gangway_shared::api::{IncomingPrepare, LaneInfo, Refusal, RefusalCode, Tally};
 use gangway_shared::id::{HoldId, LaneKey, MacAddr};
+use gangway_shared::ledger::{LaneKind, Stage as At};
 
+use super::book::book;
 use super::manager::Host;
+use super::source::behind;
 use super::{READ_BACK, refuse};
 use crate::datapath::engine::{Mode, Pin};
 use crate::datapath::lane::{Behind, Drain, Progress, Source as Older, Stage};
 use crate::datapath::parse;
 use crate::datapath::worker::{Command, Seat};
+use crate::ledger::{Book, counted};
 use crate::port::{Frame, Sent, VnetHdr};
 use crate::ship::{Incoming, IncomingLane};
 use crate::spool::{Kind, Queue, Writer};
@@ -355,6 +359,26 @@ impl TargetHold {
             lane: l.key,
         };
         self.incoming.lanes().into_iter().map(info).collect()
+    }
+
+    /// For the ledger.
+    pub fn books(&self) -> Vec<Book> {
+        let mut books = Vec::new();
+        for l in self.incoming.lanes() {
+            let mut b = book(&l.key, LaneKind::Shipped, l.inside);
+            b.note(At::Receive, counted(l.queue.progress()));
+            if let Some((_, p)) = self.flushed.iter().find(|(k, _)| *k == l.key) {
+                b.drained(p);
+            }
+            b.again = Some((l.queue, At::Store));
+            books.push(b);
+        }
+        books.extend(
+            self.local
+                .iter()
+                .filter_map(|l| behind(&l.queue, &l.progress)),
+        );
+        books
     }
 
     /// Trouble with the shipment.

@@ -6,11 +6,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use gangway_shared::api::{
-    HoldInfo, HoldOpen, HoldState, IncomingPort, IncomingPrepare, RefusalCode, Reply, Request,
-    Scope,
+    HoldInfo, HoldOpen, HoldState, IncomingPort, IncomingPrepare, LedgerPage, RefusalCode, Reply,
+    Request, Role, Scope,
 };
 use gangway_shared::config::valid::{Sync, VmConfig};
 use gangway_shared::id::{HoldId, LaneKey, MacAddr};
+use gangway_shared::ledger::{IndexBatch, LaneKind, LedgerLane, account};
 
 use super::Manager;
 use super::manager::{Host, Vms};
@@ -124,6 +125,41 @@ impl Site {
             panic!("{r:?}: {e}");
         }
         reply
+    }
+
+    fn ledger(&self, role: Role) -> Vec<LedgerLane> {
+        match self.ask(Request::LedgerShow {
+            hold: ID,
+            role,
+            lane: 0,
+        }) {
+            Reply::Ledger { ledger, lanes } => {
+                assert_eq!(ledger.lanes as usize, lanes.len());
+                lanes
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn index(&self, role: Role, lane: usize) -> Vec<IndexBatch> {
+        let mut all = Vec::new();
+        let mut at = Some(0);
+        while let Some(here) = at {
+            let page = LedgerPage {
+                hold: ID,
+                role,
+                lane: lane as u32,
+                at: here,
+            };
+            match self.ask(Request::LedgerIndex(page)) {
+                Reply::LedgerIndex { batches, next } => {
+                    all.extend(batches);
+                    at = next;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        all
     }
 
     fn status(&self) -> HoldInfo {
@@ -406,7 +442,37 @@ fn move_all(scope_first: Option<Scope>) {
     eventually("nothing of it is in the spools", || {
         s.w.source.used_bytes() + s.w.target.used_bytes() == 0
     });
+    the_ledgers_agree(&s);
     s.verdict();
+}
+
+/// All stages of both hosts have seen the same frames, and the indexes add up to them.
+fn the_ledgers_agree(s: &Scene) {
+    let (a, b) = (s.a.ledger(Role::Source), s.b.ledger(Role::Target));
+    let shipped = |l: &&LedgerLane| l.kind == LaneKind::Shipped;
+    let lanes = a.iter().filter(shipped).count();
+    assert_eq!(lanes, b.iter().filter(shipped).count());
+    for (n, l) in a.iter().enumerate().filter(|(_, l)| shipped(l)) {
+        let m = b
+            .iter()
+            .position(|t| shipped(&t) && t.lane == l.lane)
+            .expect("the same lanes");
+        let (here, there) = (s.a.index(Role::Source, n), s.b.index(Role::Target, m));
+        assert_eq!(here, there, "{}", l.lane);
+        let all = account(&here);
+        let stages: Vec<_> = l.stages.iter().chain(&b[m].stages).collect();
+        assert_eq!(stages.len(), 8, "{stages:?}");
+        for st in stages {
+            assert!(st.account.agrees(&all), "{}: {st:?}, not {all:?}", l.lane);
+        }
+        assert!(l.lost.is_empty() && b[m].lost.is_empty());
+    }
+    for (n, l) in b.iter().enumerate().filter(|(_, l)| !shipped(l)) {
+        let all = account(&s.b.index(Role::Target, n));
+        for st in &l.stages {
+            assert!(st.account.agrees(&all), "{}: {st:?}, not {all:?}", l.lane);
+        }
+    }
 }
 
 #[test]

@@ -61,6 +61,8 @@ pub(super) struct Lane {
     pub(super) key: LaneKey,
     pub(super) inside: bool,
     pub(super) queue: Arc<Queue>,
+    /// Handed to QUIC, once all of it is: up to which record, and what.
+    pub(super) sent: Option<(u64, Tally)>,
     pub(super) acked_seq: u64,
     pub(super) acked: Tally,
     pub(super) complete: bool,
@@ -75,6 +77,8 @@ pub struct LaneShip {
     pub key: LaneKey,
     /// Between two VMs of the group.
     pub inside: bool,
+    /// Handed to the network, once all of it is: up to which record, and what.
+    pub sent: Option<(u64, Tally)>,
     /// What the target has safely.
     pub acked: Tally,
     /// The last record that the target has safely.
@@ -136,6 +140,7 @@ impl Outgoing {
             key,
             inside,
             queue,
+            sent: None,
             acked_seq: 0,
             acked: Tally::default(),
             complete: false,
@@ -161,6 +166,7 @@ impl Outgoing {
                 lane: n as u32,
                 key: l.key.clone(),
                 inside: l.inside,
+                sent: l.sent,
                 acked: l.acked,
                 acked_seq: l.acked_seq,
                 complete: l.complete,

@@ -99,6 +99,7 @@ async fn connect(out: &Outgoing) -> Result<Connection, ShipError> {
 /// What lane tasks tell the session.
 struct LaneEnd {
     lane: u32,
+    last_seq: u64,
     tally: Tally,
 }
 
@@ -181,6 +182,11 @@ async fn connected(
         tokio::select! {
             Some(e) = ended.recv() => {
                 let message = ToTarget::End { lane: e.lane, tally: e.tally };
+                out.update(|s| {
+                    if let Some(l) = s.lanes.get_mut(e.lane as usize) {
+                        l.sent = Some((e.last_seq, e.tally));
+                    }
+                });
                 wire::to_target(&mut control, &message).await?;
             }
             // The acknowledgements' task ends only with an error.
@@ -247,8 +253,12 @@ async fn pump(
         // It is closed already if the connection is, and then all is done again.
         let _ = s.finish();
     }
-    let tally = reader.tally();
-    let _ = ends.send(LaneEnd { lane, tally }).await;
+    let end = LaneEnd {
+        lane,
+        last_seq: reader.next_seq() - 1,
+        tally: reader.tally(),
+    };
+    let _ = ends.send(end).await;
     Ok(())
 }
 

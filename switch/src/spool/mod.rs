@@ -35,6 +35,7 @@ pub use format::{Batch, Record};
 pub use queue::{Queue, sync_all};
 pub use reader::{Damaged, RUN, Reader, Run};
 pub use store::Spool;
+pub(crate) use sum::crc32c;
 pub use syncer::Owed;
 pub use writer::{NoRoom, RejectedBatch, Writer};
 
