@@ -346,6 +346,8 @@ pub struct HostInfo {
     pub spool_used_bytes: u64,
     /// Quota of the spool.
     pub spool_quota_bytes: u64,
+    /// Why held senders get no more room and wait, if so.
+    pub spool_error: Option<String>,
 }
 
 /// A worker: a thread that serves queues.
@@ -517,7 +519,7 @@ pub struct HoldInfo {
     pub vms: Vec<String>,
     /// The peer host.
     pub peer: String,
-    /// Trouble with the shipment right now, if any.
+    /// Trouble with the shipment or with room for it right now, if any.
     pub error: Option<String>,
     /// When the (last) freeze was acknowledged, nanoseconds since the Unix epoch; 0 before.
     pub frozen_ns: u64,

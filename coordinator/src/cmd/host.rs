@@ -87,6 +87,9 @@ async fn one(cx: &Context, host: &str, format: Format) -> Result<(), Failure> {
         bytes(info.spool_used_bytes),
         bytes(info.spool_quota_bytes)
     );
+    if let Some(why) = &info.spool_error {
+        anstream::println!("held senders wait: {why}");
+    }
     let mut t = table(&[
         "port",
         "kind",

@@ -263,6 +263,7 @@ impl FakeSwitch {
                 fdb_entries: 0,
                 spool_used_bytes: 0,
                 spool_quota_bytes: 1,
+                spool_error: None,
             }),
             Request::PortList => Reply::Ports(self.0.vms.iter().map(port).collect()),
             Request::LinkList => Reply::Links(

@@ -289,6 +289,7 @@ impl<'n> Check<'n> {
             ],
         );
         let default = SpoolLimits::default();
+        let hold_bytes = t.integer(self.notes, "hold_bytes", 128 << 10, i64::MAX as u64);
         let mut number = |key, min, max, default| {
             let n = t.integer(self.notes, key, min, max);
             n.map_or(default, |n| n.value)
@@ -296,6 +297,7 @@ impl<'n> Check<'n> {
         let limits = SpoolLimits {
             sync_ms: number("sync_ms", 1, 1000, default.sync_ms),
             sync_bytes: number("sync_bytes", 1 << 20, i64::MAX as u64, default.sync_bytes),
+            hold_bytes: hold_bytes.map(|n| n.value),
         };
         t.finish(self.notes);
         SpoolConfig {

@@ -310,6 +310,11 @@ const BAD: &[(&str, &str, &str)] = &[
     ),
     (
         "",
+        "[spool]\nhold_bytes = 0\n",
+        "spool.hold_bytes: 0 is out of range; 131072 to",
+    ),
+    (
+        "",
         "[spool]\nsync_ms = 0\n",
         "spool.sync_ms: 0 is out of range; 1 to 1000 are allowed",
     ),

@@ -94,6 +94,8 @@ pub struct SpoolLimits {
     pub sync_ms: u64,
     /// `spool.sync_bytes` (64 MiB; 1 MiB at least): how much of a lane may not be on the disk yet. Then its senders wait.
     pub sync_bytes: u64,
+    /// `spool.hold_bytes` (not set): of one hold, on each of its two hosts.
+    pub hold_bytes: Option<u64>,
 }
 
 impl Default for SpoolLimits {
@@ -101,6 +103,7 @@ impl Default for SpoolLimits {
         SpoolLimits {
             sync_ms: 20,
             sync_bytes: 64 << 20,
+            hold_bytes: None,
         }
     }
 }

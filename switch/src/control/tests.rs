@@ -40,6 +40,7 @@ impl Handler for Fake {
                 fdb_entries: 0,
                 spool_used_bytes: 0,
                 spool_quota_bytes: 0,
+                spool_error: None,
             }),
             Request::LinkList => panic!("as the test wants"),
             _ => refuse(RefusalCode::State, "no"),

@@ -221,6 +221,10 @@ impl Hold {
                 End::Source(s) => (s.lanes(host), s.error()),
                 End::Target(t) => (t.lanes(), t.error()),
             };
+            if let Some(why) = host.spool.trouble(Some(i.hold)) {
+                let why = format!("senders wait: {why}");
+                i.error = Some(i.error.map_or(why.clone(), |e| format!("{e}; {why}")));
+            }
         }
         i
     }
@@ -738,6 +742,7 @@ impl Manager {
             fdb_entries: shared.fdb.list(shared.now_s()).len() as u32,
             spool_used_bytes: self.host.spool.used_bytes(),
             spool_quota_bytes: c.spool.quota_bytes,
+            spool_error: self.host.spool.trouble(None),
         }
     }
 

@@ -56,8 +56,8 @@ pub(super) struct State {
     /// All of them, also in the pool and those being made.
     pub(super) total: u64,
     file_number: u64,
-    /// The last failure, so that it is logged once.
-    trouble: Option<String>,
+    /// Holds whose queues ask for segments and get none, and why.
+    trouble: BTreeMap<HoldId, String>,
 }
 
 #[derive(Debug)]
@@ -254,23 +254,26 @@ impl Host {
                 let all = state.queues.values().flatten();
                 all.filter(|q| q.wanted()).cloned().collect()
             };
-            let mut short = false;
+            // One that can't get on is no reason for the others to wait.
+            let (mut is_short, mut short) = (false, BTreeMap::new());
             for q in wanted {
-                while q.wanted() && !short {
-                    match self.provide(&q) {
-                        Ok(()) => self.trouble(None),
-                        Err(e) => {
-                            short = true;
-                            self.trouble(Some(e.to_string()));
+                while q.wanted() {
+                    if let Err(e) = self.provide(&q) {
+                        is_short = true;
+                        // With a segment ahead it still has room.
+                        if q.is_in_last() {
+                            short.insert(q.hold(), e.to_string());
                         }
+                        break;
                     }
                 }
             }
-            if !short && self.refill() {
+            self.trouble(short);
+            if !is_short && self.refill() {
                 continue;
             }
             let waiting = !lock(&self.state).waiting.is_empty();
-            if short || waiting {
+            if is_short || waiting {
                 thread::park_timeout(RETRY);
             } else {
                 thread::park();
@@ -283,6 +286,7 @@ impl Host {
         if q.kind() == Kind::Local && !self.spare_for_local() {
             return Err(self.used_up());
         }
+        self.allows(q.hold(), q.kind())?;
         let number = q.next_number();
         let seg = match self.take(q.dir(), number) {
             // Its directory is gone, or going.
@@ -336,16 +340,50 @@ impl Host {
             .is_ok_and(|s| s.f_bavail.saturating_mul(s.f_frsize) >= wanted)
     }
 
-    fn trouble(&self, now: Option<String>) {
+    fn trouble(&self, now: BTreeMap<HoldId, String>) {
         let mut state = lock(&self.state);
-        if state.trouble == now {
-            return;
+        for (hold, why) in &now {
+            if !state.trouble.contains_key(hold) {
+                tracing::warn!(%hold, "held senders wait, the spool gets no room: {why}");
+            }
         }
-        match &now {
-            Some(e) => tracing::warn!("held senders wait, the spool gets no room: {e}"),
-            None => tracing::info!("the spool has room again"),
+        for hold in state.trouble.keys().filter(|h| !now.contains_key(h)) {
+            tracing::info!(%hold, "the spool has room again");
         }
         state.trouble = now;
+    }
+
+    /// Why a hold, or one of them, gets no more room.
+    pub(super) fn trouble_of(&self, hold: Option<HoldId>) -> Option<String> {
+        let state = lock(&self.state);
+        match hold {
+            Some(hold) => state.trouble.get(&hold).cloned(),
+            None => state.trouble.values().next().cloned(),
+        }
+    }
+
+    /// One more segment stays within what the hold may have.
+    pub(super) fn allows(&self, hold: HoldId, kind: Kind) -> Result<(), SpoolError> {
+        let Some(hold_bytes) = self.limits.hold_bytes else {
+            return Ok(());
+        };
+        let state = lock(&self.state);
+        let queues = state.queues.get(&hold).map_or(&[][..], Vec::as_slice);
+        let segments: u64 = queues.iter().map(|q| u64::from(q.next_number())).sum();
+        let used_bytes = segments * self.segment_bytes;
+        // As of the whole: see [`Host::spare_for_local`].
+        let limit = match kind {
+            Kind::Local => hold_bytes / 4 * 3,
+            Kind::Source | Kind::Incoming => hold_bytes,
+        };
+        if used_bytes + self.segment_bytes <= limit {
+            return Ok(());
+        }
+        Err(SpoolError::HoldQuota {
+            hold,
+            hold_bytes,
+            used_bytes,
+        })
     }
 }
 

@@ -126,6 +126,18 @@ pub enum SpoolError {
         /// `spool.segment_bytes`.
         segment_bytes: u64,
     },
+    /// The hold's own quota does not allow one more segment.
+    #[error(
+        "hold {hold} has used up its part of the spool: {used_bytes} of {hold_bytes} bytes (what waits behind a shipment gets three quarters); raise spool.hold_bytes"
+    )]
+    HoldQuota {
+        /// Which.
+        hold: HoldId,
+        /// `spool.hold_bytes`.
+        hold_bytes: u64,
+        /// In its segments.
+        used_bytes: u64,
+    },
     /// There is a queue for this lane already.
     #[error("hold {0} has a {1} queue for {2} already")]
     Exists(HoldId, Kind, LaneKey),

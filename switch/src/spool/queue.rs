@@ -438,6 +438,11 @@ impl Queue {
         ahead < goal
     }
 
+    /// Its writer has no segment ahead.
+    pub(super) fn is_in_last(&self) -> bool {
+        self.allotted.load(Ordering::Relaxed) <= self.writing.load(Ordering::Relaxed) + 1
+    }
+
     /// For the writer: asks the keeper for segments, once.
     pub(super) fn want_segment(&self) {
         if !self.wanted.load(Ordering::Relaxed)

@@ -113,6 +113,8 @@ impl Spool {
             }
             same().map(|q| q.index() + 1).max().unwrap_or(0)
         };
+        // An empty lane's first segment is not growth.
+        host.allows(hold, Kind::Source)?;
         let dir = queue_dir(&host.dir, hold, kind, index);
         make_dir(&dir)?;
         let made = (|| {
@@ -200,6 +202,11 @@ impl Spool {
     /// Bytes of the segments of all holds.
     pub fn used_bytes(&self) -> u64 {
         lock(&self.host.state).held * self.host.segment_bytes
+    }
+
+    /// Why this hold's senders get no more room (its quota, the host's, a full disk), if so; of any hold if none is named.
+    pub fn trouble(&self, hold: Option<HoldId>) -> Option<String> {
+        self.host.trouble_of(hold)
     }
 
     /// `spool.quota_bytes`.

@@ -51,6 +51,65 @@ fn at_the_quota_the_writer_waits_until_another_hold_is_gone() {
     );
 }
 
+/// Appends until the spool says that there is no more room.
+fn fill(spool: &Spool, w: &mut Writer) -> u64 {
+    let (mut n, hold) = (0, w.queue().hold());
+    until(|| {
+        while w.has_room(1500) {
+            put(w, n, 1500);
+            n += 1;
+        }
+        spool.trouble(Some(hold)).is_some() && !w.has_room(1500)
+    });
+    w.commit();
+    n
+}
+
+#[test]
+fn a_hold_at_its_quota_waits_says_why_and_leaves_room_for_others() {
+    let dir = tmp();
+    let mut cfg = config(dir.path(), 128 << 10, 64 << 20);
+    cfg.limits.hold_bytes = Some(4 * (128 << 10));
+    let (spool, _) = Spool::open(&cfg).unwrap();
+    let (mut w1, _q) = spool.create(HoldId(1), Kind::Source, &lane(0)).unwrap();
+    let (mut w2, _q) = spool.create(HoldId(2), Kind::Source, &lane(0)).unwrap();
+    let n = fill(&spool, &mut w1);
+    let all = 4 * (128 << 10) / 1500;
+    assert!(n < all && n > all / 10 * 8, "{n}");
+    let why = spool.trouble(None).unwrap();
+    assert!(why.contains("raise spool.hold_bytes"), "{why}");
+    assert_eq!(spool.trouble(Some(HoldId(2))), None);
+    let e = spool.create(HoldId(1), Kind::Source, &lane(1)).unwrap_err();
+    assert!(matches!(e, SpoolError::HoldQuota { .. }), "{e}");
+    // The first hold goes on asking.
+    put(&mut w2, 0, 1500);
+    for n in 0..200 {
+        put(&mut w2, n, 1500);
+    }
+    spool.remove_hold(HoldId(1)).unwrap();
+    until(|| spool.trouble(None).is_none());
+}
+
+#[test]
+fn what_waits_behind_a_shipment_does_not_stop_the_shipment() {
+    let dir = tmp();
+    let (quota, segment) = (16 * (128 << 10), 128 << 10);
+    for hold_bytes in [None, Some(quota)] {
+        let mut cfg = config(dir.path(), segment, quota);
+        cfg.limits.hold_bytes = hold_bytes;
+        let (spool, _) = Spool::open(&cfg).unwrap();
+        let (mut behind, _l) = spool.create(HOLD, Kind::Local, &lane(0)).unwrap();
+        let (mut shipped, _i) = spool.create(HOLD, Kind::Incoming, &lane(0)).unwrap();
+        let n = fill(&spool, &mut behind);
+        assert!(n < quota / 1500 / 10 * 8, "{n}");
+        for n in 0..150 {
+            put(&mut shipped, n, 1500);
+        }
+        drop((behind, shipped, _l, _i));
+        spool.remove_hold(HOLD).unwrap();
+    }
+}
+
 fn disk_bytes(dir: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     std::fs::read_dir(dir)
@@ -150,6 +209,9 @@ fn full_disk(dir: &Path) {
     assert!(e.to_string().contains("No space left"), "{e}");
     assert_eq!(all(&q).0.len() as u64, n);
     assert!(q.failed().is_none());
+    let why = spool.trouble(Some(HOLD)).expect("the hold says so");
+    assert!(why.contains("No space left"), "{why}");
+    assert_eq!(spool.trouble(None), Some(why));
     println!("full disk seen: {e}");
 }
 
