@@ -297,7 +297,8 @@ impl<'n> Check<'n> {
         let limits = SpoolLimits {
             sync_ms: number("sync_ms", 1, 1000, default.sync_ms),
             sync_bytes: number("sync_bytes", 1 << 20, i64::MAX as u64, default.sync_bytes),
-            hold_bytes: hold_bytes.map(|n| n.value),
+            // As much as there is at all is no bound of its own.
+            hold_bytes: hold_bytes.map(|n| n.value).filter(|n| *n < quota_bytes),
         };
         t.finish(self.notes);
         SpoolConfig {

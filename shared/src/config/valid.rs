@@ -94,7 +94,7 @@ pub struct SpoolLimits {
     pub sync_ms: u64,
     /// `spool.sync_bytes` (64 MiB; 1 MiB at least): how much of a lane may not be on the disk yet. Then its senders wait.
     pub sync_bytes: u64,
-    /// `spool.hold_bytes` (not set): of one hold, on each of its two hosts.
+    /// `spool.hold_bytes` (none; less than `quota_bytes`): of one hold, on each of its two hosts.
     pub hold_bytes: Option<u64>,
 }
 
