@@ -164,7 +164,7 @@ fn a_changed_frame_a_changed_order_and_a_surplus_frame_are_named() {
 fn every_stage_that_differs_is_named() {
     let (s, t) = pair(20);
     for (of_source, stages) in [(true, ON_SOURCE), (false, ON_TARGET)] {
-        for n in 0..stages.len() {
+        for (n, stage) in stages.iter().enumerate() {
             for field in 0..5 {
                 let (mut s, mut t) = (s.clone(), t.clone());
                 let end = if of_source { &mut s } else { &mut t };
@@ -178,12 +178,12 @@ fn every_stage_that_differs_is_named() {
                     _ => continue,
                 }
                 let found = faults(&verify(&s, &t));
-                assert!(found.iter().any(|f| f.1 == stages[n]), "{:?}", stages[n]);
+                assert!(found.iter().any(|f| f.1 == *stage), "{stage:?}");
             }
             let (mut s, mut t) = (s.clone(), t.clone());
             let end = if of_source { &mut s } else { &mut t };
             end.lanes[0].lane.stages.remove(n);
-            assert!(!verify(&s, &t).clean, "{:?} is absent", stages[n]);
+            assert!(!verify(&s, &t).clean, "{stage:?} is absent");
         }
     }
 }
@@ -242,7 +242,7 @@ fn blocks(file: &[u8]) -> Vec<(u32, Vec<u8>)> {
         |b: &[u8], at: usize| u32::from_le_bytes(b[at..at + 4].try_into().expect("four bytes"));
     while !rest.is_empty() {
         let len = word(rest, 4) as usize;
-        assert!(len % 4 == 0 && word(rest, len - 4) as usize == len);
+        assert!(len.is_multiple_of(4) && word(rest, len - 4) as usize == len);
         out.push((word(rest, 0), rest[8..len - 4].to_vec()));
         rest = &rest[len..];
     }
