@@ -9,13 +9,14 @@ BENCHES ?= bound pvp testpmd growth hold latency idle
 
 FUZZ ?= vhost_user split_ring packed_ring packet codec shipment spool_scan spool_open config qmp
 FUZZ_S ?= 120
+SEEDS ?= 100000
 # As cargo-fuzz builds: libFuzzer's counters in all of it, and AddressSanitizer.
 FUZZ_FLAGS := --cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
 	-Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions -Coverflow-checks -Zsanitizer=address
 FUZZ_HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 
-.PHONY: demo bench bench-moves chaos test check fuzz audit lab clean
+.PHONY: demo bench bench-moves chaos test soak check fuzz audit lab clean
 
 # A group of real VMs moves between two hosts. PORTS=vhost-user|tap FREEZE=switchover|early BASELINE=1
 demo: lab
@@ -50,6 +51,10 @@ test: lab
 	cargo build -q --workspace --bins
 	cargo test -q --workspace --exclude gangway-tests
 	cargo test -q -p gangway-tests -- --test-threads=1
+
+# Simulated worlds, many more than in `make test`: SEEDS=100000, from the seed FIRST=1 on. SEED=n: that one, with its trace
+soak:
+	SEEDS=$(SEEDS) cargo test -q -p gangway-sim --test seeds no_world -- --nocapture
 
 # What a commit must pass
 check:
