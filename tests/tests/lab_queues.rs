@@ -32,7 +32,8 @@ fn both_carry(world: &World, host: &str) {
     for port in ["left0", "right0"] {
         let queues = queues(world, host, port);
         eprintln!("{port} on {host}: {queues:?}");
-        let busy = queues.iter().filter(|(rx, tx)| *rx > 50 && *tx > 50);
+        // How many is the guests' affair: they have a few flows, whose ports, and so whose queues, differ from run to run.
+        let busy = queues.iter().filter(|(rx, tx)| *rx > 0 && *tx > 0);
         assert_eq!((busy.count(), queues.len()), (2, 2), "{port}: {queues:?}");
     }
 }
