@@ -1,7 +1,7 @@
 //! Holds: what a freeze, a shipment, a commit and an abort do to lanes, spool and ports (ADR-0001).
 //!
 //! [`machine`] says what may follow what (pure); [`source`] and [`target`] carry it out on the engine; [`manager`]
-//! answers the control requests, those about workers by [`workers`].
+//! answers the control requests, those about workers by `workers`.
 //!
 //! Invariant: a request that is refused has changed nothing.
 //! Invariant: nothing here runs on a worker.

@@ -6,7 +6,7 @@
 //! Invariant: what a translation returns lies within one mapping, which lives as long as any table with it.
 //!
 //! A front-end that truncates the files under us (QEMU seals its memfds against that; the guest can't) finds its mapping
-//! [`lost`]: zeros, by which no ring goes on.
+//! `mem::lost`: zeros, by which no ring goes on.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
