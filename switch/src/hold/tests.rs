@@ -170,8 +170,13 @@ impl Site {
     }
 }
 
+/// The number of a frame of a station; 0 for others: what is announced reaches `m` too, if the network floods it while
+/// the old host still takes frames for it.
 fn number(f: &[u8]) -> u32 {
-    u32::from_be_bytes(f[20..24].try_into().unwrap())
+    match f[12..14] {
+        [0x88, 0xb5] => u32::from_be_bytes(f[20..24].try_into().unwrap()),
+        _ => 0,
+    }
 }
 
 /// Everything that runs beside the migration.
