@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 pub mod frame_io;
+pub mod interrupt;
 pub mod netdev;
 pub mod packet;
 pub mod poll;

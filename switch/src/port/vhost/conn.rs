@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -19,6 +19,8 @@ use super::{Shared, VhostConfig, lock};
 
 /// Between two attempts to dial or to listen.
 const RETRY: Duration = Duration::from_millis(100);
+/// The same behind a front-end that has stalled a worker.
+const PENALTY: Duration = Duration::from_secs(1);
 
 /// Serves until the port is stopped.
 pub(super) fn serve(cfg: &VhostConfig, shared: &Arc<Shared>) {
@@ -29,12 +31,23 @@ pub(super) fn serve(cfg: &VhostConfig, shared: &Arc<Shared>) {
         } else {
             dial(&cfg.socket).map(Some)
         };
+        let mut pause = RETRY;
         match stream {
-            Ok(Some(stream)) => session(stream, shared),
+            Ok(Some(stream)) => {
+                if session(stream, shared) == End::Expelled {
+                    pause = PENALTY;
+                }
+            }
             Ok(None) => continue,
             Err(e) => shared.state(|s| s.last_error = Some(e.to_string())),
         }
-        wait(None, shared, Some(RETRY));
+        let until = Instant::now() + pause;
+        while !shared.is_stopping()
+            && let left = until.saturating_duration_since(Instant::now())
+            && !left.is_zero()
+        {
+            wait(None, shared, Some(left));
+        }
     }
     if listener.is_some() {
         let _ = std::fs::remove_file(&cfg.socket);
@@ -99,13 +112,19 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
+/// Who has ended a connection.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// The front-end, or we because we stop or do not understand it.
+    Usual,
+    /// We: it has stalled a worker.
+    Expelled,
+}
+
 /// Serves one connection to its end.
-pub(super) fn session(stream: UnixStream, shared: &Arc<Shared>) {
-    let Ok(handle) = stream.try_clone() else {
-        return;
-    };
-    let Ok(watch) = stream.try_clone() else {
-        return;
+pub(super) fn session(stream: UnixStream, shared: &Arc<Shared>) -> End {
+    let (Ok(handle), Ok(watch)) = (stream.try_clone(), stream.try_clone()) else {
+        return End::Usual;
     };
     shared.set_stream(Some(handle));
     shared.state(|s| {
@@ -116,9 +135,9 @@ pub(super) fn session(stream: UnixStream, shared: &Arc<Shared>) {
     tracing::info!(port = %shared.name, "vhost-user front-end connected");
     let session = Arc::new(Mutex::new(Session::new(shared.clone())));
     let mut handler = BackendReqHandler::from_stream(stream, session.clone());
-    let end = loop {
+    let (end, why) = loop {
         if shared.is_stopping() {
-            break None;
+            break (End::Usual, None);
         }
         let timeout = lock(&session).is_waiting().then_some(TOGETHER);
         if wait(Some(watch.as_fd()), shared, timeout) {
@@ -127,20 +146,21 @@ pub(super) fn session(stream: UnixStream, shared: &Arc<Shared>) {
                 Ok(false) => handler.handle_request(),
                 done => done.map(|_| ()),
             };
-            if let Err(e) = done {
-                break Some(e);
+            match done {
+                Ok(()) => {}
+                Err(Error::Disconnected) => break (End::Usual, None),
+                Err(e) => break (End::Usual, Some(e.to_string())),
             }
         } else {
             lock(&session).attach_waiting();
         }
-        lock(&session).report_broken();
+        let reported = lock(&session).report_broken();
+        if let Err(why) = reported {
+            break (End::Expelled, Some(why));
+        }
     };
     lock(&session).stop_all();
     shared.set_stream(None);
-    let why = match end {
-        None | Some(Error::Disconnected) => None,
-        Some(e) => Some(e.to_string()),
-    };
     match &why {
         Some(why) => tracing::warn!(port = %shared.name, "vhost-user connection ended: {why}"),
         None => tracing::info!(port = %shared.name, "vhost-user connection ended"),
@@ -158,4 +178,5 @@ pub(super) fn session(stream: UnixStream, shared: &Arc<Shared>) {
         };
         shared.attach.port_error(shared.slot, Some(text));
     }
+    end
 }

@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use super::dirty::DirtyLog;
 use super::ring::Broken;
+use super::watchdog;
 use crate::mem::guest::GuestMem;
 use crate::mem::lost;
 use crate::sys;
@@ -259,6 +260,15 @@ impl Gate {
         }
     }
 
+    /// Signals the driver, if it does not poll. False if its descriptor blocks.
+    #[must_use]
+    pub fn call(&self) -> bool {
+        let call = self.live.as_ref().and_then(|l| l.call.as_ref());
+        // Waited for once.
+        let is_bad = self.control.broken.get() == Some(&Broken::Call);
+        call.is_none_or(|c| is_bad || watchdog::raise(c.as_fd()))
+    }
+
     /// Counts frames: nobody else does, so without a locked instruction.
     #[inline]
     pub fn count(&self, frames: u64) {
@@ -277,8 +287,7 @@ impl Drop for Gate {
     }
 }
 
-/// Raises an eventfd. A full one is raised already. A front-end's could be made blocking by it again, and filled: then this
-/// waits (ADR-0018).
+/// Raises an eventfd of our own. A full one is raised already.
 pub fn signal(fd: &File) {
     let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
 }

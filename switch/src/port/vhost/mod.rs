@@ -7,6 +7,7 @@
 //! - [`live`]: what changes under a running ring (memory, log, call) without stopping it
 //! - [`rx`], [`tx`]: the loops, which a worker runs; [`ring`]: the layout they run on
 //! - [`dirty`]: the log for live migration
+//! - `watchdog`: gets a worker out of a descriptor that a front-end has made blocking
 //!
 //! Invariant: nothing here waits for a guest, and nothing a guest writes makes the data path panic, log or run long.
 //! Invariant: a chain is given back to the guest only when its frame is safe, so a crash or a migration finds all others
@@ -31,6 +32,7 @@ pub mod ring;
 pub mod rx;
 pub mod session;
 pub mod tx;
+mod watchdog;
 
 #[cfg(test)]
 mod tests;

@@ -12,7 +12,7 @@ use std::sync::atomic::{Ordering, fence};
 use arrayvec::ArrayVec;
 
 use super::features::RingFeatures;
-use super::live::{Gate, clear, signal};
+use super::live::{Gate, clear};
 use super::ring::{Broken, Chain, Direction, Pieces, Plain, Plains, Pos, Ring};
 use crate::mem::Seg;
 use crate::mem::copy::{LINE, copy_short};
@@ -628,11 +628,8 @@ impl<R: Ring> RxQueue for Rx<R> {
     }
 
     fn settle(&mut self) {
-        if std::mem::take(&mut self.owes)
-            && self.ring.wants_signal()
-            && let Some(call) = self.gate.live().and_then(|l| l.call.as_ref())
-        {
-            signal(call);
+        if std::mem::take(&mut self.owes) && self.ring.wants_signal() && !self.gate.call() {
+            self.set_broken(Broken::Call);
         }
     }
 

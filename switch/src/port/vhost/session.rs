@@ -36,12 +36,13 @@ use vhost::vhost_user::{Error, Result, VhostUserBackendReqHandlerMut};
 use super::Shared;
 use super::dirty::DirtyLog;
 use super::features::{self, LOG_ALL, MQ, OFFERED, PROTOCOL_FEATURES, RING_PACKED, RingFeatures};
-use super::live::{Control, Gate, Live, signal};
-use super::ring::Ring;
+use super::live::{Control, Gate, Live};
 use super::ring::packed::Packed;
 use super::ring::split::Split;
+use super::ring::{Broken, Ring};
 use super::rx::Rx;
 use super::tx::Tx;
+use super::watchdog::raise;
 use crate::mem::guest::{GuestMem, GuestMemError, REGIONS_MAX, Region};
 use crate::port::{QUEUES, TxQueue};
 use crate::sys;
@@ -258,7 +259,7 @@ impl Session {
             attach.attach_rx(slot, pair(i), Box::new(rx));
             // The guest may have kicked long before, or may never.
             if let Some(kick) = kick {
-                signal(&kick);
+                let _ = raise(kick.as_fd());
             }
         } else {
             let tx = Tx::new(ring, gate, v.base, v.num, features);
@@ -349,8 +350,10 @@ impl Session {
         self.shared.attach.port_error(self.shared.slot, Some(text));
     }
 
-    /// Reports rings that broke since the last call.
-    pub fn report_broken(&mut self) {
+    /// Reports rings that broke since the last call. An error if the front-end is not to be served any more: with each ring that
+    /// it starts it could stall a worker again.
+    pub fn report_broken(&mut self) -> std::result::Result<(), String> {
+        let mut end = Ok(());
         for (i, v) in self.vrings.iter_mut().enumerate() {
             let Some(why) = v.running.as_ref().and_then(|c| c.broken()) else {
                 continue;
@@ -359,14 +362,18 @@ impl Session {
                 continue;
             }
             if let Some(err) = &v.err {
-                signal(err);
+                let _ = raise(err.as_fd());
             }
             let which = if is_rx(i) { "transmit" } else { "receive" };
             let n = pair(i);
             let text = format!("guest's {which} ring {n} is broken: {why}");
             self.shared.state(|s| s.broken += 1);
+            if why == Broken::Call {
+                end = Err(text.clone());
+            }
             self.shared.attach.port_error(self.shared.slot, Some(text));
         }
+        end
     }
 }
 
@@ -537,8 +544,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         // A signal may just have gone to the old one, where nobody listens any more.
         if let Some(call) = call
             && is_running
+            && !raise(call.as_fd())
         {
-            signal(&call);
+            return Err(refuse(Broken::Call));
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ use std::sync::atomic::{Ordering, fence};
 use arrayvec::ArrayVec;
 
 use super::features::RingFeatures;
-use super::live::{Gate, signal};
+use super::live::Gate;
 use super::ring::{Broken, Chain, Direction, Piece, Pieces, Plain, Plains, Pos, Ring};
 use crate::mem::copy::{LINE, copy_long, copy_short};
 use crate::mem::prefetch_to_write;
@@ -554,11 +554,8 @@ impl<R: Ring> TxQueue for Tx<R> {
     }
 
     fn settle(&mut self) {
-        if std::mem::take(&mut self.owes)
-            && self.ring.wants_signal()
-            && let Some(call) = self.gate.live().and_then(|l| l.call.as_ref())
-        {
-            signal(call);
+        if std::mem::take(&mut self.owes) && self.ring.wants_signal() && !self.gate.call() {
+            self.set_broken(Broken::Call);
         }
     }
 }

@@ -43,6 +43,9 @@ pub enum Broken {
     /// The front-end's dirty log does not cover what we write.
     #[error("dirty log does not cover address {0:#x}")]
     Log(u64),
+    /// The front-end took O_NONBLOCK from the descriptor by which it is called, and filled it: we slept in the signal.
+    #[error("its call descriptor blocks, the front-end made it so and filled it")]
+    Call,
     /// The front-end truncated a file of guest memory while it was in use.
     #[error("guest memory lost, its file was truncated")]
     MemoryLost,

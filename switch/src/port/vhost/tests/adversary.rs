@@ -627,6 +627,40 @@ fn a_kick_that_was_made_blocking_again_stalls_nobody() {
     s.verdict();
 }
 
+/// So is a call's, and a full one cannot be written without waiting: the worker is got out of it, once for a front-end.
+#[test]
+fn a_call_that_was_made_blocking_again_and_filled_ends_its_front_end_and_stalls_nobody() {
+    for (packed, ring) in [(0, TX), (0, RX), (PACKED, TX), (PACKED, RX)] {
+        let s = Switch::new();
+        s.engine.shared().fdb.set(mac(9), 2, true, 0);
+        for n in 1..=2 {
+            let mut g = s.guest(VERSION_1 | packed);
+            eventually("the port is well", || s.reason().is_empty());
+            g.block_call(ring);
+            let which = if ring == TX {
+                g.offer();
+                s.a.push(numbered(8, mac(9), 0));
+                "guest's receive ring 0 is broken"
+            } else {
+                assert!(g.send(&numbered(9, MacAddr::BROADCAST, n)));
+                g.kick(RX);
+                "guest's transmit ring 0 is broken"
+            };
+            eventually("it has gone", || !s.evil.state().connected);
+            eventually("a reason", || {
+                let reason = s.reason();
+                reason.contains(which) && reason.contains("its call descriptor blocks")
+            });
+            assert_eq!(s.evil.state().broken, u64::from(n));
+            s.goes_on("after a call that blocks");
+            drop(g);
+            s.memory.write(0x1000, &[0; 0x8000]);
+            s.memory.write(HIGH, &[0; 0x8000]);
+        }
+        s.verdict();
+    }
+}
+
 #[test]
 fn a_socket_that_speaks_out_of_turn_disturbs_nobody() {
     let s = Switch::new();

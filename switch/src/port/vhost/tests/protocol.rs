@@ -212,15 +212,16 @@ impl Guest {
         self.kicks[i].write(1).unwrap();
     }
 
-    /// Takes the flag that does not let a read of the kick wait from the file that both sides have.
+    /// Lets a read of the kick wait.
     pub(super) fn block_kick(&self, i: usize) {
-        use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
-        let process = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
-        let raw = self.kicks[i].as_raw_fd();
-        let kick = pidfd_getfd(&process, raw, PidfdGetfdFlags::empty()).unwrap();
-        let flags = rustix::fs::fcntl_getfl(&kick).unwrap();
-        assert!(flags.contains(rustix::fs::OFlags::NONBLOCK));
-        rustix::fs::fcntl_setfl(&kick, flags - rustix::fs::OFlags::NONBLOCK).unwrap();
+        block(&self.kicks[i]);
+    }
+
+    /// Lets the next call wait, for good.
+    pub(super) fn block_call(&self, i: usize) {
+        let _ = self.calls[i].read();
+        block(&self.calls[i]);
+        self.calls[i].write(u64::MAX - 1).unwrap();
     }
 
     pub(super) fn offer(&mut self) {
@@ -238,6 +239,16 @@ impl Guest {
             .map(|(_, f)| f)
             .collect()
     }
+}
+
+/// Takes the flag that does not let it wait from the file that both sides have.
+fn block(fd: &EventFd) {
+    use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+    let process = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
+    let fd = pidfd_getfd(&process, fd.as_raw_fd(), PidfdGetfdFlags::empty()).unwrap();
+    let flags = rustix::fs::fcntl_getfl(&fd).unwrap();
+    assert!(flags.contains(rustix::fs::OFlags::NONBLOCK));
+    rustix::fs::fcntl_setfl(&fd, flags - rustix::fs::OFlags::NONBLOCK).unwrap();
 }
 
 struct Setup {
