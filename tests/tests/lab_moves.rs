@@ -201,7 +201,10 @@ fn stale_pages(world: &mut World, rounds: u32, seen: &mut Vec<String>) {
             let [a, b] = [&world.lab.a, &world.lab.b]
                 .map(|host| memory::of(&Files::new(&host.dir, &vm.name)).unwrap());
             for stale in memory::compare(&a, &b).unwrap() {
-                seen.push(format!("round {round}, {}: {stale:x?}", vm.name));
+                let stale = format!("round {round}, {}: {stale:#x?}", vm.name);
+                // Also if something else fails first.
+                eprintln!("{stale}");
+                seen.push(stale);
             }
         }
         world.coordinator.ask(&["abort"]).unwrap();

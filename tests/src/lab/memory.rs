@@ -22,6 +22,21 @@ pub struct Stale {
     pub range: (usize, usize),
     /// How many do.
     pub bytes: usize,
+    /// What stands at the source and at the target in the lines of 16 bytes that differ, the first of them.
+    pub lines: Vec<String>,
+}
+
+/// Lines of a page that are shown.
+const LINES: usize = 24;
+
+fn lines(a: &[u8], b: &[u8]) -> Vec<String> {
+    let hex = |l: &[u8]| l.iter().map(|b| format!("{b:02x}")).collect::<String>();
+    let pairs = a.chunks(16).zip(b.chunks(16)).enumerate();
+    pairs
+        .filter(|(_, (a, b))| a != b)
+        .take(LINES)
+        .map(|(i, (a, b))| format!("{:03x}: {} {}", 16 * i, hex(a), hex(b)))
+        .collect()
 }
 
 /// The memory of the QEMU whose lab monitor is at `files`.
@@ -72,7 +87,13 @@ pub fn compare(source: &File, target: &File) -> Result<Vec<Stale>> {
                     let rest: Vec<usize> = differs.map(|(i, _)| i).collect();
                     let range = (first, rest.last().copied().unwrap_or(first));
                     let bytes = 1 + rest.len();
-                    stale.push(Stale { page, range, bytes });
+                    let lines = lines(a, b);
+                    stale.push(Stale {
+                        page,
+                        range,
+                        bytes,
+                        lines,
+                    });
                 }
             }
         }
@@ -97,6 +118,11 @@ mod tests {
             page: 257,
             range: (3, 9),
             bytes: 2,
+            lines: vec![format!(
+                "000: {} {}",
+                "07".repeat(16),
+                "07070708070707070708".to_string() + &"07".repeat(6),
+            )],
         };
         assert_eq!(compare(&a, &b).unwrap(), [stale]);
         assert_eq!(compare(&a, &a).unwrap(), []);
