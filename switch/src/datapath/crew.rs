@@ -40,6 +40,26 @@ const LOOK: Duration = Duration::from_millis(1);
 #[error("worker {0} did not acknowledge within {1:?}; the data path hangs, restart the switch")]
 pub struct NoAck(usize, Duration);
 
+/// A worker runs where it has run before.
+#[derive(Debug, thiserror::Error)]
+pub enum Unpinned {
+    /// On this CPU it cannot.
+    #[error("worker {0} is not pinned to CPU {1}: {2}")]
+    To(usize, usize, std::io::Error),
+    /// It is to have no CPU of its own any more.
+    #[error("worker {0} stays where it is pinned to: {1}")]
+    Stays(usize, std::io::Error),
+}
+
+impl Unpinned {
+    pub(super) fn new(worker: usize, cpu: Option<usize>, why: std::io::Error) -> Unpinned {
+        match cpu {
+            Some(cpu) => Unpinned::To(worker, cpu, why),
+            None => Unpinned::Stays(worker, why),
+        }
+    }
+}
+
 /// How a worker runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
@@ -106,11 +126,6 @@ impl Crew {
         })
     }
 
-    /// Workers that there are.
-    pub fn count(&self) -> usize {
-        self.hands.len()
-    }
-
     /// How each runs.
     pub fn places(&self) -> Vec<Place> {
         self.hands.iter().map(|h| h.place).collect()
@@ -131,9 +146,9 @@ impl Crew {
         let worker = Worker::new(n, shared, line, place.poll, self.flows, home)?;
         let body = move || {
             if let Some(cpu) = place.cpu
-                && let Err(e) = sys::pin_thread(cpu)
+                && let Err(why) = sys::pin_thread(cpu)
             {
-                tracing::warn!("worker {n} is not pinned to CPU {cpu}: {e}");
+                tracing::warn!("{}", Unpinned::new(n, place.cpu, why));
             }
             worker.run();
         };
@@ -174,8 +189,8 @@ impl Crew {
                 orders.push((n, Order::Run(*place)));
             }
         }
-        for (cpu, e) in self.orders(orders)?.wait()?.unpinned {
-            tracing::warn!("a worker is not pinned to CPU {cpu}: {e}");
+        for e in self.orders(orders)?.wait()?.unpinned {
+            tracing::warn!("{e}");
         }
         Ok(())
     }
@@ -277,15 +292,25 @@ impl Engine {
     }
 
     /// From now on there is a worker for each place (one at least), while frames flow. Not while a hold is open, unless only
-    /// places change.
-    pub fn set_workers(&self, places: &[Place]) -> Result<(), Unchanged> {
+    /// places change. `wish` says which places, of those that there are; until its wish is fulfilled nobody else has one.
+    pub fn set_workers<E: From<Unchanged>>(
+        &self,
+        wish: impl FnOnce(&[Place]) -> Result<Vec<Place>, E>,
+    ) -> Result<Vec<Place>, E> {
         let _one_at_a_time = match self.changing.try_lock() {
             Ok(guard) => guard,
             Err(TryLockError::Poisoned(p)) => p.into_inner(),
-            Err(TryLockError::WouldBlock) => return Err(Unchanged::Changing),
+            Err(TryLockError::WouldBlock) => return Err(Unchanged::Changing.into()),
         };
+        let now = lock(&self.crew).places();
+        let places = wish(&now)?;
+        self.replace(now.len(), &places)?;
+        Ok(places)
+    }
+
+    fn replace(&self, before: usize, places: &[Place]) -> Result<(), Unchanged> {
+        let count = places.len();
         places.iter().filter_map(|p| p.cpu).try_for_each(can_run)?;
-        let (before, count) = (lock(&self.crew).count(), places.len());
         if count > before {
             self.hire(before, places)?;
         } else if count < before && count > 0 {
@@ -402,5 +427,60 @@ fn can_run(cpu: usize) -> Result<(), Unchanged> {
         Ok(Ok(())) => Ok(()),
         Ok(Err(e)) => Err(Unchanged::NoCpu(cpu, e)),
         Err(_) => Err(Unchanged::NoWorker(std::io::ErrorKind::Other.into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::datapath::tests::config;
+
+    const FREE: Place = Place {
+        cpu: None,
+        poll: Poll::Adaptive,
+    };
+
+    fn engine(workers: usize) -> (tempfile::TempDir, Arc<Engine>) {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = Engine::start(&config(&["a"], workers, dir.path().into())).unwrap();
+        (dir, engine)
+    }
+
+    /// Else each of two could fulfil its wish for places that the other has just changed, and undo that.
+    #[test]
+    fn a_wish_sees_the_places_that_it_changes() {
+        let (_dir, engine) = engine(1);
+        let one_more = |now: &[Place]| Ok::<_, Unchanged>([now, &[FREE]].concat());
+        let places = engine.set_workers(|now| {
+            assert_eq!(now, [FREE]);
+            let other = std::thread::scope(|s| s.spawn(|| engine.set_workers(one_more)).join());
+            assert!(matches!(other.unwrap(), Err(Unchanged::Changing)));
+            one_more(now)
+        });
+        assert_eq!(places.unwrap(), [FREE; 2]);
+        assert_eq!(engine.set_workers(one_more).unwrap(), [FREE; 3]);
+        assert_eq!(engine.workers().len(), 3);
+        engine.stop();
+    }
+
+    #[test]
+    fn a_worker_that_cannot_be_moved_says_so_and_names_only_a_cpu_that_was_asked_for() {
+        let (_dir, engine) = engine(1);
+        let mut crew = Crew::new(engine.shared().clone(), 64).unwrap();
+        crew.home = Affinity::none();
+        crew.join(FREE).unwrap();
+        let told = |cpu| {
+            let run = Order::Run(Place { cpu, ..FREE });
+            let out = crew.orders(vec![(0, run)]).unwrap().wait().unwrap();
+            out.unpinned
+                .iter()
+                .map(Unpinned::to_string)
+                .collect::<String>()
+        };
+        assert!(told(Some(8000)).starts_with("worker 0 is not pinned to CPU 8000: "));
+        assert!(told(None).starts_with("worker 0 stays where it is pinned to: "));
+        // First: it tells all workers of its ports.
+        engine.stop();
+        crew.stop();
     }
 }

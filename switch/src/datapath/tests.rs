@@ -582,6 +582,10 @@ fn places(n: usize) -> Vec<Place> {
     vec![place; n]
 }
 
+fn set_workers(w: &World, places: &[Place]) -> Result<Vec<Place>, Unchanged> {
+    w.engine.set_workers(|_| Ok(places.to_vec()))
+}
+
 /// Two ports send to each other and to a third one that is often full, while workers come and go.
 #[test]
 fn workers_come_and_go_and_no_frame_is_lost_or_overtaken() {
@@ -622,7 +626,7 @@ fn workers_come_and_go_and_no_frame_is_lost_or_overtaken() {
             std::thread::sleep(Duration::from_millis(3));
             c.set_room(usize::MAX);
         });
-        w.engine.set_workers(&places(n)).expect("nothing is held");
+        set_workers(&w, &places(n)).expect("nothing is held");
         room.join().unwrap();
         let workers = w.engine.workers();
         assert_eq!(workers.len(), n);
@@ -656,26 +660,22 @@ fn a_hold_keeps_the_workers_that_there_are_and_a_receiver_that_takes_nothing_doe
     assert_eq!((numbers_of(0), numbers_of(1)), (1, 1));
     let pin = w.engine.pin();
     for n in [1, 3] {
-        let e = w.engine.set_workers(&places(n)).unwrap_err();
+        let e = set_workers(&w, &places(n)).unwrap_err();
         assert!(matches!(e, Unchanged::Held), "{e}");
     }
     let busy = Place {
         cpu: None,
         poll: Poll::Busy,
     };
-    w.engine
-        .set_workers(&[busy; 2])
-        .expect("only how they wait");
+    set_workers(&w, &[busy; 2]).expect("only how they wait");
     assert_eq!(w.engine.workers()[1].place, busy);
-    w.engine.set_workers(&places(2)).unwrap();
+    set_workers(&w, &places(2)).unwrap();
     drop(pin);
-    let e = w.engine.set_workers(&[
-        Place {
-            cpu: Some(8000),
-            poll: Poll::Adaptive,
-        },
-        busy,
-    ]);
+    let nowhere = Place {
+        cpu: Some(8000),
+        poll: Poll::Adaptive,
+    };
+    let e = set_workers(&w, &[nowhere, busy]);
     assert!(matches!(e, Err(Unchanged::NoCpu(8000, _))));
     assert_eq!(w.engine.workers()[0].place.cpu, None);
     for (name, src) in [("a", 1), ("b", 2)] {
@@ -693,7 +693,7 @@ fn a_hold_keeps_the_workers_that_there_are_and_a_receiver_that_takes_nothing_doe
     eventually("both wait", || {
         w.ports["a"].waiting() + w.ports["b"].waiting() == 0
     });
-    let e = w.engine.set_workers(&places(1)).unwrap_err();
+    let e = set_workers(&w, &places(1)).unwrap_err();
     assert!(matches!(e, Unchanged::Waiting { .. }), "{e}");
     assert_eq!((numbers_of(0), numbers_of(1)), (1, 1), "as it was");
     w.ports["a"].push(frame(1, mac(2), 2));
@@ -701,7 +701,7 @@ fn a_hold_keeps_the_workers_that_there_are_and_a_receiver_that_takes_nothing_doe
     for name in ["a", "b"] {
         w.ports[name].set_room(usize::MAX);
     }
-    w.engine.set_workers(&places(1)).expect("they take");
+    set_workers(&w, &places(1)).expect("they take");
     w.ports["a"].push(frame(1, mac(2), 3));
     w.ports["b"].push(frame(2, mac(1), 3));
     eventually("in order", || {

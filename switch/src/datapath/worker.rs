@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use arrayvec::ArrayVec;
 use gangway_shared::config::valid::Poll;
 
-use super::crew::Place;
+use super::crew::{Place, Unpinned};
 use super::egress::{Egress, Towards};
 use super::engine::Shared;
 use super::flow::{Flow, Flows, Key};
@@ -114,8 +114,8 @@ pub struct Outcome {
     pub lost: u64,
     /// Lanes that are not idle, for which a queue or a worker does not leave: (receiving port, destination port).
     pub busy: Vec<(usize, usize)>,
-    /// CPUs that a worker could not be pinned to.
-    pub unpinned: Vec<(usize, std::io::Error)>,
+    /// Workers that could not move.
+    pub unpinned: Vec<Unpinned>,
 }
 
 impl Outcome {
@@ -348,7 +348,7 @@ impl Worker {
                     self.poll = place.poll;
                     let moved = place.cpu.map_or_else(|| self.home.apply(), sys::pin_thread);
                     if let Err(e) = moved {
-                        out.unpinned.push((place.cpu.unwrap_or(0), e));
+                        out.unpinned.push(Unpinned::new(self.n, place.cpu, e));
                     }
                 }
                 Order::Idle => {

@@ -39,22 +39,28 @@ pub(super) fn set(
     wish: &WorkersSet,
     holds: impl FnOnce() -> String,
 ) -> Result<(), Refusal> {
-    let engine = &host.engine;
-    let now: Vec<Place> = engine.workers().iter().map(|w| w.place).collect();
-    let places = places(&now, wish).map_err(|e| refuse(RefusalCode::Malformed, e))?;
-    let spool = &host.config.spool;
-    let least = spool.segment_bytes * places.len() as u64;
-    if spool.quota_bytes < least {
-        let what = format!(
-            "spool.quota_bytes {} is less than one segment of {} for each of {} workers",
-            spool.quota_bytes,
-            spool.segment_bytes,
-            places.len()
-        );
-        return Err(refuse(RefusalCode::Resources, what));
-    }
-    engine.set_workers(&places).map_err(|e| {
-        let (from, to) = (now.len(), places.len());
+    let mut what = String::new();
+    let places = host.engine.set_workers(|now| {
+        let places = places(now, wish).map_err(|e| refuse(RefusalCode::Malformed, e))?;
+        let spool = &host.config.spool;
+        let least = spool.segment_bytes * places.len() as u64;
+        if spool.quota_bytes < least {
+            let what = format!(
+                "spool.quota_bytes {} is less than one segment of {} for each of {} workers",
+                spool.quota_bytes,
+                spool.segment_bytes,
+                places.len()
+            );
+            return Err(refuse(RefusalCode::Resources, what).into());
+        }
+        what = format!("{} workers stay, not {}: ", now.len(), places.len());
+        Ok(places)
+    });
+    let places = places.map_err(|e| {
+        let e = match e {
+            No::Wish(refused) => return refused,
+            No::Unchanged(e) => e,
+        };
         let (code, hint) = match &e {
             Unchanged::Held => (
                 RefusalCode::Busy,
@@ -72,10 +78,30 @@ pub(super) fn set(
             Unchanged::NoWorker(_) => (RefusalCode::Resources, String::new()),
             Unchanged::Broken(_) => (RefusalCode::Internal, String::new()),
         };
-        refuse(code, format!("{from} workers stay, not {to}: {e}{hint}"))
+        refuse(code, format!("{what}{e}{hint}"))
     })?;
     tracing::info!("{} workers now: {places:?}", places.len());
     Ok(())
+}
+
+/// Why nothing was changed.
+enum No {
+    /// It is not to be wished.
+    Wish(Refusal),
+    /// It cannot be.
+    Unchanged(Unchanged),
+}
+
+impl From<Refusal> for No {
+    fn from(refused: Refusal) -> No {
+        No::Wish(refused)
+    }
+}
+
+impl From<Unchanged> for No {
+    fn from(e: Unchanged) -> No {
+        No::Unchanged(e)
+    }
 }
 
 /// What is wished, of what there is.

@@ -97,6 +97,12 @@ pub fn affinity() -> io::Result<Affinity> {
 }
 
 impl Affinity {
+    /// No CPU: nothing can run there.
+    #[cfg(test)]
+    pub fn none() -> Affinity {
+        Affinity(CpuSet::new())
+    }
+
     /// Lets the calling thread run on them (`sched_setaffinity(2)`).
     ///
     /// # Errors
