@@ -9,4 +9,5 @@ pub mod config;
 pub mod id;
 pub mod ledger;
 pub mod pki;
+pub mod record;
 pub mod ship;

@@ -5,15 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use gangway_shared::config::HostConfig;
 use gangway_shared::config::valid::{PortKind, TapRole};
+use gangway_shared::config::{HostConfig, WORKERS_MAX};
 use gangway_shared::pki::Identity;
 
 use crate::control::quic::Quic;
 use crate::control::{Handler, ShipAcceptor, Vmm};
 use crate::datapath::Engine;
-use crate::hold::Manager;
-use crate::hold::manager::Host;
+use crate::hold::{Host, Left, Manager, workers_of};
 use crate::port::Attach;
 use crate::port::packet::{self, Fault, Health, Opened};
 use crate::port::tap::{VmTap, open_endpoint};
@@ -47,32 +46,14 @@ impl Switch {
     /// a device that cannot be opened is an error, and nothing runs. To be called inside the runtime.
     pub fn start(cfg: &HostConfig, vmm: &Arc<Vmm>, quic: Option<&Quic>) -> Result<Switch> {
         let (spool, recovered) = Spool::open(&cfg.spool).context("the spool")?;
-        for r in &recovered {
-            tracing::warn!("left in the spool by an earlier run: {r:?}");
-        }
-        let engine = Engine::start(cfg).context("cannot start the workers")?;
+        let left = Left::read(&spool, recovered).context("the spool")?;
+        let engine = start_engine(cfg, workers_of(&left)).context("cannot start the workers")?;
         let mut taps = HashMap::new();
-        let mut vhost = Vec::new();
-        let mut devices = Vec::new();
+        let mut opened = Vec::new();
         for (slot, p) in cfg.ports.iter().enumerate() {
-            let opened = match &p.kind {
-                PortKind::VhostUser { socket, server } => {
-                    let c = VhostConfig {
-                        name: p.name.clone(),
-                        slot,
-                        socket: socket.clone(),
-                        server: *server,
-                    };
-                    let port = vhost::spawn(c, engine.clone());
-                    vhost.push(port.with_context(|| format!("port {}", p.name))?);
-                    continue;
-                }
-                other => open_device(other, slot, &mut taps),
-            };
-            let Opened { rx, tx, health } = opened.with_context(|| format!("port {}", p.name))?;
-            engine.set_tx(slot, vec![(0, tx)]);
-            engine.attach_rx(slot, 0, rx);
-            devices.push((slot, health));
+            if let Some(device) = open_device(&p.kind, slot, &mut taps).transpose() {
+                opened.push((slot, device.with_context(|| format!("port {}", p.name))?));
+            }
         }
         let acceptor = Arc::new(Acceptor::new());
         let dialer = match quic {
@@ -89,6 +70,27 @@ impl Switch {
             vms: vmm.clone(),
             config: cfg.clone(),
         }));
+        // Before the first frame comes in.
+        manager.take_up(left);
+        let mut devices = Vec::new();
+        for (slot, Opened { rx, tx, health }) in opened {
+            engine.set_tx(slot, vec![(0, tx)]);
+            engine.attach_rx(slot, 0, rx);
+            devices.push((slot, health));
+        }
+        let mut vhost = Vec::new();
+        for (slot, p) in cfg.ports.iter().enumerate() {
+            if let PortKind::VhostUser { socket, server } = &p.kind {
+                let c = VhostConfig {
+                    name: p.name.clone(),
+                    slot,
+                    socket: socket.clone(),
+                    server: *server,
+                };
+                let port = vhost::spawn(c, engine.clone());
+                vhost.push(port.with_context(|| format!("port {}", p.name))?);
+            }
+        }
         let watch = tokio::spawn(watch(engine.clone(), devices));
         Ok(Switch {
             engine,
@@ -148,12 +150,25 @@ async fn watch(engine: Arc<Engine>, devices: Vec<(usize, Arc<Health>)>) {
     }
 }
 
+/// With as many workers as the configuration says, or as an open hold had.
+fn start_engine(cfg: &HostConfig, at_least: usize) -> std::io::Result<Arc<Engine>> {
+    if at_least <= cfg.workers.count {
+        return Engine::start(cfg);
+    }
+    let at_least = at_least.min(WORKERS_MAX);
+    tracing::info!("{at_least} workers: an open hold had so many");
+    let mut more = cfg.clone();
+    more.workers.count = at_least;
+    Engine::start(&more)
+}
+
+/// None for a port that is no device.
 fn open_device(
     kind: &PortKind,
     slot: usize,
     taps: &mut HashMap<usize, Arc<VmTap>>,
-) -> Result<Opened> {
-    Ok(match kind {
+) -> Result<Option<Opened>> {
+    Ok(Some(match kind {
         PortKind::Tap {
             device,
             role: TapRole::Endpoint,
@@ -168,6 +183,6 @@ fn open_device(
             queues
         }
         PortKind::Uplink { device } => packet::open(device)?,
-        PortKind::VhostUser { socket, .. } => anyhow::bail!("{} is no device", socket.display()),
-    })
+        PortKind::VhostUser { .. } => return Ok(None),
+    }))
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use gangway_shared::api::{HoldInfo, HoldState, RefusalCode, Reply, Request, Scope};
+use gangway_shared::id::HoldId;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
@@ -212,25 +213,31 @@ pub async fn forward(w: &Arc<World>, step: Step) -> Result<(), StepError> {
         Step::Settle => settle(w).await,
         Step::Retire => retire(w).await,
         Step::Release => {
-            let source = w
-                .source
-                .hold(&Request::HoldRelease { hold }, Duration::from_secs(20))
-                .await?;
-            let target = w
-                .target
-                .hold(&Request::HoldRelease { hold }, Duration::from_secs(20))
-                .await?;
+            let source = release(&w.source, hold).await?;
+            let target = release(&w.target, hold).await?;
             keep(w, source, target);
             Ok(())
         }
     }
 }
 
+/// None: it is released already, and the switch was started again since. (What a switch could not take up it does not call
+/// unknown.)
+async fn release(switch: &Switch, hold: HoldId) -> Result<Option<HoldInfo>, ClientError> {
+    let request = Request::HoldRelease { hold };
+    match switch.hold(&request, Duration::from_secs(20)).await {
+        Err(e) if e.refusal() == Some(RefusalCode::Unknown) => Ok(None),
+        r => r.map(Some),
+    }
+}
+
 /// Keeps the account of both ends; a later look that has no lanes any more does not replace an earlier one.
-fn keep(w: &World, source: HoldInfo, target: HoldInfo) {
+fn keep(w: &World, source: Option<HoldInfo>, target: Option<HoldInfo>) {
     let mut f = w.facts();
-    let put = |slot: &mut Option<HoldInfo>, new: HoldInfo| {
-        if slot.is_none() || !new.lanes.is_empty() {
+    let put = |slot: &mut Option<HoldInfo>, new: Option<HoldInfo>| {
+        if let Some(new) = new
+            && (slot.is_none() || !new.lanes.is_empty())
+        {
             *slot = Some(new);
         }
     };
@@ -473,7 +480,7 @@ async fn settle(w: &Arc<World>) -> Result<(), StepError> {
                 .map(|e| format!(" ({e})"))
                 .unwrap_or_default()
         );
-        keep(w, source, target);
+        keep(w, Some(source), Some(target));
         if settled {
             return Ok(());
         }

@@ -110,6 +110,8 @@ async fn abort_hold(switch: &Switch, w: &Arc<World>) -> Result<(), String> {
     loop {
         let info = match switch.hold(&request, crate::client::CALL).await {
             Ok(info) => info,
+            // It was never opened, or is put back and the switch was started again since. Frames of a hold that a switch could
+            // not take up are another refusal, and this undo is not done.
             Err(e) if unknown(&e) => return Ok(()),
             Err(e) => return Err(e.to_string()),
         };

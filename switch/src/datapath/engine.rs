@@ -244,6 +244,16 @@ impl Pin {
             .map(|worker| Seat { port, worker })
             .collect()
     }
+
+    /// Which worker serves which queue of a port.
+    pub fn served(&self, port: usize) -> Vec<(u16, usize)> {
+        lock(&self.engine.seating).served(port)
+    }
+
+    /// See [`Seating::seat_again`].
+    pub fn seat_again(&self, port: usize, workers: &[usize], queues: &[(u16, usize)]) {
+        lock(&self.engine.seating).seat_again(port, workers, queues);
+    }
 }
 
 impl Engine {

@@ -28,7 +28,7 @@ use gangway_shared::ledger::Account;
 use super::backlog::Backlog;
 use super::stats::{DROP_NAMES, Drop, add};
 use crate::port::{Frame, Sent};
-use crate::spool::{Owed, Reader, Writer};
+use crate::spool::{Owed, Queue, Reader, Writer};
 
 /// What a drain has delivered of one queue; written by the worker, read by control.
 #[derive(Debug, Default)]
@@ -150,6 +150,35 @@ pub struct Source {
     pub progress: Arc<Progress>,
 }
 
+impl Source {
+    /// From behind what an earlier run of the switch has delivered, which counts as delivered here.
+    pub fn new(queue: &Arc<Queue>, progress: Arc<Progress>) -> Source {
+        let mut reader = queue.reader();
+        let delivered = queue.flushed_seq();
+        let mut got = Account::default();
+        while reader.next_seq() <= delivered {
+            match reader.peek() {
+                Ok(None) => break,
+                Ok(Some(r)) => got.frame(r.seq, r.frame.len() as u32),
+                Err(d) => progress.lose(d.first_seq, d.last_seq, Drop::Corrupt),
+            }
+            reader.advance();
+        }
+        if reader.next_seq() > 1 {
+            progress.took(&got);
+            progress.set(reader.next_seq() - 1, reader.tally());
+        }
+        Source { reader, progress }
+    }
+
+    fn note(&self) {
+        let (queue, seq) = (self.reader.queue(), self.reader.next_seq() - 1);
+        if seq > queue.flushed_seq() {
+            queue.set_flushed(seq);
+        }
+    }
+}
+
 /// Queues that are delivered side by side: none knows of the others' order.
 pub struct Stage {
     /// The queues.
@@ -168,6 +197,8 @@ pub struct Drain {
     pub wait: Option<Arc<AtomicBool>>,
     /// Where frames that come meanwhile wait; without one they stay with their sender.
     pub behind: Option<Behind>,
+    /// Delivered to the end, and not yet noted.
+    pub ended: Vec<Source>,
 }
 
 /// A queue that is filled at one end while it is delivered at the other.
@@ -227,6 +258,8 @@ pub enum Step {
 pub struct Lane {
     gate: Gate,
     backlog: Backlog,
+    /// Of a drain that is over, what is not yet noted.
+    ended: Vec<Source>,
 }
 
 impl Default for Lane {
@@ -234,6 +267,7 @@ impl Default for Lane {
         Lane {
             gate: Gate::Forward,
             backlog: Backlog::default(),
+            ended: Vec::new(),
         }
     }
 }
@@ -340,7 +374,11 @@ impl Lane {
         if let Gate::Drain(d) = &mut self.gate {
             match d.step(&mut left, to, count) {
                 Step::More => return Step::More,
-                Step::Idle => self.gate = Gate::Forward,
+                Step::Idle => {
+                    self.ended.append(&mut d.ended);
+                    self.ended.extend(d.behind.take().map(|b| b.local));
+                    self.gate = Gate::Forward;
+                }
             }
         }
         while let Some(f) = self.backlog.front() {
@@ -357,6 +395,18 @@ impl Lane {
             self.backlog.pop();
         }
         Step::Idle
+    }
+
+    /// Notes what of the spool is delivered. To be called when the receiver can see it: a crash must rather repeat a burst
+    /// than lose it.
+    pub fn note(&mut self) {
+        if let Gate::Drain(d) = &mut self.gate {
+            d.note();
+        }
+        for s in self.ended.drain(..) {
+            s.note();
+            s.progress.finished.store(true, Ordering::Release);
+        }
     }
 
     /// Forward -> Hold. What waits in the backlog goes first. Returns the frames that found no room (zero if the queue has
@@ -392,13 +442,13 @@ impl Lane {
             return false;
         }
         if let Gate::Hold(writer) = std::mem::replace(&mut self.gate, Gate::Blocked) {
-            let reader = writer.queue().reader();
-            let local = Source { reader, progress };
+            let local = Source::new(writer.queue(), progress);
             self.gate = Gate::Drain(Box::new(Drain {
                 before,
                 older: VecDeque::new(),
                 wait: None,
                 behind: Some(Behind { writer, local }),
+                ended: Vec::new(),
             }));
         }
         true
@@ -432,13 +482,10 @@ impl Drain {
             return Step::More;
         }
         while let Some(stage) = self.older.front_mut() {
-            stage.sources.retain_mut(|s| {
-                let ended = s.step(left, to, count) && s.reader.finished();
-                if ended {
-                    s.progress.finished.store(true, Ordering::Release);
-                }
-                !ended
-            });
+            let ended = stage
+                .sources
+                .extract_if(.., |s| s.step(left, to, count) && s.reader.finished());
+            self.ended.extend(ended);
             if !stage.sources.is_empty() {
                 return Step::More;
             }
@@ -456,9 +503,21 @@ impl Drain {
                 return Step::More;
             }
             b.writer.seal();
-            b.local.progress.finished.store(true, Ordering::Release);
         }
         Step::Idle
+    }
+
+    fn note(&mut self) {
+        if let Some(stage) = self.older.front() {
+            stage.sources.iter().for_each(Source::note);
+        }
+        if let Some(b) = &self.behind {
+            b.local.note();
+        }
+        for s in self.ended.drain(..) {
+            s.note();
+            s.progress.finished.store(true, Ordering::Release);
+        }
     }
 }
 
@@ -694,7 +753,7 @@ mod tests {
                         }
                         let (writer, local) = spool.create(HoldId(holds), Kind::Local, &key).expect("a queue");
                         let source = |q: &Arc<crate::spool::Queue>| Source { reader: q.reader(), progress: Arc::default() };
-                        lane.drain(Box::new(Drain { before: None, older: [Stage { sources: vec![source(&q)], done: None }].into(), wait: None, behind: Some(Behind { writer, local: source(&local) }) }));
+                        lane.drain(Box::new(Drain { before: None, older: [Stage { sources: vec![source(&q)], done: None }].into(), wait: None, behind: Some(Behind { writer, local: source(&local) }), ended: Vec::new() }));
                     },
                     Op::Step => { lane.step(64, &mut send, &mut |_| dropped += 1); }
                 }
@@ -709,7 +768,7 @@ mod tests {
             } else if let Some(q) = held.take() {
                 let (writer, local) = spool.create(HoldId(9999), Kind::Local, &key).expect("a queue");
                 let source = |q: &Arc<crate::spool::Queue>| Source { reader: q.reader(), progress: Arc::default() };
-                lane.drain(Box::new(Drain { before: None, older: [Stage { sources: vec![source(&q)], done: None }].into(), wait: None, behind: Some(Behind { writer, local: source(&local) }) }));
+                lane.drain(Box::new(Drain { before: None, older: [Stage { sources: vec![source(&q)], done: None }].into(), wait: None, behind: Some(Behind { writer, local: source(&local) }), ended: Vec::new() }));
             }
             while lane.step(64, &mut |f: &Frame<'_>| { out.push(number(f)); Sent::Yes }, &mut |_| dropped += 1) == Step::More {}
             prop_assert!(matches!(lane.gate, Gate::Forward));

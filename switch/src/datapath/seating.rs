@@ -26,6 +26,8 @@ pub struct Seating {
     pinned: Vec<Vec<usize>>,
     /// Who served the queues that have left since: what they have sent waits in that worker's lanes.
     last: BTreeMap<QueueId, usize>,
+    /// Ports whose seats are those of an earlier run.
+    restored: Vec<usize>,
 }
 
 impl Seating {
@@ -38,6 +40,7 @@ impl Seating {
             pins: 0,
             pinned: Vec::new(),
             last: BTreeMap::new(),
+            restored: Vec::new(),
         }
     }
 
@@ -80,6 +83,12 @@ impl Seating {
     /// Who serves a queue.
     pub fn owner(&self, id: QueueId) -> Option<usize> {
         self.owners.get(&id).copied()
+    }
+
+    /// Who serves the queues of a port.
+    pub fn served(&self, port: usize) -> Vec<(u16, usize)> {
+        let mine = self.owners.iter().filter(|(id, _)| id.port == port);
+        mine.map(|(id, w)| (id.queue, *w)).collect()
     }
 
     /// Queues that a worker has of a port.
@@ -147,12 +156,42 @@ impl Seating {
         self.pins += 1;
     }
 
+    /// While something is pinned: these workers had a port's lanes in an earlier run of the switch, and served its queues. They
+    /// have them again; workers that there are not do not count.
+    pub fn seat_again(&mut self, port: usize, workers: &[usize], queues: &[(u16, usize)]) {
+        let there = self.load.len();
+        let Some(seats) = self.pinned.get_mut(port) else {
+            return;
+        };
+        let all = workers.iter().copied().filter(|w| *w < there);
+        if !self.restored.contains(&port) {
+            self.restored.push(port);
+            let all: Vec<usize> = all.clone().collect();
+            if !all.is_empty() {
+                *seats = all;
+            }
+        }
+        for w in all {
+            if !seats.contains(&w) {
+                seats.push(w);
+            }
+        }
+        for (queue, w) in queues.iter().filter(|(_, w)| *w < there) {
+            let id = QueueId {
+                port,
+                queue: *queue,
+            };
+            self.last.entry(id).or_insert(*w);
+        }
+    }
+
     /// Takes one [`Seating::pin`] back.
     pub fn unpin(&mut self) {
         self.pins = self.pins.saturating_sub(1);
         if self.pins == 0 {
             self.pinned.clear();
             self.last.clear();
+            self.restored.clear();
         }
     }
 
@@ -275,6 +314,23 @@ mod tests {
         s.unpin();
         assert!(s.dismiss());
         assert_eq!((s.load.clone(), s.seats(1)), (vec![2], vec![0]));
+    }
+
+    #[test]
+    fn a_hold_of_an_earlier_run_has_its_seats_again() {
+        let mut s = Seating::new(3);
+        s.pin(2);
+        s.seat_again(0, &[2, 1, 7], &[(0, 2), (1, 1), (2, 7)]);
+        // Another hold of the same time says the same.
+        s.seat_again(0, &[2, 1], &[(0, 2)]);
+        let id = |queue| QueueId { port: 0, queue };
+        assert_eq!(s.seats(0), [2, 1]);
+        assert_eq!(s.seats(1), [1], "as without");
+        assert_eq!([s.place(id(1)), s.place(id(0))], [1, 2]);
+        assert!([1, 2].contains(&s.place(id(2))), "worker 7 is gone");
+        s.unpin();
+        s.pin(2);
+        assert_eq!(s.seats(1), [1]);
     }
 
     proptest! {

@@ -376,6 +376,7 @@ fn a_freeze_is_one_cut_over_all_workers_and_a_drain_keeps_order() {
                 older: [stage].into(),
                 wait: None,
                 behind: Some(Behind { writer, local: own }),
+                ended: Vec::new(),
             };
             commands.push(Command::Drain(seat, 2, Box::new(drain)));
         }

@@ -14,7 +14,7 @@ use super::crew::{Place, Unpinned};
 use super::egress::{Egress, Towards};
 use super::engine::Shared;
 use super::flow::{Flow, Flows, Key};
-use super::lane::{Drain, Gate, Lane, Progress, Step};
+use super::lane::{Drain, Gate, Lane, Progress};
 use super::parse;
 use super::stats::{Drop, Run, Traffic, add};
 use super::targets::Targets;
@@ -27,8 +27,8 @@ use crate::sys::{self, Affinity};
 const SPINS: u32 = 2;
 /// How often it looks again while a receiver has no room, or a sender's frames have no place.
 const RETRY: Duration = Duration::from_micros(250);
-/// Frames that one lane delivers per round while it drains.
-const DRAIN_BUDGET: usize = 64;
+/// Frames that one lane delivers per round while it drains, and that may come twice if the switch is killed then.
+const DRAIN_BUDGET: usize = BURST;
 
 /// A receive queue and where its frames go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -671,18 +671,22 @@ impl Side {
         let mut egress = Egress::new(round, sent_to);
         let mut moved = false;
         let lanes = &mut self.lanes;
-        self.pending.retain(|&to| {
+        for &to in &self.pending {
             let counters = &round.shared.ports[to].counters;
             let mut sink = Towards {
                 egress: &mut egress,
                 to,
                 moved: false,
             };
-            let step = lanes[to].step(DRAIN_BUDGET, &mut sink, &mut |why| counters.drop(why));
+            lanes[to].step(DRAIN_BUDGET, &mut sink, &mut |why| counters.drop(why));
             moved |= sink.moved;
-            step == Step::More
-        });
+        }
         egress.flush();
+        // Now the receivers have it.
+        self.pending.retain(|&to| {
+            lanes[to].note();
+            lanes[to].pending()
+        });
         moved
     }
 }

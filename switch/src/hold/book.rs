@@ -4,7 +4,7 @@ use gangway_shared::api::{HoldInfo, HoldState, LedgerPage, Refusal, RefusalCode,
 use gangway_shared::id::HoldId;
 use gangway_shared::ledger::{LaneKind, Ledger, LedgerLane, Stage};
 
-use super::manager::Host;
+use super::Host;
 use super::refuse;
 use crate::datapath::lane::Progress;
 use crate::datapath::worker::now_ns;

@@ -8,7 +8,11 @@
 //! ```
 //! `~~>` happens by itself: every lane was acknowledged, delivered, or put back.
 //!
+//! Every move is written down ([`Persist`]) before anybody is told of it, so that a switch that starts again knows where its
+//! holds stand ([`taken_up`]).
+//!
 //! Invariant: no I/O, no clock. A repeated request is `Again`, never an error, so that a coordinator may ask twice.
+//! Invariant: what can't be taken back is written down before it is begun.
 
 use gangway_shared::api::{HoldState, Role, Scope};
 
@@ -37,11 +41,21 @@ pub enum Event {
     Release,
 }
 
+/// When the new state is written down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Persist {
+    /// First, then carry it out: a switch that dies in between goes on with it.
+    First,
+    /// Carry it out, write it down, answer: a switch that dies in between stands where it stood, and is asked again. What is
+    /// written down of a hold that is over is that nothing is there any more: its record goes with its queues.
+    Then,
+}
+
 /// What to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// Carry it out; then the hold is in this state.
-    Go(HoldState),
+    Go(HoldState, Persist),
     /// It was done before: answer as then.
     Again,
     /// Not in this state.
@@ -52,35 +66,63 @@ pub enum Verdict {
 pub fn step(role: Role, state: HoldState, event: Event) -> Verdict {
     use Event as E;
     use HoldState as S;
+    use Persist::{First, Then};
     use Verdict::{Again, Go, No};
     match (role, state, event) {
-        (Role::Source, S::Open, E::Freeze(Scope::Inside)) => Go(S::FrozenInside),
-        (Role::Source, S::Open | S::FrozenInside, E::Freeze(Scope::All)) => Go(S::Frozen),
+        (Role::Source, S::Open, E::Freeze(Scope::Inside)) => Go(S::FrozenInside, Then),
+        (Role::Source, S::Open | S::FrozenInside, E::Freeze(Scope::All)) => Go(S::Frozen, Then),
         (Role::Source, S::FrozenInside, E::Freeze(Scope::Inside)) => Again,
         (Role::Source, S::Frozen | S::Sealed, E::Freeze(_)) => Again,
-        (Role::Source, S::Frozen, E::Seal) => Go(S::Sealed),
+        (Role::Source, S::Frozen, E::Seal) => Go(S::Sealed, Then),
         (Role::Source, S::Sealed | S::Departing | S::Departed, E::Seal) => Again,
-        (Role::Source, S::Sealed, E::Depart) => Go(S::Departing),
+        (Role::Source, S::Sealed, E::Depart) => Go(S::Departing, First),
         (Role::Source, S::Departing | S::Departed, E::Depart) => Again,
-        (Role::Source, S::Departing, E::Acknowledged) => Go(S::Departed),
-        (Role::Source, S::Departed, E::Release) => Go(S::Released),
+        (Role::Source, S::Departing, E::Acknowledged) => Go(S::Departed, Then),
+        (Role::Source, S::Departed, E::Release) => Go(S::Released, Then),
         (Role::Source, S::Open | S::FrozenInside | S::Frozen | S::Sealed, E::Abort) => {
-            Go(S::Aborting)
+            Go(S::Aborting, First)
         }
-        (Role::Source, S::Aborting, E::Drained) => Go(S::Aborted),
+        (Role::Source, S::Aborting, E::Drained) => Go(S::Aborted, Then),
 
-        (Role::Target, S::Prepared, E::Restore) => Go(S::Restored),
+        (Role::Target, S::Prepared, E::Restore) => Go(S::Restored, Then),
         (Role::Target, S::Restored | S::Draining | S::Live, E::Restore) => Again,
-        (Role::Target, S::Restored, E::Commit) => Go(S::Draining),
+        (Role::Target, S::Restored, E::Commit) => Go(S::Draining, First),
         (Role::Target, S::Draining | S::Live, E::Commit) => Again,
-        (Role::Target, s @ (S::Draining | S::Live), E::Announce) => Go(s),
-        (Role::Target, S::Draining, E::Drained) => Go(S::Live),
-        (Role::Target, S::Live, E::Release) => Go(S::Released),
-        (Role::Target, S::Prepared | S::Restored, E::Abort) => Go(S::Aborted),
+        (Role::Target, s @ (S::Draining | S::Live), E::Announce) => Go(s, First),
+        (Role::Target, S::Draining, E::Drained) => Go(S::Live, Then),
+        (Role::Target, S::Live, E::Release) => Go(S::Released, Then),
+        (Role::Target, S::Prepared | S::Restored, E::Abort) => Go(S::Aborted, Then),
 
         (_, S::Released, E::Release) => Again,
         (_, S::Aborting | S::Aborted, E::Abort | E::Release) => Again,
         _ => No,
+    }
+}
+
+/// What recovery has found of a hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Found {
+    /// All queues that the source has named are there, and those between the group's VMs are sealed and intact.
+    pub complete: bool,
+}
+
+/// Where a hold stands that was written down in `state`: there, unless what was verified is not there any more (a disk
+/// that lied). Lanes that have drained drain once more, of nothing.
+pub fn taken_up(role: Role, state: HoldState, found: Found) -> HoldState {
+    match (role, state) {
+        (Role::Target, HoldState::Restored) if !found.complete => HoldState::Prepared,
+        (Role::Target, HoldState::Live) => HoldState::Draining,
+        (_, s) => s,
+    }
+}
+
+/// Whether a source's lane holds when the hold is taken up. `waits`: it was written to, and not all of that was delivered;
+/// then it was held, whatever is written down.
+pub fn holds(state: HoldState, inside: bool, waits: bool) -> bool {
+    match state {
+        HoldState::Open => waits,
+        HoldState::FrozenInside => inside || waits,
+        _ => true,
     }
 }
 
@@ -124,7 +166,7 @@ mod tests {
         for role in [Role::Source, Role::Target] {
             for s in STATES {
                 for e in EVENTS {
-                    if let v @ (Verdict::Go(_) | Verdict::Again) = step(role, s, e) {
+                    if let v @ (Verdict::Go(..) | Verdict::Again) = step(role, s, e) {
                         text.push_str(&format!("{role:?} {s:?} + {e:?} = {v:?}\n"));
                     }
                 }
@@ -156,7 +198,7 @@ mod tests {
         for role in [Role::Source, Role::Target] {
             for s in STATES {
                 for e in EVENTS {
-                    if let Verdict::Go(to) = step(role, s, e)
+                    if let Verdict::Go(to, _) = step(role, s, e)
                         && !matches!(e, Event::Acknowledged | Event::Drained)
                     {
                         assert_ne!(step(role, to, e), Verdict::No, "{role:?} {to:?} {e:?}");

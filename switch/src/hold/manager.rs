@@ -1,207 +1,41 @@
 //! Answers the control requests that concern ports, links and holds.
 
-use std::collections::{BTreeMap, HashMap};
-use std::net::IpAddr;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use gangway_shared::api::{
-    FdbInfo, HoldInfo, HoldOpen, HoldState, HostInfo, IncomingPrepare, LinkInfo, PortInfo,
-    QueueInfo, Refusal, RefusalCode, Reply, Request, Role,
+    HoldInfo, HoldOpen, HoldState, IncomingPrepare, Refusal, RefusalCode, Reply, Request, Role,
+    Scope,
 };
-use gangway_shared::config::HostConfig;
-use gangway_shared::id::{HoldId, MacAddr};
+use gangway_shared::id::HoldId;
 
-use super::book;
-use super::machine::{Event, Verdict, step};
-use super::refuse;
+use super::machine::{Event, Persist, Verdict, step};
+use super::record::{RecordFile, Stand};
+use super::restart::Left;
 use super::source::SourceHold;
 use super::target::TargetHold;
-use super::workers;
+use super::{book, listing, refuse, workers};
 use crate::control::Handler;
-use crate::datapath::Engine;
-use crate::datapath::engine::Mode;
-use crate::datapath::stats::{DROP_NAMES, link_total, port_total};
-use crate::datapath::worker::{Command, Outcome, now_ns};
-use crate::port::tap::VmTap;
-use crate::port::{Attach, Burst, VnetHdr};
-use crate::ship::{Acceptor, Incoming, Outgoing, OutgoingArgs};
-use crate::spool::{Kind, Spool};
+use crate::datapath::worker::now_ns;
+use crate::spool::Kind;
 
-/// How long the target's switch may take to accept a shipment.
-const CONNECT: Duration = Duration::from_secs(5);
+pub use super::host::Host;
+
 /// How long a restore waits for the last acknowledgements.
 const RESTORE: Duration = Duration::from_secs(5);
 /// How long frames wait for a VM that is stopped when its hold was put back.
 const AWAIT_VM: Duration = Duration::from_secs(30);
+/// How long a source that was restarted behind its last acknowledgement waits for its repetition.
+const HEAR: Duration = Duration::from_secs(2);
 /// How often a hold that moves by itself is looked at.
 const TICK: Duration = Duration::from_millis(1);
 /// When an announcement is repeated, after the first.
 const ANNOUNCE_AGAIN_MS: [u64; 5] = [20, 80, 200, 500, 1000];
 /// Ended holds that are remembered for reports.
 const KEEP: usize = 64;
-
-/// What the VMM channel knows of a VM.
-pub trait Vms: Send + Sync {
-    /// The process behind its QMP socket.
-    fn pid(&self, vm: &str) -> Option<u32>;
-    /// As QEMU has said last: `running`, `paused`, ... (qapi/run-state.json, RunState).
-    fn status(&self, vm: &str) -> Option<String>;
-}
-
-/// What holds are carried out on.
-pub struct Host {
-    /// Workers, ports, FDB.
-    pub engine: Arc<Engine>,
-    /// Where held frames go.
-    pub spool: Arc<Spool>,
-    /// Expected shipments.
-    pub acceptor: Arc<Acceptor>,
-    /// To dial other switches; absent without `control.listen`.
-    pub dialer: Option<(quinn::Endpoint, quinn::ClientConfig)>,
-    /// For the shipments' tasks.
-    pub runtime: tokio::runtime::Handle,
-    /// TAPs of VMs, by port index.
-    pub taps: HashMap<usize, Arc<VmTap>>,
-    /// For what only QEMU knows.
-    pub vms: Arc<dyn Vms>,
-    /// The configuration.
-    pub config: HostConfig,
-}
-
-impl Host {
-    pub(super) fn batch(&self, commands: Vec<Command>) -> Result<Outcome, Refusal> {
-        self.engine
-            .batch(commands)
-            .map_err(|e| refuse(RefusalCode::Internal, e.to_string()))
-    }
-
-    pub(super) fn dial(&self, args: &HoldOpen) -> Result<Arc<Outgoing>, Refusal> {
-        let Some((endpoint, client)) = self.dialer.clone() else {
-            return Err(refuse(
-                RefusalCode::State,
-                "this switch has no control.listen and [tls]; it cannot ship",
-            ));
-        };
-        let out = Outgoing::start(
-            self.runtime.clone(),
-            endpoint,
-            client,
-            OutgoingArgs {
-                hold: args.hold,
-                ticket: args.ticket,
-                target_address: args.target_address.clone(),
-                target_host: args.target_host.clone(),
-            },
-        );
-        out.wait_connected(CONNECT).map_err(|e| {
-            out.abort();
-            refuse(
-                RefusalCode::Peer,
-                format!(
-                    "switch of {} at {}: {e}",
-                    args.target_host, args.target_address
-                ),
-            )
-        })?;
-        Ok(out)
-    }
-
-    pub(super) fn expect(&self, args: &IncomingPrepare) -> Result<Arc<Incoming>, Refusal> {
-        let incoming = Incoming::new(
-            self.spool.clone(),
-            args.hold,
-            args.ticket,
-            args.source_host.clone(),
-        );
-        self.acceptor.register(incoming.clone());
-        Ok(incoming)
-    }
-
-    pub(super) fn unexpect(&self, hold: HoldId) {
-        self.acceptor.unregister(hold);
-    }
-
-    pub(super) fn free_spool(&self, hold: HoldId) {
-        if let Err(e) = self.spool.remove_hold(hold) {
-            tracing::error!("the spool of hold {hold} is not freed: {e}");
-        }
-    }
-
-    /// Configured, or the one address learned there.
-    pub fn mac_of(&self, port: usize) -> Option<MacAddr> {
-        let shared = self.engine.shared();
-        shared.ports[port].mac.or_else(|| {
-            let all = shared.fdb.list(shared.now_s());
-            all.into_iter()
-                .filter(|e| e.port == port && !shared.ports[port].uplink)
-                .min_by_key(|e| e.age_s)
-                .map(|e| e.mac)
-        })
-    }
-
-    /// Duplicates the descriptors of a VM's TAP: without them what it has not taken when it stops is lost.
-    pub(super) fn adopt_tap(&self, port: usize) -> Result<(), Refusal> {
-        let Some(tap) = self.taps.get(&port) else {
-            return Ok(());
-        };
-        let p = &self.engine.shared().ports[port];
-        let name = &p.name;
-        let pid = p.vm.as_deref().and_then(|vm| self.vms.pid(vm));
-        let Some(pid) = pid else {
-            let what = format!(
-                "port {name}: the process of its VM is unknown; does QEMU run, with the QMP socket of this host's configuration?"
-            );
-            return Err(refuse(RefusalCode::State, what));
-        };
-        let adopted = tap.adopt(pid);
-        adopted.map_err(|e| refuse(RefusalCode::State, format!("port {name}: {e}")))
-    }
-
-    pub(super) fn tap_empty(&self, port: usize, timeout: Duration) -> bool {
-        self.taps.get(&port).is_none_or(|t| t.wait_empty(timeout))
-    }
-
-    /// The oldest frame that waits in a stopped VM's TAP.
-    pub(super) fn tap_read_back(&self, port: usize) -> Result<Option<(VnetHdr, Vec<u8>)>, Refusal> {
-        let Some(tap) = self.taps.get(&port) else {
-            return Ok(None);
-        };
-        let name = &self.engine.shared().ports[port].name;
-        let read = tap.read_back(1);
-        read.map(|mut f| f.pop())
-            .map_err(|e| refuse(RefusalCode::State, format!("port {name}: {e}")))
-    }
-
-    /// Waits until what a stopped VM has sent through its TAP is taken by the workers. (A vhost-user VM's frames stay
-    /// in its own memory and travel with it.)
-    pub(super) fn settle_rx(&self, port: usize, until: Instant) -> Result<(), Refusal> {
-        if !self.taps.contains_key(&port) {
-            return Ok(());
-        }
-        loop {
-            let Some(mut rx) = self.engine.detach_rx(port, 0) else {
-                return Ok(());
-            };
-            let mut burst = Burst::new();
-            rx.burst(&mut burst);
-            let left = burst.len();
-            drop(burst);
-            self.engine.attach_rx(port, 0, rx);
-            if left == 0 {
-                return Ok(());
-            }
-            if Instant::now() > until {
-                let name = &self.engine.shared().ports[port].name;
-                let what = format!(
-                    "port {name} still gives frames: is its VM stopped, has the spool room?"
-                );
-                return Err(refuse(RefusalCode::Timeout, what));
-            }
-            std::thread::sleep(Duration::from_micros(300));
-        }
-    }
-}
+/// Holds of which only is remembered that they were ended.
+const ENDED: usize = 1024;
 
 enum End {
     Source(SourceHold),
@@ -211,12 +45,58 @@ enum End {
 struct Hold {
     info: HoldInfo,
     end: End,
+    /// Where it stands, besides what `info` says.
+    stand: Stand,
+    file: RecordFile,
 }
 
 impl Hold {
+    fn new(info: HoldInfo, end: End, stand: Stand, file: RecordFile) -> Hold {
+        Hold {
+            info,
+            end,
+            stand,
+            file,
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        matches!(self.info.state, HoldState::Released | HoldState::Aborted)
+    }
+
+    /// Writes down that it is in this state. What is over has no record.
+    fn note(&mut self, state: HoldState) -> Result<(), Refusal> {
+        if matches!(state, HoldState::Released | HoldState::Aborted) {
+            return Ok(());
+        }
+        if let (HoldState::Restored, End::Target(t)) = (state, &self.end) {
+            self.stand.named = t.named();
+        }
+        let i = &self.info;
+        self.stand = Stand {
+            state,
+            frozen_ns: i.frozen_ns,
+            thawed_ns: i.thawed_ns,
+            drained_ns: i.drained_ns,
+            ..self.stand
+        };
+        self.file.put(&self.stand).map_err(|e| {
+            let what = format!("hold {} can't be written down: {e}", self.info.hold);
+            refuse(RefusalCode::Resources, what)
+        })
+    }
+
+    /// It has moved by itself: written down, then so.
+    fn became(&mut self, state: HoldState) {
+        if let Err(e) = self.note(state) {
+            tracing::error!("{e}");
+        }
+        self.info.state = state;
+    }
+
     fn snapshot(&self, host: &Host) -> HoldInfo {
         let mut i = self.info.clone();
-        if !matches!(i.state, HoldState::Released | HoldState::Aborted) {
+        if !self.is_over() {
             (i.lanes, i.error) = match &self.end {
                 End::Source(s) => (s.lanes(host), s.error()),
                 End::Target(t) => (t.lanes(), t.error()),
@@ -241,6 +121,11 @@ impl Hold {
 pub struct Manager {
     host: Arc<Host>,
     holds: Mutex<BTreeMap<HoldId, Arc<Mutex<Hold>>>>,
+    /// Aborted without having been known here: an order to open one of them that comes now was late. In memory is
+    /// enough: what was on its way to this process dies with it.
+    ended: Mutex<VecDeque<HoldId>>,
+    /// Of an earlier run, not taken up, and why.
+    left: Mutex<BTreeMap<HoldId, String>>,
     /// Opening is done by one at a time, so that two holds cannot claim the same port.
     opening: Mutex<()>,
     start: Instant,
@@ -258,14 +143,89 @@ impl Manager {
         Manager {
             host: Arc::new(host),
             holds: Mutex::default(),
+            ended: Mutex::default(),
+            left: Mutex::default(),
             opening: Mutex::default(),
             start: Instant::now(),
         }
     }
 
+    /// Takes up what an earlier run has left. Before any port is attached, and before control answers.
+    pub fn take_up(&self, left: Vec<Left>) {
+        for l in left {
+            let (hold, frames) = (l.hold, l.frames());
+            match l.record {
+                Ok(Some((record, stand, file))) => {
+                    let taken = match record.role {
+                        Role::Source => {
+                            SourceHold::take_up(&self.host, &record, stand.state, l.queues)
+                                .map(|s| (End::Source(s), stand.state))
+                        }
+                        Role::Target => TargetHold::take_up(&self.host, &record, &stand, l.queues)
+                            .map(|(t, state)| (End::Target(t), state)),
+                    };
+                    match taken {
+                        Ok((end, state)) => {
+                            tracing::warn!(%hold, "taken up: {state:?} on the {:?}, {frames} frames wait", record.role);
+                            let mut i = info(hold, record.role, state, record.vms, record.peer);
+                            (i.frozen_ns, i.thawed_ns, i.drained_ns) =
+                                (stand.frozen_ns, stand.thawed_ns, stand.drained_ns);
+                            let x = Hold::new(i, end, stand, file);
+                            lock(&self.holds).insert(hold, Arc::new(Mutex::new(x)));
+                            self.go_on(hold, state, &stand);
+                        }
+                        Err(e) => self.leave(hold, frames, &e.to_string()),
+                    }
+                }
+                // Its opening was not answered, so nothing was ever held.
+                Ok(None) if frames == 0 => {
+                    drop(l.queues);
+                    self.host.free_spool(hold);
+                }
+                Ok(None) => self.leave(hold, frames, "there is no record of it"),
+                Err(e) => self.leave(hold, frames, &e.to_string()),
+            }
+        }
+    }
+
+    /// As if the process had died: shipments end without a word, nothing is put back.
+    #[cfg(test)]
+    pub(super) fn vanish(&self) {
+        for (id, h) in std::mem::take(&mut *lock(&self.holds)) {
+            match &lock(&h).end {
+                End::Source(s) => s.vanish(),
+                End::Target(_) => self.host.unexpect(id),
+            }
+        }
+    }
+
+    fn leave(&self, hold: HoldId, frames: u64, why: &str) {
+        tracing::error!(%hold, "NOT taken up, {frames} frames stay in the spool: {why}");
+        let what = format!("{frames} frames of an earlier run are in the spool: {why}");
+        lock(&self.left).insert(hold, what);
+    }
+
+    /// Of holds that were not taken up.
+    fn left_over(&self) -> Option<String> {
+        let left = lock(&self.left);
+        let all: Vec<_> = left
+            .iter()
+            .map(|(h, why)| format!("hold {h}: {why}"))
+            .collect();
+        (!all.is_empty()).then(|| all.join("; "))
+    }
+
     fn find(&self, id: HoldId) -> Result<Arc<Mutex<Hold>>, Refusal> {
-        let unknown = || refuse(RefusalCode::Unknown, format!("no hold {id} on this host"));
-        lock(&self.holds).get(&id).cloned().ok_or_else(unknown)
+        if let Some(hold) = lock(&self.holds).get(&id) {
+            return Ok(hold.clone());
+        }
+        Err(match lock(&self.left).get(&id) {
+            Some(why) => refuse(
+                RefusalCode::State,
+                format!("hold {id} could not be taken up: {why}"),
+            ),
+            None => refuse(RefusalCode::Unknown, format!("no hold {id} on this host")),
+        })
     }
 
     /// Ports of the VMs, checked to be free.
@@ -288,8 +248,7 @@ impl Manager {
         let all: Vec<_> = lock(&self.holds).values().cloned().collect();
         for h in all {
             let h = lock(&h);
-            let over = matches!(h.info.state, HoldState::Released | HoldState::Aborted);
-            if let Some(p) = group.iter().find(|p| !over && h.group().contains(p)) {
+            if let Some(p) = group.iter().find(|p| !h.is_over() && h.group().contains(p)) {
                 let what = format!(
                     "port {} is taken by hold {} ({:?})",
                     ports[*p].name, h.info.hold, h.info.state
@@ -300,40 +259,48 @@ impl Manager {
         Ok(group)
     }
 
-    fn keep(&self, info: HoldInfo, end: End) -> Reply {
+    /// A hold that was opened and written down; not if it was aborted meanwhile.
+    fn keep(&self, hold: Hold) -> Answer {
         let mut holds = lock(&self.holds);
+        let id = hold.info.hold;
+        if lock(&self.ended).contains(&id) {
+            match hold.end {
+                End::Source(mut s) => s.cancel(&self.host),
+                End::Target(mut t) => t.abort(&self.host),
+            }
+            return Err(late(id));
+        }
         if holds.len() >= KEEP {
             // One that is busy at the moment, or still waits for a VM, is not over.
             let over = |h: &Arc<Mutex<Hold>>| {
                 h.try_lock().is_ok_and(|h| {
                     let waits = matches!(&h.end, End::Source(s) if s.is_armed());
-                    !waits && matches!(h.info.state, HoldState::Released | HoldState::Aborted)
+                    !waits && h.is_over()
                 })
             };
             if let Some(old) = holds.iter().find(|(_, h)| over(h)).map(|(id, _)| *id) {
                 holds.remove(&old);
             }
         }
-        let reply = Reply::Hold(info.clone());
-        holds.insert(info.hold, Arc::new(Mutex::new(Hold { info, end })));
-        reply
+        let reply = Reply::Hold(hold.info.clone());
+        holds.insert(id, Arc::new(Mutex::new(hold)));
+        Ok(reply)
     }
 
     fn again(&self, id: HoldId, role: Role) -> Option<Answer> {
+        if lock(&self.ended).contains(&id) {
+            return Some(Err(late(id)));
+        }
         let h = lock(&self.holds).get(&id).cloned()?;
         let h = lock(&h);
-        Some(
-            if h.info.role == role
-                && !matches!(h.info.state, HoldState::Released | HoldState::Aborted)
-            {
-                Ok(Reply::Hold(h.snapshot(&self.host)))
-            } else {
-                Err(refuse(
-                    RefusalCode::Busy,
-                    format!("hold {id} exists already, {:?}", h.info.state),
-                ))
-            },
-        )
+        Some(if h.info.role == role && !h.is_over() {
+            Ok(Reply::Hold(h.snapshot(&self.host)))
+        } else {
+            Err(refuse(
+                RefusalCode::Busy,
+                format!("hold {id} exists already, {:?}", h.info.state),
+            ))
+        })
     }
 
     fn open(&self, args: HoldOpen) -> Answer {
@@ -342,31 +309,45 @@ impl Manager {
             return a;
         }
         let group = self.claim(&args.vms)?;
-        let end = SourceHold::open(&self.host, &args, group)?;
+        let (end, file) = SourceHold::open(&self.host, &args, group)?;
         tracing::info!(hold = %args.hold, "opened towards {}: {}", args.target_host, args.vms.join(", "));
-        let id = args.hold;
-        let reply = self.keep(
-            info(
-                args.hold,
-                Role::Source,
-                HoldState::Open,
-                args.vms,
-                args.target_host,
-            ),
-            End::Source(end),
-        );
-        // A VM that stops before the freeze (its migration converged by itself, its coordinator died): what comes for it
-        // is held from then on, as if the coordinator had asked.
+        let (id, state) = (args.hold, HoldState::Open);
+        let i = info(id, Role::Source, state, args.vms, args.target_host);
+        let stand = Stand::new(state);
+        let reply = self.keep(Hold::new(i, End::Source(end), stand, file))?;
+        self.go_on(id, state, &stand);
+        Ok(reply)
+    }
+
+    /// What a hold in this state does by itself.
+    fn go_on(&self, id: HoldId, state: HoldState, stand: &Stand) {
+        match state {
+            HoldState::Open | HoldState::FrozenInside => self.watch_open(id),
+            HoldState::Departing => self.watch_departing(id, stand.grace_ms),
+            HoldState::Aborting => self.watch_put_back(id),
+            HoldState::Draining => {
+                self.watch_draining(id);
+                if stand.announced {
+                    self.announce_again(id);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// A VM that stops before the freeze (its migration converged by itself, its coordinator died): what comes for it
+    /// is held from then on, as if the coordinator had asked.
+    fn watch_open(&self, id: HoldId) {
         self.follow(id, |host, h| {
             let early = matches!(h.info.state, HoldState::Open | HoldState::FrozenInside);
             let End::Source(s) = &mut h.end else {
                 return true;
             };
             if early && s.stopped(host) {
-                match s.freeze(host, gangway_shared::api::Scope::All) {
+                match s.freeze(host, Scope::All) {
                     Ok((at, _)) => {
                         h.info.frozen_ns = at;
-                        h.info.state = HoldState::Frozen;
+                        h.became(HoldState::Frozen);
                         tracing::info!(hold = %h.info.hold, "a VM has stopped by itself: frozen");
                     }
                     Err(e) => tracing::error!("{e}"),
@@ -374,7 +355,6 @@ impl Manager {
             }
             !early
         });
-        Ok(reply)
     }
 
     fn prepare(&self, args: IncomingPrepare) -> Answer {
@@ -407,21 +387,15 @@ impl Manager {
             );
             return Err(refuse(RefusalCode::Busy, what));
         }
-        let end = TargetHold::prepare(&self.host, &args, group)?;
+        let (end, file) = TargetHold::prepare(&self.host, &args, group)?;
         tracing::info!(hold = %args.hold, "expecting {} from {}", args.vms.join(", "), args.source_host);
-        Ok(self.keep(
-            info(
-                args.hold,
-                Role::Target,
-                HoldState::Prepared,
-                args.vms,
-                args.source_host,
-            ),
-            End::Target(end),
-        ))
+        let state = HoldState::Prepared;
+        let i = info(args.hold, Role::Target, state, args.vms, args.source_host);
+        self.keep(Hold::new(i, End::Target(end), Stand::new(state), file))
     }
 
-    /// Checks the transition, carries it out, notes the state.
+    /// Checks the transition, carries it out, and writes the state down, in the order that the machine says. That an abort
+    /// can't be written down is no reason not to put things back.
     fn advance(
         &self,
         id: HoldId,
@@ -439,12 +413,40 @@ impl Manager {
                 Err(refuse(RefusalCode::State, what))
             }
             Verdict::Again => Ok(Reply::Hold(h.snapshot(&self.host))),
-            Verdict::Go(next) => {
-                let Hold { info, end } = &mut *h;
-                let reply = act(end, info)?;
-                info.state = next;
-                tracing::info!(hold = %id, "{event:?}: {next:?}");
-                Ok(reply.unwrap_or_else(|| Reply::Hold(h.snapshot(&self.host))))
+            Verdict::Go(next, persist) => {
+                let before = h.stand;
+                h.stand.announced |= event == Event::Announce;
+                let noted = match persist {
+                    Persist::First => h.note(next),
+                    Persist::Then => Ok(()),
+                };
+                if let (Err(e), false) = (&noted, event == Event::Abort) {
+                    h.stand = before;
+                    return Err(e.clone());
+                }
+                let Hold { info, end, .. } = &mut *h;
+                match act(end, info) {
+                    Ok(reply) => {
+                        if persist == Persist::Then {
+                            h.note(next)?;
+                        }
+                        if let Err(e) = noted {
+                            tracing::error!("{e}");
+                        }
+                        h.info.state = next;
+                        tracing::info!(hold = %id, "{event:?}: {next:?}");
+                        Ok(reply.unwrap_or_else(|| Reply::Hold(h.snapshot(&self.host))))
+                    }
+                    Err(e) => {
+                        h.stand = before;
+                        if persist == Persist::First
+                            && let Err(e) = h.note(before.state)
+                        {
+                            tracing::error!("{e}");
+                        }
+                        Err(e)
+                    }
+                }
             }
         }
     }
@@ -470,7 +472,7 @@ impl Manager {
         }
     }
 
-    fn freeze(&self, hold: HoldId, scope: gangway_shared::api::Scope) -> Answer {
+    fn freeze(&self, hold: HoldId, scope: Scope) -> Answer {
         let host = &self.host;
         let reply = self.advance(hold, Event::Freeze(scope), |end, info| {
             let End::Source(s) = end else { return Ok(None) };
@@ -487,9 +489,11 @@ impl Manager {
         })
     }
 
-    fn depart(&self, hold: HoldId, grace: Duration) -> Answer {
+    fn depart(&self, hold: HoldId, grace_ms: u64) -> Answer {
         let host = &self.host;
         let mut first = false;
+        let grace_ms = u32::try_from(grace_ms).unwrap_or(u32::MAX);
+        lock(&*self.find(hold)?).stand.grace_ms = grace_ms;
         let reply = self.advance(hold, Event::Depart, |end, info| {
             if let End::Source(s) = end {
                 s.depart(host);
@@ -499,26 +503,30 @@ impl Manager {
             Ok(None)
         })?;
         if first {
-            let until = Instant::now() + grace;
-            self.follow(hold, move |host, h| {
-                let End::Source(s) = &mut h.end else {
-                    return true;
-                };
-                match s.departed(host, Instant::now() > until) {
-                    Ok(false) => false,
-                    Ok(true) => {
-                        h.info.state = HoldState::Departed;
-                        h.info.drained_ns = now_ns();
-                        true
-                    }
-                    Err(e) => {
-                        tracing::error!("{e}");
-                        false
-                    }
-                }
-            });
+            self.watch_departing(hold, grace_ms);
         }
         Ok(reply)
+    }
+
+    fn watch_departing(&self, hold: HoldId, grace_ms: u32) {
+        let until = Instant::now() + Duration::from_millis(grace_ms.into());
+        self.follow(hold, move |host, h| {
+            let End::Source(s) = &mut h.end else {
+                return true;
+            };
+            match s.departed(host, Instant::now() > until) {
+                Ok(false) => false,
+                Ok(true) => {
+                    h.info.drained_ns = now_ns();
+                    h.became(HoldState::Departed);
+                    true
+                }
+                Err(e) => {
+                    tracing::error!("{e}");
+                    false
+                }
+            }
+        });
     }
 
     fn commit(&self, hold: HoldId) -> Answer {
@@ -533,17 +541,21 @@ impl Manager {
             Ok(None)
         })?;
         if first {
-            self.follow(hold, |host, h| {
-                let End::Target(t) = &h.end else { return true };
-                let done = t.drained(host);
-                if done {
-                    h.info.state = HoldState::Live;
-                    h.info.drained_ns = now_ns();
-                }
-                done
-            });
+            self.watch_draining(hold);
         }
         Ok(reply)
+    }
+
+    fn watch_draining(&self, hold: HoldId) {
+        self.follow(hold, |host, h| {
+            let End::Target(t) = &h.end else { return true };
+            let done = t.drained(host);
+            if done {
+                h.info.drained_ns = now_ns();
+                h.became(HoldState::Live);
+            }
+            done
+        });
     }
 
     fn announce(&self, hold: HoldId) -> Answer {
@@ -556,6 +568,11 @@ impl Manager {
             }
             Ok(None)
         })?;
+        self.announce_again(hold);
+        Ok(reply)
+    }
+
+    fn announce_again(&self, hold: HoldId) {
         let start = Instant::now();
         let mut next = ANNOUNCE_AGAIN_MS.iter();
         let mut due = next.next();
@@ -572,7 +589,6 @@ impl Manager {
             }
             false
         });
-        Ok(reply)
     }
 
     /// What another switch has shipped to an earlier run of this one. The source puts a hold back, and then the copy is of
@@ -589,12 +605,29 @@ impl Manager {
             tracing::info!(%hold, "aborted: what an earlier run had received is freed");
             drop(queues);
             self.host.free_spool(hold);
+            lock(&self.left).remove(&hold);
+        }
+    }
+
+    /// An order to open it may still be on its way: that comes too late from now on.
+    fn end(&self, hold: HoldId) {
+        let holds = lock(&self.holds);
+        if holds.contains_key(&hold) || lock(&self.left).contains_key(&hold) {
+            return;
+        }
+        let mut ended = lock(&self.ended);
+        if !ended.contains(&hold) {
+            if ended.len() >= ENDED {
+                ended.pop_front();
+            }
+            ended.push_back(hold);
         }
     }
 
     fn abort(&self, hold: HoldId) -> Answer {
         let host = &self.host;
         self.forget_shipped(hold);
+        self.end(hold);
         let mut follow = false;
         let reply = self.advance(hold, Event::Abort, |end, info| {
             match end {
@@ -615,25 +648,29 @@ impl Manager {
             Ok(None)
         })?;
         if follow {
-            let until = Instant::now() + AWAIT_VM;
-            self.follow(hold, move |host, h| {
-                let End::Source(s) = &mut h.end else {
-                    return true;
-                };
-                if h.info.state == HoldState::Aborted {
-                    return s.disarm(host, Instant::now() > until);
-                }
-                if s.put_back_done(host) {
-                    h.info.lanes = s.lanes(host);
-                    h.info.drained_ns = now_ns();
-                    book::keep(host, &h.info, HoldState::Aborted, s.books(host));
-                    s.forget(host);
-                    h.info.state = HoldState::Aborted;
-                }
-                false
-            });
+            self.watch_put_back(hold);
         }
         Ok(reply)
+    }
+
+    fn watch_put_back(&self, hold: HoldId) {
+        let until = Instant::now() + AWAIT_VM;
+        self.follow(hold, move |host, h| {
+            let End::Source(s) = &mut h.end else {
+                return true;
+            };
+            if h.info.state == HoldState::Aborted {
+                return s.disarm(host, Instant::now() > until);
+            }
+            if s.put_back_done(host) {
+                h.info.lanes = s.lanes(host);
+                h.info.drained_ns = now_ns();
+                book::keep(host, &h.info, HoldState::Aborted, s.books(host));
+                s.forget(host);
+                h.info.state = HoldState::Aborted;
+            }
+            false
+        });
     }
 
     fn release(&self, hold: HoldId) -> Answer {
@@ -641,6 +678,7 @@ impl Manager {
         self.advance(hold, Event::Release, |end, info| {
             match end {
                 End::Source(s) => {
+                    s.hear_again(HEAR);
                     info.lanes = s.lanes(host);
                     book::keep(host, info, HoldState::Released, s.books(host));
                     s.release(host)?;
@@ -657,10 +695,14 @@ impl Manager {
 
     fn answer(&self, request: Request) -> Answer {
         match request {
-            Request::HostShow => Ok(Reply::Host(self.host_info())),
-            Request::PortList => Ok(Reply::Ports(self.ports())),
-            Request::LinkList => Ok(Reply::Links(self.links())),
-            Request::FdbList => Ok(Reply::Fdb(self.fdb())),
+            Request::HostShow => Ok(Reply::Host(listing::host_info(
+                &self.host,
+                self.start.elapsed(),
+                self.left_over(),
+            ))),
+            Request::PortList => Ok(Reply::Ports(listing::ports(&self.host))),
+            Request::LinkList => Ok(Reply::Links(listing::links(&self.host))),
+            Request::FdbList => Ok(Reply::Fdb(listing::fdb(&self.host))),
             Request::HoldOpen(a) => self.open(a),
             Request::IncomingPrepare(a) => self.prepare(a),
             Request::Freeze { hold, scope } => self.freeze(hold, scope),
@@ -673,9 +715,7 @@ impl Manager {
                     End::Target(_) => Ok(None),
                 })
             }
-            Request::Depart { hold, grace_ms } => {
-                self.depart(hold, Duration::from_millis(grace_ms))
-            }
+            Request::Depart { hold, grace_ms } => self.depart(hold, grace_ms),
             Request::IncomingRestore { hold } => {
                 self.advance(hold, Event::Restore, |end, _| match end {
                     End::Target(t) => t.restore(RESTORE).map(|()| None),
@@ -717,122 +757,18 @@ impl Manager {
     fn open_holds(&self) -> String {
         let holds = lock(&self.holds);
         let name = |(id, h): (&HoldId, &Arc<Mutex<Hold>>)| match h.try_lock() {
-            Ok(h) if matches!(h.info.state, HoldState::Released | HoldState::Aborted) => None,
+            Ok(h) if h.is_over() => None,
             Ok(h) => Some(format!("{id} of {}", h.info.vms.join(", "))),
             Err(_) => Some(id.to_string()),
         };
         let open: Vec<String> = holds.iter().filter_map(name).collect();
         open.join("; ")
     }
+}
 
-    fn host_info(&self) -> HostInfo {
-        let shared = self.host.engine.shared();
-        let c = &self.host.config;
-        HostInfo {
-            name: c.name.clone(),
-            version: env!("CARGO_PKG_VERSION").into(),
-            uptime_s: self.start.elapsed().as_secs(),
-            workers: self.host.engine.workers().len() as u32,
-            migration_address: c
-                .migration_address
-                .map(|a: IpAddr| a.to_string())
-                .unwrap_or_default(),
-            ports: shared.ports.len() as u32,
-            vms: c.vms.len() as u32,
-            fdb_entries: shared.fdb.list(shared.now_s()).len() as u32,
-            spool_used_bytes: self.host.spool.used_bytes(),
-            spool_quota_bytes: c.spool.quota_bytes,
-            spool_error: self.host.spool.trouble(None),
-        }
-    }
-
-    fn ports(&self) -> Vec<PortInfo> {
-        use std::sync::atomic::Ordering::Relaxed;
-        let shared = self.host.engine.shared();
-        let books = shared.books.all();
-        let ports = &shared.ports;
-        let info = |(n, p): (usize, &Arc<crate::datapath::engine::Port>)| {
-            let c = &p.counters;
-            let names =
-                DROP_NAMES
-                    .iter()
-                    .copied()
-                    .chain(["rx_malformed", "rx_ring_broken", "rx_overrun"]);
-            let counts = c.drops.iter().chain(&c.rx_errors).map(|v| v.load(Relaxed));
-            let total = port_total(&books, n);
-            let used = total.queues.iter().rposition(|q| *q != (0, 0));
-            let queue = |&(rx_frames, tx_frames): &(u64, u64)| QueueInfo {
-                rx_frames,
-                tx_frames,
-            };
-            let state = match p.mode() {
-                Mode::Live if !p.is_up() => "down",
-                m => m.name(),
-            };
-            PortInfo {
-                name: p.name.clone(),
-                kind: p.kind.into(),
-                vm: p.vm.clone(),
-                mac: self.host.mac_of(n),
-                state: state.into(),
-                error: p.error(),
-                rx_frames: total.queues.iter().map(|q| q.0).sum(),
-                rx_bytes: total.rx_bytes,
-                tx_frames: total.queues.iter().map(|q| q.1).sum(),
-                tx_bytes: total.tx_bytes,
-                queues: total.queues[..used.map_or(0, |n| n + 1)]
-                    .iter()
-                    .map(queue)
-                    .collect(),
-                drops: names
-                    .map(String::from)
-                    .zip(counts)
-                    .filter(|(_, v)| *v > 0)
-                    .collect(),
-            }
-        };
-        ports.iter().enumerate().map(info).collect()
-    }
-
-    fn links(&self) -> Vec<LinkInfo> {
-        let shared = self.host.engine.shared();
-        let books = shared.books.all();
-        let now_s = shared.now_s();
-        let mut all = Vec::new();
-        for (f, from) in shared.ports.iter().enumerate() {
-            for (t, to) in shared.ports.iter().enumerate() {
-                let (sum, last_s) = link_total(&books, f, t);
-                if sum.frames > 0 {
-                    all.push(LinkInfo {
-                        from: from.name.clone(),
-                        from_vm: from.vm.clone(),
-                        to: to.name.clone(),
-                        to_vm: to.vm.clone(),
-                        frames: sum.frames,
-                        bytes: sum.bytes,
-                        payload_bytes: sum.payload,
-                        idle_ms: u64::from(now_s.saturating_sub(last_s)) * 1000,
-                    });
-                }
-            }
-        }
-        all
-    }
-
-    fn fdb(&self) -> Vec<FdbInfo> {
-        let shared = self.host.engine.shared();
-        let entries = shared.fdb.list(shared.now_s()).into_iter();
-        let mut all: Vec<FdbInfo> = entries
-            .map(|e| FdbInfo {
-                mac: e.mac,
-                port: shared.ports[e.port].name.clone(),
-                fixed: e.fixed,
-                age_s: e.age_s,
-            })
-            .collect();
-        all.sort_by_key(|e| e.mac);
-        all
-    }
+fn late(hold: HoldId) -> Refusal {
+    let what = format!("hold {hold} was aborted here; this order comes too late");
+    refuse(RefusalCode::State, what)
 }
 
 fn info(hold: HoldId, role: Role, state: HoldState, vms: Vec<String>, peer: String) -> HoldInfo {

@@ -1,15 +1,20 @@
 //! The source's end of a hold.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use gangway_shared::api::{HoldOpen, LaneInfo, Refusal, RefusalCode, Scope, Tally};
+use gangway_shared::api::{
+    HoldOpen, HoldState, LaneInfo, Refusal, RefusalCode, Role, Scope, Tally,
+};
 use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 use gangway_shared::ledger::{LaneKind, Stage as At};
+use gangway_shared::record::HoldRecord;
 
+use super::Host;
 use super::book::book;
-use super::manager::Host;
+use super::record::RecordFile;
 use super::{READ_BACK, refuse};
 use crate::datapath::backlog::SPOOLED_MAX;
 use crate::datapath::engine::{Mode, Pin};
@@ -24,52 +29,57 @@ use crate::spool::{Kind, Queue, Writer, sync_all};
 /// How long a TAP's queue may take to run empty after the cut.
 const TAP_EMPTY: Duration = Duration::from_millis(50);
 
-struct Lane {
-    key: LaneKey,
-    seat: Seat,
-    to: usize,
-    inside: bool,
-    queue: Arc<Queue>,
+pub(super) struct Lane {
+    pub(super) key: LaneKey,
+    pub(super) seat: Seat,
+    pub(super) to: usize,
+    pub(super) inside: bool,
+    pub(super) queue: Arc<Queue>,
     /// Until the lane is held; of a TAP's queue: until it is read back.
-    writer: Option<Writer>,
+    pub(super) writer: Option<Writer>,
     /// Inside: where frames wait behind a sealed queue that is put back.
-    spare: Option<(Writer, Arc<Queue>)>,
-    ship: u32,
-    held: bool,
-    closed: bool,
-    flushed: Option<Arc<Progress>>,
+    pub(super) spare: Option<(Writer, Arc<Queue>)>,
+    /// Likewise, of an earlier run that had all but delivered it: sealed.
+    pub(super) spent: Option<Arc<Queue>>,
+    pub(super) ship: u32,
+    pub(super) held: bool,
+    pub(super) closed: bool,
+    pub(super) flushed: Option<Arc<Progress>>,
     /// Set when it forwards again.
-    back: Option<Arc<Progress>>,
+    pub(super) back: Option<Arc<Progress>>,
     /// The spare one, once it is used.
-    behind: Option<Arc<Queue>>,
+    pub(super) behind: Option<Arc<Queue>>,
 }
 
 /// Source's end.
 pub struct SourceHold {
-    id: HoldId,
-    group: Vec<usize>,
-    macs: Vec<Option<MacAddr>>,
+    pub(super) id: HoldId,
+    pub(super) group: Vec<usize>,
+    pub(super) macs: Vec<Option<MacAddr>>,
     /// Which of them were seen running since the hold was opened.
-    ran: Vec<bool>,
+    pub(super) ran: Vec<bool>,
     /// Of which of them frames still wait for the VM on our behalf.
-    armed: Vec<bool>,
-    lanes: Vec<Lane>,
+    pub(super) armed: Vec<bool>,
+    pub(super) lanes: Vec<Lane>,
     /// One for each VM on a TAP.
-    read_back: Vec<Lane>,
-    outgoing: Arc<Outgoing>,
+    pub(super) read_back: Vec<Lane>,
+    pub(super) outgoing: Arc<Outgoing>,
     /// Until the end: the lanes that were cut are all there are.
-    pin: Option<Pin>,
+    pub(super) pin: Option<Pin>,
     /// Frames of backlogs that could not be held.
-    lost: u64,
+    pub(super) lost: u64,
     /// What sockets had dropped when the hold was opened, by port.
-    overruns: Vec<u64>,
+    pub(super) overruns: Vec<u64>,
 }
 
 impl SourceHold {
-    /// Reserves everything that freeze, seal and abort will need, and connects; nothing is held yet.
-    pub fn open(host: &Host, args: &HoldOpen, group: Vec<usize>) -> Result<SourceHold, Refusal> {
+    /// Reserves everything that freeze, seal and abort will need, connects, and writes it down; nothing is held yet.
+    pub fn open(
+        host: &Host,
+        args: &HoldOpen,
+        group: Vec<usize>,
+    ) -> Result<(SourceHold, RecordFile), Refusal> {
         let ports = &host.engine.shared().ports;
-        let now_s = host.engine.shared().now_s();
         if !host.spool.queues(args.hold).is_empty() {
             let what = format!(
                 "frames of hold {} are in the spool from an earlier run",
@@ -94,20 +104,62 @@ impl SourceHold {
             lost: 0,
             overruns: ports.iter().map(|p| p.counters.overruns()).collect(),
         };
-        if let Err(e) = hold.reserve(host) {
-            hold.outgoing.abort();
-            hold.forget(host);
-            return Err(e);
-        }
-        hold.armed = vec![true; hold.group.len()];
-        // A learned address stays believed to be here until the network says otherwise.
-        for (&g, mac) in hold.group.iter().zip(&hold.macs) {
-            if let Some(mac) = mac {
-                host.engine.shared().fdb.set(*mac, g, true, now_s);
+        let written = hold
+            .reserve(host)
+            .and_then(|()| host.write_down(&hold.record(host, args), HoldState::Open));
+        match written {
+            Ok(file) => {
+                hold.arm(host);
+                Ok((hold, file))
             }
-            ports[g].arm();
+            Err(e) => {
+                hold.outgoing.abort();
+                hold.forget(host);
+                Err(e)
+            }
         }
-        Ok(hold)
+    }
+
+    fn record(&self, host: &Host, args: &HoldOpen) -> HoldRecord {
+        let place = |pin: &Pin| host.places(&self.group, &self.macs, pin);
+        let (ports, seats) = self.pin.as_ref().map(place).unwrap_or_default();
+        HoldRecord {
+            hold: self.id,
+            role: Role::Source,
+            vms: args.vms.clone(),
+            peer: args.target_host.clone(),
+            address: args.target_address.clone(),
+            ticket: args.ticket,
+            ports,
+            seats,
+            queues: (self.lanes.len() + self.read_back.len()) as u32,
+        }
+    }
+
+    /// A learned address stays believed to be here until the network says otherwise; what comes for a VM that stops waits.
+    pub(super) fn arm(&mut self, host: &Host) {
+        let shared = host.engine.shared();
+        self.armed = vec![true; self.group.len()];
+        for (&g, mac) in self.group.iter().zip(&self.macs) {
+            if let Some(mac) = mac {
+                shared.fdb.set(*mac, g, true, shared.now_s());
+            }
+            shared.ports[g].arm();
+        }
+    }
+
+    /// For tests: the connection ends as if the process had died.
+    #[cfg(test)]
+    pub fn vanish(&self) {
+        self.outgoing.close();
+    }
+
+    /// It is not to be after all.
+    pub fn cancel(&mut self, host: &Host) {
+        self.outgoing.abort();
+        self.live(host);
+        self.disarm(host, true);
+        self.forget(host);
     }
 
     fn reserve(&mut self, host: &Host) -> Result<(), Refusal> {
@@ -140,7 +192,7 @@ impl SourceHold {
         self.sync(|_| true)
     }
 
-    fn queue(
+    pub(super) fn queue(
         &self,
         host: &Host,
         kind: Kind,
@@ -176,6 +228,7 @@ impl SourceHold {
             queue,
             writer: Some(writer),
             spare: None,
+            spent: None,
             ship: 0,
             held: false,
             closed: false,
@@ -258,6 +311,8 @@ impl SourceHold {
         let until = Instant::now() + timeout;
         let ports = &host.engine.shared().ports;
         for &g in &self.group {
+            // Already, unless this switch was started behind the opening.
+            host.adopt_tap(g)?;
             host.settle_rx(g, until)?;
             ports[g].marker.store(false, Ordering::Release);
         }
@@ -374,7 +429,7 @@ impl SourceHold {
         done
     }
 
-    fn live(&self, host: &Host) {
+    pub(super) fn live(&self, host: &Host) {
         for &g in &self.group {
             host.engine.shared().ports[g].set_mode(Mode::Live);
         }
@@ -391,6 +446,13 @@ impl SourceHold {
             }
         }
         !self.armed.contains(&true)
+    }
+
+    /// Waits for what the target has acknowledged to an earlier run of this switch: the account shall say it.
+    pub fn hear_again(&self, timeout: Duration) {
+        if !self.outgoing.wait_complete(Lanes::All, timeout) {
+            tracing::warn!(hold = %self.id, "the target has not said again what it has");
+        }
     }
 
     /// Frees everything; the ports are open for a new VM.
@@ -512,24 +574,33 @@ impl Lane {
         if !self.closed {
             return Command::PutBack(self.seat, self.to, before, progress);
         }
-        let reader = self.queue.reader();
-        let behind = self.spare.take().map(|(writer, queue)| {
+        let mut older: VecDeque<Stage> = [Stage {
+            sources: vec![Older::new(&self.queue, progress)],
+            done,
+        }]
+        .into();
+        let mut next = |queue: &Arc<Queue>| {
             let progress = Arc::new(Progress::default());
             self.back = Some(progress.clone());
             self.behind = Some(queue.clone());
-            let reader = queue.reader();
-            let local = Older { reader, progress };
-            Behind { writer, local }
+            Older::new(queue, progress)
+        };
+        if let Some(queue) = self.spent.take() {
+            older.push_back(Stage {
+                sources: vec![next(&queue)],
+                done: None,
+            });
+        }
+        let behind = self.spare.take().map(|(writer, queue)| Behind {
+            writer,
+            local: next(&queue),
         });
         let drain = Drain {
             before,
-            older: [Stage {
-                sources: vec![Older { reader, progress }],
-                done,
-            }]
-            .into(),
+            older,
             wait: None,
             behind,
+            ended: Vec::new(),
         };
         Command::Drain(self.seat, self.to, Box::new(drain))
     }

@@ -13,12 +13,16 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use gangway_shared::api::{IncomingPrepare, LaneInfo, Refusal, RefusalCode, Tally};
+use gangway_shared::api::{
+    HoldState, IncomingPrepare, LaneInfo, Refusal, RefusalCode, Role, Tally,
+};
 use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 use gangway_shared::ledger::{LaneKind, Stage as At};
+use gangway_shared::record::HoldRecord;
 
+use super::Host;
 use super::book::book;
-use super::manager::Host;
+use super::record::RecordFile;
 use super::source::behind;
 use super::{READ_BACK, refuse};
 use crate::datapath::engine::{Mode, Pin};
@@ -30,37 +34,37 @@ use crate::port::{Frame, Sent, VnetHdr};
 use crate::ship::{Incoming, IncomingLane};
 use crate::spool::{Kind, Queue, Writer};
 
-struct Local {
-    seat: Seat,
+pub(super) struct Local {
+    pub(super) seat: Seat,
     /// Of the port's seats.
-    first: bool,
-    to: usize,
-    key: LaneKey,
-    writer: Option<Writer>,
-    queue: Arc<Queue>,
-    progress: Arc<Progress>,
+    pub(super) first: bool,
+    pub(super) to: usize,
+    pub(super) key: LaneKey,
+    pub(super) writer: Option<Writer>,
+    pub(super) queue: Arc<Queue>,
+    pub(super) progress: Arc<Progress>,
 }
 
 /// Target's end.
 pub struct TargetHold {
-    id: HoldId,
-    group: Vec<usize>,
-    macs: Vec<Option<MacAddr>>,
-    incoming: Arc<Incoming>,
+    pub(super) id: HoldId,
+    pub(super) group: Vec<usize>,
+    pub(super) macs: Vec<Option<MacAddr>>,
+    pub(super) incoming: Arc<Incoming>,
     /// Until the end: the local lanes are all there are.
-    pin: Option<Pin>,
-    local: Vec<Local>,
+    pub(super) pin: Option<Pin>,
+    pub(super) local: Vec<Local>,
     /// Of each shipped lane, once committed.
-    flushed: Vec<(LaneKey, Arc<Progress>)>,
+    pub(super) flushed: Vec<(LaneKey, Arc<Progress>)>,
 }
 
 impl TargetHold {
-    /// Claims the ports and makes room for what arrives while they drain.
+    /// Claims the ports, makes room for what arrives while they drain, and writes it down.
     pub fn prepare(
         host: &Host,
         args: &IncomingPrepare,
         group: Vec<usize>,
-    ) -> Result<TargetHold, Refusal> {
+    ) -> Result<(TargetHold, RecordFile), Refusal> {
         let shared = host.engine.shared();
         let ports = &shared.ports;
         if !host.spool.queues(args.hold).is_empty() {
@@ -104,7 +108,7 @@ impl TargetHold {
                 }
             }
         }
-        let macs = group
+        let macs: Vec<_> = group
             .iter()
             .map(|&g| {
                 args.ports
@@ -113,21 +117,48 @@ impl TargetHold {
                     .and_then(|p| p.mac)
             })
             .collect();
-        let incoming = host.expect(args)?;
-        for &g in &group {
-            ports[g].set_mode(Mode::Standby);
-            ports[g].set_hears_uplink(false);
-            shared.fdb.forget_port(g);
-        }
-        Ok(TargetHold {
+        let (held, seats) = host.places(&group, &macs, &pin);
+        let record = HoldRecord {
+            hold: args.hold,
+            role: Role::Target,
+            vms: args.vms.clone(),
+            peer: args.source_host.clone(),
+            address: String::new(),
+            ticket: args.ticket,
+            ports: held,
+            seats,
+            queues: local.len() as u32,
+        };
+        let file = host
+            .write_down(&record, HoldState::Prepared)
+            .inspect_err(|_| host.free_spool(args.hold))?;
+        let hold = TargetHold {
             id: args.hold,
             group,
             macs,
-            incoming,
+            incoming: host.incoming(args.hold, args.ticket, &args.source_host),
             pin: Some(pin),
             local,
             flushed: Vec::new(),
-        })
+        };
+        hold.stand_by(host);
+        host.expect(&hold.incoming);
+        Ok((hold, file))
+    }
+
+    /// The ports are claimed, and get nothing.
+    pub(super) fn stand_by(&self, host: &Host) {
+        let shared = host.engine.shared();
+        for &g in &self.group {
+            shared.ports[g].set_mode(Mode::Standby);
+            shared.ports[g].set_hears_uplink(false);
+            shared.fdb.forget_port(g);
+        }
+    }
+
+    /// Lanes that the source has named.
+    pub fn named(&self) -> u32 {
+        self.incoming.lanes().len() as u32
     }
 
     /// All lanes that must be complete before a VM may run are here, and agree with the source.
@@ -225,17 +256,15 @@ impl TargetHold {
         let mut older = |l: &IncomingLane| {
             let progress = Arc::new(Progress::default());
             flushed.push((l.key.clone(), progress.clone()));
-            Older {
-                reader: l.queue.reader(),
-                progress,
-            }
+            Older::new(&l.queue, progress)
         };
         // Of each port with several seats: set when its first seat has drained what came from there.
         let mut inside: HashMap<usize, Arc<AtomicBool>> = HashMap::new();
         for local in self.local.iter_mut().filter(|l| l.to == to) {
-            let Some(writer) = local.writer.take() else {
+            let writer = local.writer.take();
+            if writer.is_none() && !local.queue.is_sealed() {
                 continue;
-            };
+            }
             let from = local.seat.port;
             let mut before = read_back.clone();
             let mut wait = None;
@@ -262,15 +291,24 @@ impl TargetHold {
             } else if from != to || from == carrier {
                 wait = Some(outside.clone());
             }
-            let own = Older {
-                reader: local.queue.reader(),
-                progress: local.progress.clone(),
+            let own = Older::new(&local.queue, local.progress.clone());
+            let behind = match writer {
+                Some(writer) => Some(Behind { writer, local: own }),
+                // An earlier run had all but delivered it.
+                None => {
+                    stages.push_back(Stage {
+                        sources: vec![own],
+                        done: None,
+                    });
+                    None
+                }
             };
             let drain = Drain {
                 before,
                 older: stages,
                 wait,
-                behind: Some(Behind { writer, local: own }),
+                behind,
+                ended: Vec::new(),
             };
             commands.push(Command::Drain(local.seat, to, Box::new(drain)));
         }

@@ -104,11 +104,35 @@ impl Outgoing {
         client: quinn::ClientConfig,
         args: OutgoingArgs,
     ) -> Arc<Outgoing> {
+        Outgoing::spawn(rt, endpoint, client, args, false)
+    }
+
+    /// The same for a shipment that an earlier run of this switch has begun: that the target does not know it is no
+    /// reason to give up, for it may be starting, too.
+    pub fn go_on(
+        rt: tokio::runtime::Handle,
+        endpoint: quinn::Endpoint,
+        client: quinn::ClientConfig,
+        args: OutgoingArgs,
+    ) -> Arc<Outgoing> {
+        Outgoing::spawn(rt, endpoint, client, args, true)
+    }
+
+    fn spawn(
+        rt: tokio::runtime::Handle,
+        endpoint: quinn::Endpoint,
+        client: quinn::ClientConfig,
+        args: OutgoingArgs,
+        welcomed: bool,
+    ) -> Arc<Outgoing> {
         let out = Arc::new(Outgoing {
             args,
             endpoint,
             client,
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                welcomed,
+                ..State::default()
+            }),
             changed: Condvar::new(),
             poke: Notify::new(),
         });

@@ -214,17 +214,54 @@ impl Spool {
         self.host.quota_bytes
     }
 
-    /// Forgets a hold and everything in it; its segments are used again once nobody reads them any more. Writers have
-    /// no room from now on.
+    /// Forgets a hold and everything in it, at once: what a crash leaves of it is nobody's. Its segments are used again
+    /// once nobody reads them any more. Writers have no room from now on.
     pub fn remove_hold(&self, hold: HoldId) -> Result<(), SpoolError> {
         let queues = lock(&self.host.state).queues.remove(&hold);
-        let Some(queues) = queues else { return Ok(()) };
-        for q in &queues {
+        for q in queues.iter().flatten() {
             q.set_removed();
             self.host.give_back(q);
         }
-        let dir = hold_dir(&self.host.dir, hold);
-        std::fs::remove_dir_all(&dir).map_err(SpoolError::io(dir))
+        let dir = self.dir_of(hold);
+        let gone = self.host.dir.join("pool").join(format!("{hold}.gone"));
+        match std::fs::rename(&dir, &gone) {
+            Ok(()) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(SpoolError::io(dir)(e)),
+        }
+        if self.is_durable() {
+            let root = &self.host.dir;
+            let synced = File::open(root).and_then(|d| d.sync_all());
+            synced.map_err(SpoolError::io(root))?;
+        }
+        std::fs::remove_dir_all(&gone).map_err(SpoolError::io(gone))
+    }
+
+    /// The holds that have a directory.
+    pub fn holds(&self) -> Result<Vec<HoldId>, SpoolError> {
+        let dir = &self.host.dir;
+        let mut all = Vec::new();
+        for entry in std::fs::read_dir(dir).map_err(SpoolError::io(dir))? {
+            let entry = entry.map_err(SpoolError::io(dir))?;
+            all.extend(
+                entry
+                    .file_name()
+                    .to_str()
+                    .and_then(|n| n.parse::<HoldId>().ok()),
+            );
+        }
+        all.sort();
+        Ok(all)
+    }
+
+    /// Where the files of a hold are.
+    pub fn dir_of(&self, hold: HoldId) -> PathBuf {
+        hold_dir(&self.host.dir, hold)
+    }
+
+    /// `spool.sync` is not `none`.
+    pub fn is_durable(&self) -> bool {
+        self.host.policy != SyncPolicy::None
     }
 
     /// Forgets the queues of one kind of a hold (the target's, after an abort), like [`Spool::remove_hold`].

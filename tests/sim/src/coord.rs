@@ -326,6 +326,8 @@ impl World {
         let failed = match (&reply, request) {
             (None, _) => Some(false),
             (Some(Reply::Refused(RefusalCode::Unknown)), _) if undoing => None,
+            // Released, and the switch was started again since.
+            (Some(Reply::Refused(RefusalCode::Unknown)), Request::Release) => None,
             (Some(Reply::Refused(_)), _) => Some(true),
             (Some(Reply::Hold(_, b)), Request::Restore) => {
                 (*b != self.coord.tallies).then_some(false)

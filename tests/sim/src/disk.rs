@@ -484,8 +484,14 @@ impl Disk {
         there.map(|(h, _)| *h).collect()
     }
 
-    /// Frees the queues of a hold.
+    /// Frees the queues of a hold, and its record with them, at once (the product renames its directory).
     pub fn remove_hold(&mut self, hold: HoldId) {
+        if let Some(f) = self.records.get_mut(&hold) {
+            f.written = None;
+            if !self.lying {
+                f.synced = None;
+            }
+        }
         self.queues.retain(|id, q| {
             let keep = id.0 != hold;
             if !keep {

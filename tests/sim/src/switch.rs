@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use gangway_shared::api::{HoldState, RefusalCode, Role, Scope, Tally};
 use gangway_shared::id::HoldId;
-use gangway_switch::hold::machine::{Event as Move, Verdict, step};
+use gangway_switch::hold::machine::{
+    Event as Move, Found, Persist, Verdict, holds, step, taken_up,
+};
 use gangway_switch::spool::Kind;
 
 use crate::Bug;
@@ -129,7 +131,7 @@ impl World {
             (Role::Target, HoldState::Draining | HoldState::Live, Move::Abort)
                 if self.has(Bug::AbortAfterCommit) =>
             {
-                Verdict::Go(HoldState::Aborted)
+                Verdict::Go(HoldState::Aborted, Persist::Then)
             }
             _ => step(role, state, event),
         }
@@ -142,9 +144,11 @@ impl World {
             return Ok(());
         };
         x.record.state = state;
-        let record = x.record.clone();
+        let (record, over) = (x.record.clone(), x.is_over());
         self.say(|| format!("{}: {:?} {state:?}", name(h), record.role));
-        if !skip {
+        if over {
+            self.nodes[h].disk.remove_hold(id);
+        } else if !skip {
             self.nodes[h].disk.persist(id, record);
         }
         self.mortal(h)
@@ -360,7 +364,7 @@ impl World {
         }
         let all = |x: &Hold| x.lanes.values().all(|l| !l.held || l.open);
         if self.nodes[h].holds.get(&id).is_some_and(all)
-            && let Verdict::Go(next) =
+            && let Verdict::Go(next, _) =
                 self.verdict(Role::Source, HoldState::Aborting, Move::Drained)
         {
             self.become_(h, id, next)?;
@@ -401,7 +405,7 @@ impl World {
         };
         if x.departed.len() == vms.len()
             && x.out.complete(x.lanes.keys())
-            && let Verdict::Go(next) =
+            && let Verdict::Go(next, _) =
                 self.verdict(Role::Source, HoldState::Departing, Move::Acknowledged)
         {
             self.become_(h, id, next)?;
@@ -449,7 +453,7 @@ impl World {
         }
         let all = |x: &Hold| x.lanes.values().all(|l| l.open);
         if self.nodes[h].holds.get(&id).is_some_and(all)
-            && let Verdict::Go(next) =
+            && let Verdict::Go(next, _) =
                 self.verdict(Role::Target, HoldState::Draining, Move::Drained)
         {
             self.become_(h, id, next)?;
@@ -572,23 +576,35 @@ impl World {
                 let answer = self.status(h, id);
                 self.reply(h, &call, answer);
             }
-            Verdict::Go(next) => match act(self, id)? {
-                Some(refused @ Reply::Refused(_)) => self.reply(h, &call, refused),
-                Some(answer) if self.has(Bug::AnswerFirst) => {
-                    if let Some(x) = self.hold(h, id) {
-                        x.record.state = next;
-                    }
-                    self.free_if_over(h, id);
-                    self.reply(h, &call, answer);
-                }
-                Some(answer) => {
+            Verdict::Go(next, persist) => {
+                let before = self.nodes[h].holds[&id].record.state;
+                if persist == Persist::First && !self.has(Bug::AnswerFirst) {
                     self.become_(h, id, next)?;
-                    self.free_if_over(h, id);
-                    self.reply(h, &call, answer);
                 }
-                // It waits.
-                None => {}
-            },
+                match act(self, id)? {
+                    Some(refused @ Reply::Refused(_)) => {
+                        if persist == Persist::First {
+                            self.become_(h, id, before)?;
+                        }
+                        self.reply(h, &call, refused);
+                    }
+                    Some(answer) if self.has(Bug::AnswerFirst) => {
+                        if let Some(x) = self.hold(h, id) {
+                            x.record.state = next;
+                        }
+                        self.free_if_over(h, id);
+                        self.reply(h, &call, answer);
+                    }
+                    Some(answer) => {
+                        if persist == Persist::Then {
+                            self.become_(h, id, next)?;
+                        }
+                        self.reply(h, &call, answer);
+                    }
+                    // It waits.
+                    None => {}
+                }
+            }
         }
         Ok(())
     }
@@ -779,7 +795,7 @@ impl World {
                 self.reply(h, &p.call, Reply::Ok);
             }
             (true, Some(event)) => {
-                if let Verdict::Go(next) = self.verdict(x.record.role, x.record.state, event) {
+                if let Verdict::Go(next, _) = self.verdict(x.record.role, x.record.state, event) {
                     if let Some(x) = self.hold(h, id) {
                         x.record.named = x.lanes.len();
                     }
@@ -898,11 +914,6 @@ impl World {
             return x;
         }
         let disk = &mut self.nodes[h].disk;
-        let frozen = |l: &HeldLane| match x.record.state {
-            HoldState::Open => false,
-            HoldState::FrozenInside => l.inside,
-            _ => true,
-        };
         match x.record.role {
             Role::Source => {
                 for (lane, l) in &mut x.lanes {
@@ -911,7 +922,7 @@ impl World {
                     let q = disk.queues.get(&(id, Kind::Source, *lane));
                     l.held = match x.record.state {
                         HoldState::Aborting => q.is_some_and(waits),
-                        _ => frozen(l) || q.is_some_and(waits),
+                        state => holds(state, l.inside, q.is_some_and(waits)),
                     };
                 }
                 x.give_up_at = self.now + GRACE;
@@ -921,7 +932,6 @@ impl World {
                 for (lane, l) in &mut x.lanes {
                     // A queue that was never synced may be gone with the power; nothing was in it.
                     let _ = disk.create((id, Kind::Local, *lane));
-                    l.open = x.record.state == HoldState::Live;
                     if let Some(q) = disk.queues.get(&(id, Kind::Incoming, *lane)) {
                         x.incoming.adopt(*lane, q.tally());
                         intact &= !l.inside || (q.is_sealed() && !q.failed);
@@ -929,10 +939,8 @@ impl World {
                         intact = false;
                     }
                 }
-                // What was verified is not there any more (a disk that lied): it has to be verified again.
-                if x.record.state == HoldState::Restored && !intact {
-                    x.record.state = HoldState::Prepared;
-                }
+                let found = Found { complete: intact };
+                x.record.state = taken_up(x.record.role, x.record.state, found);
             }
         }
         x

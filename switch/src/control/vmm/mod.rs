@@ -24,6 +24,7 @@ use gangway_shared::api::{Refusal, RefusalCode, VmInfo};
 use gangway_shared::config::HostConfig;
 use gangway_shared::config::raw::nearest;
 use gangway_shared::config::valid::VmConfig;
+use gangway_shared::id::HoldId;
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex as AsyncMutex, OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
@@ -55,8 +56,9 @@ struct Vm {
     ports: Vec<String>,
     qmp: Arc<Semaphore>,
     seen: Mutex<Seen>,
-    /// Held while it is being started or stopped.
-    lifecycle: AsyncMutex<()>,
+    /// Held while it is being started or stopped; the last hold for which it was ended. An order to start it for that one
+    /// which comes later was late. In memory is enough: what was on its way to this process dies with it.
+    lifecycle: AsyncMutex<Option<HoldId>>,
 }
 
 /// What was last learned.

@@ -43,7 +43,12 @@ impl Vmm {
                 format!("VM '{name}' cannot arrive here: its [[vm]] has no incoming command");
             return Err(refusal(RefusalCode::State, message));
         };
-        let _lifecycle = vm.lifecycle.lock().await;
+        let ended = vm.lifecycle.lock().await;
+        if *ended == Some(hold) {
+            let message =
+                format!("VM '{name}' was ended for migration {hold}; this comes too late");
+            return Err(refusal(RefusalCode::State, message));
+        }
         let files = Files::new(&self.state_dir, name);
         if let Some(started) = files.load()
             && Process::find(started.pid, started.start_time).is_some()
@@ -89,7 +94,8 @@ impl Vmm {
     /// Ends what `start` started for this hold, and nothing else.
     pub async fn stop(&self, name: &str, hold: HoldId) -> Result<(), Refusal> {
         let vm = self.vm(name)?;
-        let _lifecycle = vm.lifecycle.lock().await;
+        let mut ended = vm.lifecycle.lock().await;
+        *ended = Some(hold);
         let files = Files::new(&self.state_dir, name);
         let Some(started) = files.load() else {
             return Ok(());

@@ -1,0 +1,259 @@
+//! What holds are carried out on: engine, spool, shipments, TAPs.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use gangway_shared::api::{HoldOpen, HoldState, Refusal, RefusalCode};
+use gangway_shared::config::HostConfig;
+use gangway_shared::id::{HoldId, MacAddr};
+use gangway_shared::record::{HeldPort, HeldQueue, HeldSeats, HoldRecord};
+
+use super::record::{RecordFile, Stand};
+use super::refuse;
+use crate::datapath::Engine;
+use crate::datapath::engine::Pin;
+use crate::datapath::worker::{Command, Outcome};
+use crate::port::tap::VmTap;
+use crate::port::{Attach, Burst, VnetHdr};
+use crate::ship::{Acceptor, Incoming, Outgoing, OutgoingArgs};
+use crate::spool::Spool;
+
+/// How long the target's switch may take to accept a shipment.
+const CONNECT: Duration = Duration::from_secs(5);
+
+/// What the VMM channel knows of a VM.
+pub trait Vms: Send + Sync {
+    /// The process behind its QMP socket.
+    fn pid(&self, vm: &str) -> Option<u32>;
+    /// As QEMU has said last: `running`, `paused`, ... (qapi/run-state.json, RunState).
+    fn status(&self, vm: &str) -> Option<String>;
+}
+
+/// What holds are carried out on.
+pub struct Host {
+    /// Workers, ports, FDB.
+    pub engine: Arc<Engine>,
+    /// Where held frames go.
+    pub spool: Arc<Spool>,
+    /// Expected shipments.
+    pub acceptor: Arc<Acceptor>,
+    /// To dial other switches; absent without `control.listen`.
+    pub dialer: Option<(quinn::Endpoint, quinn::ClientConfig)>,
+    /// For the shipments' tasks.
+    pub runtime: tokio::runtime::Handle,
+    /// TAPs of VMs, by port index.
+    pub taps: HashMap<usize, Arc<VmTap>>,
+    /// For what only QEMU knows.
+    pub vms: Arc<dyn Vms>,
+    /// The configuration.
+    pub config: HostConfig,
+}
+
+impl Host {
+    pub(super) fn batch(&self, commands: Vec<Command>) -> Result<Outcome, Refusal> {
+        self.engine
+            .batch(commands)
+            .map_err(|e| refuse(RefusalCode::Internal, e.to_string()))
+    }
+
+    fn dialer(&self) -> Result<(quinn::Endpoint, quinn::ClientConfig), Refusal> {
+        let none = "this switch has no control.listen and [tls]; it cannot ship";
+        let dialer = self.dialer.clone();
+        dialer.ok_or_else(|| refuse(RefusalCode::State, none))
+    }
+
+    pub(super) fn dial(&self, args: &HoldOpen) -> Result<Arc<Outgoing>, Refusal> {
+        let (endpoint, client) = self.dialer()?;
+        let out = Outgoing::start(
+            self.runtime.clone(),
+            endpoint,
+            client,
+            OutgoingArgs {
+                hold: args.hold,
+                ticket: args.ticket,
+                target_address: args.target_address.clone(),
+                target_host: args.target_host.clone(),
+            },
+        );
+        out.wait_connected(CONNECT).map_err(|e| {
+            out.abort();
+            refuse(
+                RefusalCode::Peer,
+                format!(
+                    "switch of {} at {}: {e}",
+                    args.target_host, args.target_address
+                ),
+            )
+        })?;
+        Ok(out)
+    }
+
+    /// Goes on with the shipment of a hold that was taken up.
+    pub(super) fn dial_again(&self, record: &HoldRecord) -> Result<Arc<Outgoing>, Refusal> {
+        let (endpoint, client) = self.dialer()?;
+        let args = OutgoingArgs {
+            hold: record.hold,
+            ticket: record.ticket,
+            target_address: record.address.clone(),
+            target_host: record.peer.clone(),
+        };
+        Ok(Outgoing::go_on(
+            self.runtime.clone(),
+            endpoint,
+            client,
+            args,
+        ))
+    }
+
+    /// Expects a shipment once it is registered.
+    pub(super) fn incoming(&self, hold: HoldId, ticket: [u8; 32], source: &str) -> Arc<Incoming> {
+        Incoming::new(self.spool.clone(), hold, ticket, source.to_owned())
+    }
+
+    /// Writes a hold's record; on the disk, if that is what `spool.sync` wants.
+    pub(super) fn write_down(
+        &self,
+        record: &HoldRecord,
+        state: HoldState,
+    ) -> Result<RecordFile, Refusal> {
+        let dir = self.spool.dir_of(record.hold);
+        let made = RecordFile::create(&dir, record, &Stand::new(state), self.spool.is_durable());
+        made.map_err(|e| {
+            let what = format!("hold {} can't be written down: {e}", record.hold);
+            refuse(RefusalCode::Resources, what)
+        })
+    }
+
+    /// The group's ports and everybody's seats, for a record.
+    pub(super) fn places(
+        &self,
+        group: &[usize],
+        macs: &[Option<MacAddr>],
+        pin: &Pin,
+    ) -> (Vec<HeldPort>, Vec<HeldSeats>) {
+        let ports = &self.engine.shared().ports;
+        let held = group.iter().zip(macs).map(|(&g, mac)| HeldPort {
+            name: ports[g].name.clone(),
+            mac: *mac,
+        });
+        let seats = ports.iter().enumerate().map(|(n, p)| HeldSeats {
+            port: p.name.clone(),
+            workers: pin.seats(n).iter().map(|s| s.worker as u32).collect(),
+            queues: pin
+                .served(n)
+                .into_iter()
+                .map(|(queue, worker)| HeldQueue {
+                    queue,
+                    worker: worker as u32,
+                })
+                .collect(),
+        });
+        (held.collect(), seats.collect())
+    }
+
+    /// The seats of a record, once more.
+    pub(super) fn pin_again(&self, record: &HoldRecord) -> Pin {
+        let pin = self.engine.pin();
+        for s in &record.seats {
+            if let Some((port, _)) = self.engine.port(&s.port) {
+                let workers: Vec<usize> = s.workers.iter().map(|w| *w as usize).collect();
+                let queues: Vec<(u16, usize)> = s
+                    .queues
+                    .iter()
+                    .map(|q| (q.queue, q.worker as usize))
+                    .collect();
+                pin.seat_again(port, &workers, &queues);
+            }
+        }
+        pin
+    }
+
+    pub(super) fn expect(&self, incoming: &Arc<Incoming>) {
+        self.acceptor.register(incoming.clone());
+    }
+
+    pub(super) fn unexpect(&self, hold: HoldId) {
+        self.acceptor.unregister(hold);
+    }
+
+    pub(super) fn free_spool(&self, hold: HoldId) {
+        if let Err(e) = self.spool.remove_hold(hold) {
+            tracing::error!("the spool of hold {hold} is not freed: {e}");
+        }
+    }
+
+    /// Configured, or the one address learned there.
+    pub fn mac_of(&self, port: usize) -> Option<MacAddr> {
+        let shared = self.engine.shared();
+        shared.ports[port].mac.or_else(|| {
+            let all = shared.fdb.list(shared.now_s());
+            all.into_iter()
+                .filter(|e| e.port == port && !shared.ports[port].uplink)
+                .min_by_key(|e| e.age_s)
+                .map(|e| e.mac)
+        })
+    }
+
+    /// Duplicates the descriptors of a VM's TAP: without them what it has not taken when it stops is lost.
+    pub(super) fn adopt_tap(&self, port: usize) -> Result<(), Refusal> {
+        let Some(tap) = self.taps.get(&port) else {
+            return Ok(());
+        };
+        let p = &self.engine.shared().ports[port];
+        let name = &p.name;
+        let pid = p.vm.as_deref().and_then(|vm| self.vms.pid(vm));
+        let Some(pid) = pid else {
+            let what = format!(
+                "port {name}: the process of its VM is unknown; does QEMU run, with the QMP socket of this host's configuration?"
+            );
+            return Err(refuse(RefusalCode::State, what));
+        };
+        let adopted = tap.adopt(pid);
+        adopted.map_err(|e| refuse(RefusalCode::State, format!("port {name}: {e}")))
+    }
+
+    pub(super) fn tap_empty(&self, port: usize, timeout: Duration) -> bool {
+        self.taps.get(&port).is_none_or(|t| t.wait_empty(timeout))
+    }
+
+    /// The oldest frame that waits in a stopped VM's TAP.
+    pub(super) fn tap_read_back(&self, port: usize) -> Result<Option<(VnetHdr, Vec<u8>)>, Refusal> {
+        let Some(tap) = self.taps.get(&port) else {
+            return Ok(None);
+        };
+        let name = &self.engine.shared().ports[port].name;
+        let read = tap.read_back(1);
+        read.map(|mut f| f.pop())
+            .map_err(|e| refuse(RefusalCode::State, format!("port {name}: {e}")))
+    }
+
+    /// Waits until what a stopped VM has sent through its TAP is taken by the workers. (A vhost-user VM's frames stay
+    /// in its own memory and travel with it.)
+    pub(super) fn settle_rx(&self, port: usize, until: Instant) -> Result<(), Refusal> {
+        if !self.taps.contains_key(&port) {
+            return Ok(());
+        }
+        loop {
+            let Some(mut rx) = self.engine.detach_rx(port, 0) else {
+                return Ok(());
+            };
+            let mut burst = Burst::new();
+            rx.burst(&mut burst);
+            let left = burst.len();
+            drop(burst);
+            self.engine.attach_rx(port, 0, rx);
+            if left == 0 {
+                return Ok(());
+            }
+            if Instant::now() > until {
+                let name = &self.engine.shared().ports[port].name;
+                let what = format!(
+                    "port {name} still gives frames: is its VM stopped, has the spool room?"
+                );
+                return Err(refuse(RefusalCode::Timeout, what));
+            }
+            std::thread::sleep(Duration::from_micros(300));
+        }
+    }
+}

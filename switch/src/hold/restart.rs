@@ -1,0 +1,346 @@
+//! Taking up the holds that an earlier run of the switch has left: its records say what they are and where they stand, the
+//! spool what was held.
+//!
+//! Before any port is attached and control answers, lanes, gates, modes and shipments are as the state wants them. A hold
+//! that was being put back, or was committed, goes on with that by itself; any other waits for its coordinator.
+//!
+//! Invariant: what can't be taken up (a damaged record, a port that is not configured any more) stays on the disk, is
+//! named, and is refused to everybody who asks for it.
+//! Invariant: a queue is delivered from behind what was noted as delivered; at most a burst of it comes twice.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use gangway_shared::api::{HoldState, Refusal, RefusalCode};
+use gangway_shared::id::{HoldId, LaneKey, MacAddr};
+use gangway_shared::record::HoldRecord;
+
+use super::machine::{Found, holds, taken_up};
+use super::record::{RecordError, RecordFile, Stand};
+use super::source::{Lane, SourceHold};
+use super::target::{Local, TargetHold};
+use super::{Host, READ_BACK, refuse};
+use crate::datapath::backlog::SPOOLED_MAX;
+use crate::datapath::engine::{Mode, Pin, Port};
+use crate::datapath::lane::{Gate, Progress};
+use crate::datapath::stats::Drop as Dropped;
+use crate::datapath::worker::{Command, Seat};
+use crate::spool::{Kind, Queue, Recovered, Spool, SpoolError, Writer};
+
+/// What is there of a hold.
+pub struct Left {
+    pub(super) hold: HoldId,
+    /// None: it was never opened, or is of a switch that wrote no records.
+    pub(super) record: Result<Option<(HoldRecord, Stand, RecordFile)>, RecordError>,
+    pub(super) queues: Vec<Recovered>,
+}
+
+impl Left {
+    /// Of all holds in the spool.
+    pub fn read(spool: &Spool, recovered: Vec<Recovered>) -> Result<Vec<Left>, SpoolError> {
+        let mut queues: BTreeMap<HoldId, Vec<Recovered>> = BTreeMap::new();
+        for r in recovered {
+            if let Some(d) = r.damaged.first() {
+                let (hold, more) = (r.queue.hold(), r.damaged.len() - 1);
+                tracing::error!(%hold, "in the spool, and {more} more places: {d}");
+            }
+            queues.entry(r.queue.hold()).or_default().push(r);
+        }
+        let left = spool.holds()?.into_iter().map(|hold| Left {
+            hold,
+            record: RecordFile::open(&spool.dir_of(hold), spool.is_durable()),
+            queues: queues.remove(&hold).unwrap_or_default(),
+        });
+        Ok(left.collect())
+    }
+
+    /// Frames that were accepted and are not known to be delivered.
+    pub(super) fn frames(&self) -> u64 {
+        let left = |r: &Recovered| r.queue.last_seq().saturating_sub(r.queue.flushed_seq());
+        self.queues.iter().map(left).sum()
+    }
+}
+
+/// Workers that must be there so that each hold has its seats again.
+pub fn workers_of(left: &[Left]) -> usize {
+    let records = left.iter().filter_map(|l| l.record.as_ref().ok()?.as_ref());
+    let seats = records.flat_map(|(r, ..)| r.seats.iter().flat_map(|s| &s.workers));
+    seats.map(|w| *w as usize + 1).max().unwrap_or(0)
+}
+
+/// Where everything of a record is on this host now.
+struct Places {
+    group: Vec<usize>,
+    macs: Vec<Option<MacAddr>>,
+    pin: Pin,
+}
+
+impl Places {
+    fn find(host: &Host, record: &HoldRecord) -> Result<Places, Refusal> {
+        let mut group = Vec::new();
+        for p in &record.ports {
+            let (port, is) = port(host, &p.name)?;
+            if is.vm.as_ref().is_none_or(|vm| !record.vms.contains(vm)) {
+                return Err(gone(&p.name));
+            }
+            group.push(port);
+        }
+        Ok(Places {
+            group,
+            macs: record.ports.iter().map(|p| p.mac).collect(),
+            pin: host.pin_again(record),
+        })
+    }
+
+    /// Who has the lane of this number.
+    fn seat(&self, host: &Host, from: &str, number: u16) -> Result<Seat, Refusal> {
+        let seats = self.pin.seats(port(host, from)?.0);
+        let seat = seats.get(usize::from(number)).or(seats.last()).copied();
+        seat.ok_or_else(|| gone(from))
+    }
+}
+
+fn port<'a>(host: &'a Host, name: &str) -> Result<(usize, &'a Arc<Port>), Refusal> {
+    host.engine.port(name).ok_or_else(|| gone(name))
+}
+
+fn gone(name: &str) -> Refusal {
+    let what = format!(
+        "port '{name}' is not configured any more, or for another VM; configure it as it was and start the switch again"
+    );
+    refuse(RefusalCode::State, what)
+}
+
+impl SourceHold {
+    /// As it stood. `Err`: it can't be.
+    pub fn take_up(
+        host: &Host,
+        record: &HoldRecord,
+        state: HoldState,
+        queues: Vec<Recovered>,
+    ) -> Result<SourceHold, Refusal> {
+        let places = Places::find(host, record)?;
+        // Everything that can fail comes first.
+        let (mut found, mut spares) = (Vec::new(), Vec::new());
+        for r in queues {
+            let key = r.queue.lane().clone();
+            let to = port(host, &key.to)?.0;
+            let seat = match key.from.as_str() {
+                READ_BACK => places.seat(host, &key.to, 0)?,
+                from => places.seat(host, from, key.queue)?,
+            };
+            match r.queue.kind() {
+                Kind::Source => found.push((key, seat, to, r)),
+                _ => spares.push((key, r)),
+            }
+        }
+        let outgoing = host.dial_again(record)?;
+        let mut hold = SourceHold {
+            id: record.hold,
+            ran: vec![false; places.group.len()],
+            armed: Vec::new(),
+            lanes: Vec::new(),
+            read_back: Vec::new(),
+            outgoing,
+            pin: Some(places.pin),
+            group: places.group,
+            macs: places.macs,
+            lost: 0,
+            overruns: Vec::new(),
+        };
+        let ports = &host.engine.shared().ports;
+        hold.overruns = ports.iter().map(|p| p.counters.overruns()).collect();
+        let mut commands = Vec::new();
+        for (key, seat, to, r) in found {
+            let spare = spares.iter().position(|(k, _)| *k == key);
+            let spare = spare.map(|n| spares.remove(n).1);
+            let lane = hold.lane_again(host, state, key, seat, to, r, spare, &mut commands);
+            if lane.key.from == READ_BACK {
+                hold.read_back.push(lane);
+            } else {
+                hold.lanes.push(lane);
+            }
+        }
+        for l in hold.lanes.iter_mut().chain(&mut hold.read_back) {
+            l.ship = hold
+                .outgoing
+                .add_lane(l.key.clone(), l.inside, l.queue.clone());
+        }
+        hold.outgoing.all_added();
+        host.batch(commands)
+            .inspect_err(|_| hold.outgoing.close())?;
+        hold.modes(host, state);
+        hold.arm(host);
+        if state == HoldState::Aborting {
+            hold.abort(host)?;
+        }
+        Ok(hold)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "all that is known of a lane")]
+    fn lane_again(
+        &self,
+        host: &Host,
+        state: HoldState,
+        key: LaneKey,
+        seat: Seat,
+        to: usize,
+        found: Recovered,
+        spare: Option<Recovered>,
+        commands: &mut Vec<Command>,
+    ) -> Lane {
+        let (queue, mut writer) = (found.queue, found.writer);
+        let (inside, closed) = (queue.inside(), queue.is_sealed());
+        let is_read_back = key.from == READ_BACK;
+        let waits = closed || queue.last_seq() > queue.flushed_seq();
+        let held = match is_read_back {
+            true => closed,
+            false => closed || holds(state, inside, waits),
+        };
+        if closed && !is_read_back {
+            let gate = match inside || state == HoldState::Aborting {
+                true => Gate::Blocked,
+                false => Gate::Closed(Dropped::Late),
+            };
+            commands.push(Command::Close(seat, to, gate));
+        } else if held {
+            commands.extend(writer.take().map(|w| Command::Hold(seat, to, w)));
+        } else if let Err(e) = host.spool.reserve(&queue, SPOOLED_MAX) {
+            tracing::warn!("lane {key}: what waits at the freeze may find no room: {e}");
+        }
+        let (mut spent, mut again) = (None, None);
+        match spare {
+            Some(Recovered {
+                queue,
+                writer: Some(w),
+                ..
+            }) => again = Some((w, queue)),
+            Some(r) => spent = Some(r.queue),
+            None if inside && !is_read_back => {
+                let made = self.queue(host, Kind::Local, &key);
+                again = made.map_err(|e| tracing::warn!("{e}")).ok();
+            }
+            None => {}
+        }
+        Lane {
+            key,
+            seat,
+            to,
+            inside,
+            queue,
+            writer,
+            spare: again,
+            spent,
+            ship: 0,
+            held,
+            closed,
+            flushed: None,
+            back: None,
+            behind: None,
+        }
+    }
+
+    fn modes(&self, host: &Host, state: HoldState) {
+        use HoldState as S;
+        for &g in &self.group {
+            let mut to_it = self.lanes.iter().filter(|l| l.to == g);
+            let mode = match state {
+                S::Open | S::FrozenInside => Mode::Live,
+                S::Departed => Mode::Departed,
+                S::Departing if to_it.all(|l| l.closed) => Mode::Departed,
+                S::Departing => Mode::Departing,
+                _ => Mode::Held,
+            };
+            host.engine.shared().ports[g].set_mode(mode);
+        }
+    }
+}
+
+impl TargetHold {
+    /// As it stood, and in which state that is. `Err`: it can't be.
+    pub fn take_up(
+        host: &Host,
+        record: &HoldRecord,
+        stand: &Stand,
+        queues: Vec<Recovered>,
+    ) -> Result<(TargetHold, HoldState), Refusal> {
+        let places = Places::find(host, record)?;
+        let incoming = host.incoming(record.hold, record.ticket, &record.peer);
+        let mut mine = BTreeMap::new();
+        let (mut shipped, mut complete) = (0, true);
+        for r in queues {
+            if r.queue.kind() == Kind::Incoming {
+                shipped += 1;
+                let intact = r.damaged.is_empty();
+                complete &= intact && (r.queue.is_sealed() || !r.queue.inside());
+                incoming.adopt(r);
+            } else {
+                mine.insert(r.queue.lane().clone(), r);
+            }
+        }
+        let found = Found {
+            complete: complete && shipped >= stand.named,
+        };
+        let state = taken_up(record.role, stand.state, found);
+        let ports = &host.engine.shared().ports;
+        let mut local = Vec::new();
+        for &to in &places.group {
+            for (n, seat) in
+                (0..ports.len()).flat_map(|from| places.pin.seats(from).into_iter().enumerate())
+            {
+                let key = LaneKey {
+                    from: ports[seat.port].name.clone(),
+                    queue: n as u16,
+                    to: ports[to].name.clone(),
+                };
+                let (writer, queue) = match mine.remove(&key) {
+                    Some(r) => (r.writer, r.queue),
+                    // Never on the disk, and the host was without power; or the port is new.
+                    None => local_queue(host, record.hold, &key)?,
+                };
+                local.push(Local {
+                    seat,
+                    first: n == 0,
+                    to,
+                    key,
+                    writer,
+                    queue,
+                    progress: Arc::new(Progress::default()),
+                });
+            }
+        }
+        if let Some((key, _)) = mine.iter().find(|(_, r)| r.queue.last_seq() > 0) {
+            return Err(gone(&key.from));
+        }
+        let mut hold = TargetHold {
+            id: record.hold,
+            group: places.group,
+            macs: places.macs,
+            incoming,
+            pin: Some(places.pin),
+            local,
+            flushed: Vec::new(),
+        };
+        hold.stand_by(host);
+        if state == HoldState::Draining {
+            hold.commit(host)?;
+            if stand.announced {
+                let hears = |&g: &usize| ports[g].set_hears_uplink(true);
+                hold.group.iter().for_each(hears);
+            }
+        }
+        host.expect(&hold.incoming);
+        Ok((hold, state))
+    }
+}
+
+fn local_queue(
+    host: &Host,
+    hold: HoldId,
+    key: &LaneKey,
+) -> Result<(Option<Writer>, Arc<Queue>), Refusal> {
+    let made = host.spool.create(hold, Kind::Local, key);
+    let (writer, queue) =
+        made.map_err(|e| refuse(RefusalCode::Resources, format!("no spool for {key}: {e}")))?;
+    Ok((Some(writer), queue))
+}

@@ -1,0 +1,493 @@
+//! Two hosts in one process: real workers, real spools, real QUIC between them; ports in memory and a learning switch
+//! as the network. VMs `p` and `m` move while `p` and an outside station `o` send numbered frames to `m`.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use gangway_shared::api::{
+    HoldInfo, HoldOpen, HoldState, IncomingPort, IncomingPrepare, LedgerPage, RefusalCode, Reply,
+    Request, Role, Scope,
+};
+use gangway_shared::config::HostConfig;
+use gangway_shared::config::valid::{Sync, VmConfig};
+use gangway_shared::id::{HoldId, LaneKey, MacAddr};
+use gangway_shared::ledger::{IndexBatch, LaneKind, LedgerLane, account};
+
+use super::{Host, Left, Manager, Vms, workers_of};
+use crate::control::Handler;
+use crate::datapath::Engine;
+use crate::datapath::tests::{config, eventually, frame, mac};
+use crate::port::Attach;
+use crate::port::memory::MemoryPort;
+use crate::ship::Acceptor;
+use crate::ship::tests::World;
+use crate::spool::{Kind, Spool};
+
+mod moves;
+mod restart;
+
+const ID: HoldId = HoldId(0xfeed);
+const P: usize = 0;
+const M: usize = 1;
+const UP: usize = 2;
+const MAC_P: u8 = 1;
+const MAC_M: u8 = 2;
+const MAC_O: u8 = 3;
+/// A second station of `p`, which sends by its second queue.
+const MAC_Q: u8 = 4;
+const SENDERS: [u8; 3] = [MAC_P, MAC_O, MAC_Q];
+
+struct NoVms;
+
+impl Vms for NoVms {
+    fn pid(&self, _: &str) -> Option<u32> {
+        None
+    }
+    fn status(&self, _: &str) -> Option<String> {
+        None
+    }
+}
+
+/// A run of a switch.
+struct Run {
+    manager: Arc<Manager>,
+    engine: Arc<Engine>,
+    spool: Arc<Spool>,
+}
+
+/// A host: what outlives its switch, and the switch.
+struct Site {
+    config: HostConfig,
+    acceptor: Arc<Acceptor>,
+    dialer: (quinn::Endpoint, quinn::ClientConfig),
+    runtime: tokio::runtime::Handle,
+    run: Mutex<Option<Run>>,
+    ports: [MemoryPort; 3],
+    /// The second queue of `p`.
+    second: MemoryPort,
+}
+
+impl Site {
+    fn new(w: &World, name: &str) -> Site {
+        let mut cfg = config(&["p", "m", "up0"], 2, w.dir.path().join(name));
+        cfg.name = name.into();
+        cfg.spool.sync = Sync::Batch;
+        cfg.spool.segment_bytes = 256 << 10;
+        cfg.spool.quota_bytes = 256 << 20;
+        for (i, (vm, n)) in [("p", MAC_P), ("m", MAC_M)].into_iter().enumerate() {
+            cfg.ports[i].vm = Some(vm.into());
+            cfg.ports[i].mac = Some(mac(n));
+            cfg.vms.push(VmConfig {
+                name: vm.into(),
+                qmp: "/nowhere".into(),
+                incoming: None,
+            });
+        }
+        let site = Site {
+            config: cfg,
+            acceptor: w.acceptor.clone(),
+            dialer: (w.endpoint.clone(), w.client.clone()),
+            runtime: w.rt.handle().clone(),
+            run: Mutex::default(),
+            ports: [MemoryPort::new(), MemoryPort::new(), MemoryPort::new()],
+            second: MemoryPort::new(),
+        };
+        site.start(&[UP]);
+        site
+    }
+
+    /// As `run::Switch` does it; these ports come up.
+    fn start(&self, up: &[usize]) {
+        let (spool, recovered) = Spool::open(&self.config.spool).unwrap();
+        let left = Left::read(&spool, recovered).unwrap();
+        let mut config = self.config.clone();
+        config.workers.count = config.workers.count.max(workers_of(&left));
+        let engine = Engine::start(&config).unwrap();
+        let manager = Arc::new(Manager::new(Host {
+            engine: engine.clone(),
+            spool: spool.clone(),
+            acceptor: self.acceptor.clone(),
+            dialer: Some(self.dialer.clone()),
+            runtime: self.runtime.clone(),
+            taps: Default::default(),
+            vms: Arc::new(NoVms),
+            config,
+        }));
+        manager.take_up(left);
+        *self.run.lock().unwrap() = Some(Run {
+            manager,
+            engine,
+            spool,
+        });
+        up.iter().for_each(|p| self.plug(*p));
+    }
+
+    /// `kill -9`: nothing is told to anybody, nothing is put back.
+    fn kill(&self) {
+        let run = self.run.lock().unwrap().take().unwrap();
+        run.engine.stop();
+        run.manager.vanish();
+        let spool = Arc::downgrade(&run.spool);
+        drop(run);
+        eventually("nobody has its spool", || spool.strong_count() == 0);
+    }
+
+    fn manager(&self) -> Arc<Manager> {
+        self.run.lock().unwrap().as_ref().unwrap().manager.clone()
+    }
+
+    fn engine(&self) -> Arc<Engine> {
+        self.run.lock().unwrap().as_ref().unwrap().engine.clone()
+    }
+
+    fn spool(&self) -> Arc<Spool> {
+        self.run.lock().unwrap().as_ref().unwrap().spool.clone()
+    }
+
+    fn plug(&self, port: usize) {
+        let (rx, tx) = self.ports[port].queues();
+        self.engine().set_tx(port, vec![(0, tx)]);
+        self.engine().attach_rx(port, 0, rx);
+        if port == P {
+            self.engine().attach_rx(P, 1, self.second.queues().0);
+        }
+    }
+
+    /// What was in the rings of `p` is there again.
+    fn refill(&self, ring: Vec<Vec<u8>>) {
+        for f in ring {
+            let queue = match f[11] {
+                MAC_Q => &self.second,
+                _ => &self.ports[P],
+            };
+            queue.push(f);
+        }
+    }
+
+    /// What a stopping vhost-user VM does.
+    fn unplug(&self, port: usize) {
+        self.engine().detach_rx(port, 0);
+        self.engine().detach_rx(port, 1);
+        self.engine().clear_tx(port, 0);
+    }
+
+    fn ask(&self, r: Request) -> Reply {
+        let reply = self.manager().call(r.clone());
+        if let Reply::Refused(e) = &reply {
+            panic!("{r:?}: {e}");
+        }
+        reply
+    }
+
+    fn ledger(&self, role: Role) -> Vec<LedgerLane> {
+        match self.ask(Request::LedgerShow {
+            hold: ID,
+            role,
+            lane: 0,
+        }) {
+            Reply::Ledger { ledger, lanes } => {
+                assert_eq!(ledger.lanes as usize, lanes.len());
+                lanes
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn index(&self, role: Role, lane: usize) -> Vec<IndexBatch> {
+        let mut all = Vec::new();
+        let mut at = Some(0);
+        while let Some(here) = at {
+            let page = LedgerPage {
+                hold: ID,
+                role,
+                lane: lane as u32,
+                at: here,
+            };
+            match self.ask(Request::LedgerIndex(page)) {
+                Reply::LedgerIndex { batches, next } => {
+                    all.extend(batches);
+                    at = next;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        all
+    }
+
+    fn status(&self) -> HoldInfo {
+        match self.ask(Request::HoldStatus { hold: ID }) {
+            Reply::Hold(i) => i,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// The number of a frame of a station; 0 for others: what is announced reaches `m` too, if the network floods it while
+/// the old host still takes frames for it.
+fn number(f: &[u8]) -> u32 {
+    match f[12..14] {
+        [0x88, 0xb5] => u32::from_be_bytes(f[20..24].try_into().unwrap()),
+        _ => 0,
+    }
+}
+
+/// Everything that runs beside the migration.
+struct Scene {
+    a: Arc<Site>,
+    b: Arc<Site>,
+    /// What `m` received, in order: (sender, number).
+    got: Arc<Mutex<Vec<(u8, u32)>>>,
+    sent: Arc<[AtomicU32; 3]>,
+    stop: Arc<AtomicBool>,
+    /// 0: p runs on A; 1: stopped; 2: runs on B.
+    place: Arc<AtomicU32>,
+    /// Nothing is looked for any more.
+    done: Arc<AtomicBool>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+    w: World,
+}
+
+impl Scene {
+    fn new() -> Scene {
+        let w = World::new(Sync::Batch);
+        let (a, b) = (
+            Arc::new(Site::new(&w, "alpha")),
+            Arc::new(Site::new(&w, "beta")),
+        );
+        a.plug(M);
+        a.plug(P);
+        let seats = a.engine().pin().seats(P);
+        assert_eq!(seats.len(), 2, "the queues of p are on both workers");
+        // m says where it is.
+        a.ports[M].push(frame(MAC_M, MacAddr::BROADCAST, 0));
+        eventually("m is learned", || !a.ports[P].take_delivered().is_empty());
+        let scene = Scene {
+            a,
+            b,
+            got: Arc::default(),
+            sent: Arc::default(),
+            stop: Arc::default(),
+            place: Arc::default(),
+            done: Arc::default(),
+            threads: Vec::new(),
+            w,
+        };
+        scene.start()
+    }
+
+    fn start(mut self) -> Scene {
+        let (a, b, got, sent) = (
+            self.a.clone(),
+            self.b.clone(),
+            self.got.clone(),
+            self.sent.clone(),
+        );
+        let (stop, place, done) = (self.stop.clone(), self.place.clone(), self.done.clone());
+        self.threads.push(std::thread::spawn(move || {
+            // The network: where m is, as a learning switch sees it.
+            let mut m_at_b = false;
+            let mut n = [0u32; 3];
+            let mut ending = false;
+            while !done.load(Ordering::Relaxed) {
+                ending |= stop.load(Ordering::Relaxed);
+                for f in b.ports[UP].take_delivered() {
+                    if f[6..12] == mac(MAC_M).0 {
+                        m_at_b = true;
+                    }
+                    a.ports[UP].push(f);
+                }
+                for f in a.ports[UP].take_delivered() {
+                    if m_at_b && f[0..6] == mac(MAC_M).0 {
+                        b.ports[UP].push(f);
+                    }
+                }
+                if !ending {
+                    n[1] += 1;
+                    let up = if m_at_b { &b } else { &a };
+                    up.ports[UP].push(frame(MAC_O, mac(MAC_M), n[1]));
+                    let p = match place.load(Ordering::Acquire) {
+                        0 => Some(&a),
+                        2 => Some(&b),
+                        _ => None,
+                    };
+                    if let Some(p) = p {
+                        n[0] += 1;
+                        p.ports[P].push(frame(MAC_P, mac(MAC_M), n[0]));
+                        n[2] += 1;
+                        p.second.push(frame(MAC_Q, mac(MAC_M), n[2]));
+                    }
+                    for (sent, n) in sent.iter().zip(n) {
+                        sent.store(n, Ordering::Release);
+                    }
+                }
+                for site in [&a, &b] {
+                    let mut got = got.lock().unwrap();
+                    got.extend(
+                        site.ports[M]
+                            .take_delivered()
+                            .iter()
+                            .filter(|f| number(f) > 0)
+                            .map(|f| (f[11], number(f))),
+                    );
+                }
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        }));
+        self
+    }
+
+    fn received(&self, from: u8) -> usize {
+        self.got
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|(s, _)| *s == from)
+            .count()
+    }
+
+    fn more(&self) {
+        let before = SENDERS.map(|s| self.received(s) + 20);
+        eventually("frames flow", || {
+            SENDERS
+                .iter()
+                .zip(before)
+                .all(|(s, n)| self.received(*s) > n)
+        });
+    }
+
+    fn prepare(&self) {
+        let ports = [("p", MAC_P), ("m", MAC_M)]
+            .map(|(n, m)| IncomingPort {
+                name: n.into(),
+                vm: n.into(),
+                mac: Some(mac(m)),
+            })
+            .to_vec();
+        let vms = vec!["p".to_string(), "m".into()];
+        self.b.ask(Request::IncomingPrepare(IncomingPrepare {
+            hold: ID,
+            vms: vms.clone(),
+            ports,
+            source_host: "alpha".into(),
+            ticket: [5; 32],
+        }));
+        self.a.ask(Request::HoldOpen(HoldOpen {
+            hold: ID,
+            vms,
+            target_address: self.w.address.to_string(),
+            target_host: "beta".into(),
+            ticket: [5; 32],
+        }));
+    }
+
+    /// Stops `p` and `m` on A. What they had queued stays in their rings.
+    fn stop_vms(&self) -> Vec<Vec<u8>> {
+        self.place.store(1, Ordering::Release);
+        std::thread::sleep(Duration::from_millis(5));
+        self.a.unplug(P);
+        self.a.unplug(M);
+        let mut ring = self.a.ports[P].take_waiting();
+        ring.extend(self.a.second.take_waiting());
+        ring
+    }
+
+    /// Everything once, in order.
+    fn verdict(mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        std::thread::sleep(Duration::from_millis(50));
+        for (i, who) in SENDERS.into_iter().enumerate() {
+            let n = self.sent[i].load(Ordering::Acquire) as usize;
+            eventually("the last frame", || self.received(who) >= n);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        self.done.store(true, Ordering::Relaxed);
+        for t in self.threads.drain(..) {
+            t.join().unwrap();
+        }
+        let got = self.got.lock().unwrap();
+        for (i, who) in SENDERS.into_iter().enumerate() {
+            let n = self.sent[i].load(Ordering::Acquire);
+            let seen: Vec<u32> = got
+                .iter()
+                .filter(|(s, _)| *s == who)
+                .map(|(_, n)| *n)
+                .collect();
+            assert!(n > 40);
+            let wrong = seen.iter().zip(1..).position(|(a, b)| *a != b);
+            assert_eq!(
+                (wrong, seen.len()),
+                (None, n as usize),
+                "from station {who}: {:?}",
+                wrong.map(|w| &seen[w..])
+            );
+        }
+        for site in [&self.a, &self.b] {
+            site.engine().stop();
+        }
+    }
+}
+
+fn open_args(s: &Scene, vms: &[&str]) -> HoldOpen {
+    HoldOpen {
+        hold: ID,
+        vms: vms.iter().map(|v| v.to_string()).collect(),
+        target_address: s.w.address.to_string(),
+        target_host: "beta".into(),
+        ticket: [5; 32],
+    }
+}
+
+fn refusal(site: &Site, r: Request) -> (RefusalCode, String) {
+    match site.manager().call(r) {
+        Reply::Refused(e) => (e.code, e.message),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Everything up to the commit, with both VMs stopped.
+fn committed(s: &Scene) -> Vec<Vec<u8>> {
+    s.more();
+    s.prepare();
+    s.a.ask(Request::Freeze {
+        hold: ID,
+        scope: Scope::All,
+    });
+    let ring = s.stop_vms();
+    s.a.ask(Request::Seal {
+        hold: ID,
+        timeout_ms: 5000,
+    });
+    s.b.ask(Request::IncomingRestore { hold: ID });
+    s.b.ask(Request::Commit { hold: ID });
+    ring
+}
+
+/// All stages of both hosts have seen the same frames, and the indexes add up to them.
+fn the_ledgers_agree(s: &Scene) {
+    let (a, b) = (s.a.ledger(Role::Source), s.b.ledger(Role::Target));
+    let shipped = |l: &&LedgerLane| l.kind == LaneKind::Shipped;
+    let lanes = a.iter().filter(shipped).count();
+    assert_eq!(lanes, b.iter().filter(shipped).count());
+    for (n, l) in a.iter().enumerate().filter(|(_, l)| shipped(l)) {
+        let m = b
+            .iter()
+            .position(|t| shipped(&t) && t.lane == l.lane)
+            .expect("the same lanes");
+        let (here, there) = (s.a.index(Role::Source, n), s.b.index(Role::Target, m));
+        assert_eq!(here, there, "{}", l.lane);
+        let all = account(&here);
+        let stages: Vec<_> = l.stages.iter().chain(&b[m].stages).collect();
+        assert_eq!(stages.len(), 8, "{stages:?}");
+        for st in stages {
+            assert!(st.account.agrees(&all), "{}: {st:?}, not {all:?}", l.lane);
+        }
+        assert!(l.lost.is_empty() && b[m].lost.is_empty());
+    }
+    for (n, l) in b.iter().enumerate().filter(|(_, l)| !shipped(l)) {
+        let all = account(&s.b.index(Role::Target, n));
+        for st in &l.stages {
+            assert!(st.account.agrees(&all), "{}: {st:?}, not {all:?}", l.lane);
+        }
+    }
+}

@@ -1,0 +1,358 @@
+//! `kill -9` of a switch with a hold in any state, and what its successor does with it.
+
+use super::*;
+use crate::hold::record::FILE;
+
+/// How far a hold got.
+#[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
+enum Upto {
+    Open,
+    FrozenInside,
+    Frozen,
+    Sealed,
+    Restored,
+}
+
+const ALL: [Upto; 5] = [
+    Upto::Open,
+    Upto::FrozenInside,
+    Upto::Frozen,
+    Upto::Sealed,
+    Upto::Restored,
+];
+
+/// Goes there; what `p` had queued when it was stopped.
+fn go(s: &Scene, upto: Upto) -> Vec<Vec<u8>> {
+    s.more();
+    s.prepare();
+    if upto >= Upto::FrozenInside {
+        s.a.ask(Request::Freeze {
+            hold: ID,
+            scope: Scope::Inside,
+        });
+    }
+    if upto >= Upto::Frozen {
+        s.a.ask(Request::Freeze {
+            hold: ID,
+            scope: Scope::All,
+        });
+    }
+    std::thread::sleep(Duration::from_millis(30));
+    let mut ring = Vec::new();
+    if upto >= Upto::Sealed {
+        ring = s.stop_vms();
+        seal(s);
+    }
+    if upto >= Upto::Restored {
+        s.b.ask(Request::IncomingRestore { hold: ID });
+    }
+    ring
+}
+
+fn seal(s: &Scene) {
+    s.a.ask(Request::Seal {
+        hold: ID,
+        timeout_ms: 5000,
+    });
+}
+
+/// The VMs run on A again.
+fn resume(s: &Scene, ring: Vec<Vec<u8>>) {
+    s.a.refill(ring);
+    s.a.plug(P);
+    s.a.plug(M);
+    s.place.store(0, Ordering::Release);
+}
+
+fn put_back(s: &Scene) {
+    eventually("it is put back", || {
+        s.a.status().state == HoldState::Aborted
+    });
+    eventually("both spools are free again", || {
+        s.a.spool().used_bytes() + s.b.spool().used_bytes() == 0
+    });
+    assert_eq!(
+        (s.a.spool().holds().unwrap(), s.b.spool().holds().unwrap()),
+        (vec![], vec![])
+    );
+}
+
+/// Held frames that wait at A's switch.
+fn held(s: &Scene) -> u64 {
+    s.a.status().lanes.iter().map(|l| l.held.frames).sum()
+}
+
+#[test]
+fn an_abort_behind_a_restart_of_the_source_delivers_what_was_held() {
+    for upto in ALL {
+        let s = Scene::new();
+        let ring = go(&s, upto);
+        let before = s.a.status();
+        s.a.kill();
+        // What comes meanwhile waits where nobody has accepted it.
+        std::thread::sleep(Duration::from_millis(20));
+        s.a.start(&[UP]);
+        let after = s.a.status();
+        assert_eq!(after.state, before.state, "{upto:?}");
+        assert_eq!(after.frozen_ns, before.frozen_ns);
+        assert_eq!((after.vms, after.peer), (before.vms, before.peer));
+        for l in &before.lanes {
+            let again = after.lanes.iter().find(|a| a.lane == l.lane).unwrap();
+            assert!(again.held.frames >= l.held.frames, "{upto:?}: {}", l.lane);
+        }
+        if upto >= Upto::FrozenInside {
+            assert!(held(&s) > 0, "{upto:?}");
+        }
+        if upto < Upto::Sealed {
+            s.a.plug(P);
+            s.a.plug(M);
+        }
+        s.a.ask(Request::HoldAbort { hold: ID });
+        s.b.ask(Request::HoldAbort { hold: ID });
+        if upto >= Upto::Sealed {
+            resume(&s, ring);
+        }
+        put_back(&s);
+        s.more();
+        s.verdict();
+    }
+}
+
+#[test]
+fn an_abort_goes_on_by_itself_where_it_was() {
+    for upto in [Upto::Frozen, Upto::Sealed] {
+        for room in [0, 7, 100] {
+            let s = Scene::new();
+            let ring = go(&s, upto);
+            // `m` takes so many, and then no more.
+            s.a.ports[M].set_room(room);
+            s.a.ask(Request::HoldAbort { hold: ID });
+            s.b.ask(Request::HoldAbort { hold: ID });
+            if upto == Upto::Sealed {
+                resume(&s, ring);
+            }
+            std::thread::sleep(Duration::from_millis(30));
+            assert_eq!(s.a.status().state, HoldState::Aborting);
+            s.a.kill();
+            s.a.start(&[UP, P, M]);
+            assert_eq!(s.a.status().state, HoldState::Aborting);
+            // And once more.
+            s.a.ports[M].set_room(room);
+            std::thread::sleep(Duration::from_millis(10));
+            s.a.kill();
+            s.a.start(&[UP, P, M]);
+            s.a.ports[M].set_room(usize::MAX);
+            put_back(&s);
+            s.more();
+            s.verdict();
+        }
+    }
+}
+
+/// Which switch dies, and when.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Kill {
+    Source(&'static str),
+    Target(&'static str),
+}
+
+/// A move in which the switches die at these places.
+fn moved(kills: &[Kill]) {
+    let s = Scene::new();
+    // Where the VMs are.
+    let up = |site: &str, vms: bool| -> Vec<usize> {
+        match (site, vms) {
+            (_, true) => vec![UP, P, M],
+            _ => vec![UP],
+        }
+    };
+    let at = |here: &str, a_runs: bool, b_runs: bool| {
+        for k in kills {
+            match *k {
+                Kill::Source(k) if k == here => {
+                    s.a.kill();
+                    std::thread::sleep(Duration::from_millis(10));
+                    s.a.start(&up("a", a_runs));
+                }
+                Kill::Target(k) if k == here => {
+                    s.b.kill();
+                    std::thread::sleep(Duration::from_millis(10));
+                    s.b.start(&up("b", b_runs));
+                }
+                _ => {}
+            }
+        }
+    };
+    s.more();
+    s.prepare();
+    at("prepared", true, false);
+    s.a.ask(Request::Freeze {
+        hold: ID,
+        scope: Scope::All,
+    });
+    std::thread::sleep(Duration::from_millis(20));
+    at("frozen", true, false);
+    let ring = s.stop_vms();
+    seal(&s);
+    at("sealed", false, false);
+    s.b.ask(Request::IncomingRestore { hold: ID });
+    at("restored", false, false);
+    s.b.ask(Request::Commit { hold: ID });
+    at("committed", false, false);
+    s.b.ports[M].set_room(50);
+    s.b.refill(ring);
+    s.b.plug(P);
+    s.b.plug(M);
+    s.place.store(2, Ordering::Release);
+    std::thread::sleep(Duration::from_millis(20));
+    at("activated", false, true);
+    s.b.ports[M].set_room(usize::MAX);
+    s.b.ask(Request::Announce { hold: ID });
+    at("announced", false, true);
+    s.a.ask(Request::Depart {
+        hold: ID,
+        grace_ms: 3_000,
+    });
+    at("departing", false, true);
+    eventually("the source is done", || {
+        s.a.status().state == HoldState::Departed
+    });
+    eventually("the target is live", || {
+        s.b.status().state == HoldState::Live
+    });
+    s.more();
+    at("settled", false, true);
+    eventually("the target is live", || {
+        s.b.status().state == HoldState::Live
+    });
+    s.a.ask(Request::HoldRelease { hold: ID });
+    s.b.ask(Request::HoldRelease { hold: ID });
+    eventually("nothing of it is in the spools", || {
+        s.a.spool().used_bytes() + s.b.spool().used_bytes() == 0
+    });
+    the_ledgers_agree(&s);
+    s.verdict();
+}
+
+#[test]
+fn a_move_survives_the_source_s_switch_in_every_state() {
+    for at in [
+        "prepared",
+        "frozen",
+        "sealed",
+        "restored",
+        "committed",
+        "activated",
+        "announced",
+        "departing",
+        "settled",
+    ] {
+        moved(&[Kill::Source(at)]);
+    }
+}
+
+#[test]
+fn a_move_survives_the_target_s_switch_in_every_state() {
+    for at in [
+        "prepared",
+        "frozen",
+        "sealed",
+        "restored",
+        "committed",
+        "activated",
+        "announced",
+        "departing",
+        "settled",
+    ] {
+        moved(&[Kill::Target(at)]);
+    }
+}
+
+#[test]
+fn a_move_survives_both_switches_and_again() {
+    let both = |at| [Kill::Source(at), Kill::Target(at)];
+    moved(&both("sealed"));
+    moved(&[both("restored"), both("committed"), both("activated")].concat());
+    moved(&[both("prepared"), both("announced"), both("departing")].concat());
+}
+
+#[test]
+fn what_cannot_be_taken_up_is_kept_and_named() {
+    let s = Scene::new();
+    let ring = go(&s, Upto::Sealed);
+    let path = s.a.spool().dir_of(ID).join(FILE);
+    s.a.kill();
+    let intact = std::fs::read(&path).unwrap();
+    let mut torn = intact.clone();
+    torn[1600] ^= 1;
+    std::fs::write(&path, &torn).unwrap();
+    // What would come in now is not held by anybody.
+    s.a.start(&[]);
+    let used = s.a.spool().used_bytes();
+    assert!(used > 0);
+    for request in [
+        Request::HoldStatus { hold: ID },
+        Request::HoldAbort { hold: ID },
+        Request::HoldAbort { hold: ID },
+    ] {
+        let (code, what) = refusal(&s.a, request);
+        assert_eq!(code, RefusalCode::State, "not unknown: {what}");
+        assert!(what.contains("frames") && what.contains(FILE), "{what}");
+    }
+    let (code, _) = refusal(&s.a, Request::HoldOpen(open_args(&s, &["m"])));
+    assert_eq!(code, RefusalCode::Busy);
+    match s.a.ask(Request::HostShow) {
+        Reply::Host(h) => assert!(h.spool_error.unwrap().contains(FILE)),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(s.a.spool().used_bytes(), used, "nothing is thrown away");
+    // Once it is mended, everything is there.
+    s.a.kill();
+    std::fs::write(&path, &intact).unwrap();
+    s.a.start(&[UP]);
+    s.a.ask(Request::HoldAbort { hold: ID });
+    s.b.ask(Request::HoldAbort { hold: ID });
+    resume(&s, ring);
+    put_back(&s);
+    s.more();
+    s.verdict();
+}
+
+#[test]
+fn an_opening_that_was_never_answered_leaves_nothing() {
+    let s = Scene::new();
+    go(&s, Upto::Open);
+    let path = s.a.spool().dir_of(ID).join(FILE);
+    s.a.kill();
+    std::fs::remove_file(path).unwrap();
+    s.a.start(&[M, P, UP]);
+    let (code, _) = refusal(&s.a, Request::HoldStatus { hold: ID });
+    assert_eq!(code, RefusalCode::Unknown);
+    assert_eq!(s.a.spool().holds().unwrap(), vec![]);
+    s.b.ask(Request::HoldAbort { hold: ID });
+    s.more();
+    s.verdict();
+}
+
+#[test]
+fn an_order_to_open_that_comes_behind_the_abort_is_late() {
+    let s = Scene::new();
+    for site in [&s.a, &s.b] {
+        let (code, _) = refusal(site, Request::HoldAbort { hold: ID });
+        assert_eq!(code, RefusalCode::Unknown);
+    }
+    let (code, what) = refusal(&s.a, Request::HoldOpen(open_args(&s, &["m"])));
+    assert_eq!(code, RefusalCode::State);
+    assert!(what.contains("too late"), "{what}");
+    let prepare = IncomingPrepare {
+        hold: ID,
+        vms: vec!["m".into()],
+        ports: vec![],
+        source_host: "alpha".into(),
+        ticket: [5; 32],
+    };
+    let (code, _) = refusal(&s.b, Request::IncomingPrepare(prepare));
+    assert_eq!(code, RefusalCode::State);
+    s.more();
+    s.verdict();
+}
