@@ -253,6 +253,14 @@ pub struct IndexBatch {
     pub frames: Vec<IndexFrame>,
 }
 
+impl IndexBatch {
+    /// Its frames with their numbers, which are the host's word: they may be any.
+    pub fn numbered(&self) -> impl Iterator<Item = (u64, &IndexFrame)> {
+        let frames = (0..).zip(&self.frames);
+        frames.map(|(n, f)| (self.first_seq.wrapping_add(n), f))
+    }
+}
+
 /// A frame of a lane's index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, SchemaRead, SchemaWrite)]
 pub struct IndexFrame {
@@ -281,7 +289,7 @@ pub fn account<'a>(index: impl IntoIterator<Item = &'a IndexBatch>) -> Account {
         ..Account::default()
     };
     for b in index {
-        for (f, seq) in b.frames.iter().zip(b.first_seq..) {
+        for (seq, f) in b.numbered() {
             a.frame(seq, f.len);
         }
         a.batch(b.first_seq, b.crc);

@@ -292,11 +292,10 @@ impl Judge {
 type Print = (u64, IndexFrame);
 
 fn by_number(index: &[IndexBatch]) -> BTreeMap<u64, Print> {
-    let frames = index.iter().flat_map(|b| {
-        (b.first_seq..)
-            .zip(&b.frames)
-            .map(|(n, f)| (n, (b.time_ns, *f)))
-    });
+    let of = |b: &'_ IndexBatch, f: &IndexFrame| (b.time_ns, *f);
+    let frames = index
+        .iter()
+        .flat_map(|b| b.numbered().map(move |(n, f)| (n, of(b, f))));
     frames.collect()
 }
 
@@ -310,7 +309,7 @@ impl Ranges {
     fn add(&mut self, seq: u64, why: &'static str, (time_ns, f): &Print) {
         let full = self.list.len() >= NAMED;
         match self.list.last_mut() {
-            Some(r) if r.1 + 1 == seq && r.2 == why => r.1 = seq,
+            Some(r) if r.1.checked_add(1) == Some(seq) && r.2 == why => r.1 = seq,
             _ if full => self.more += 1,
             _ => self.list.push((seq, seq, why, *time_ns, f.len)),
         }

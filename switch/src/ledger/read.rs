@@ -169,7 +169,10 @@ impl Reader {
         let mut rest = bytes.as_slice();
         while rest.len() >= BATCH {
             let count = le32(rest, 20) as usize;
-            if !(1..=RECORDS_MAX).contains(&count) {
+            let first = le64(rest, 0);
+            let is_one =
+                (1..=RECORDS_MAX).contains(&count) && first.checked_add(count as u64).is_some();
+            if !is_one {
                 return Err(self.bad(n, "a batch of its index is malformed"));
             }
             let Some((batch, behind)) = rest.split_at_checked(BATCH + count * ENTRY) else {
@@ -177,7 +180,7 @@ impl Reader {
             };
             let frames = batch[BATCH..].chunks_exact(ENTRY);
             batches.push(IndexBatch {
-                first_seq: le64(batch, 0),
+                first_seq: first,
                 time_ns: le64(batch, 8),
                 crc: le32(batch, 16),
                 frames: frames

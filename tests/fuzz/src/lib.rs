@@ -8,6 +8,7 @@ mod codec;
 mod config;
 pub mod corpus;
 mod input;
+mod ledger;
 mod packet;
 mod qmp;
 mod rings;
@@ -19,7 +20,7 @@ mod vhost_user;
 pub type Target = fn(&[u8]);
 
 /// All of them, by name.
-pub const TARGETS: [(&str, Target); 10] = [
+pub const TARGETS: [(&str, Target); 11] = [
     ("vhost_user", vhost_user::run),
     ("split_ring", rings::split),
     ("packed_ring", rings::packed),
@@ -28,6 +29,7 @@ pub const TARGETS: [(&str, Target); 10] = [
     ("shipment", shipment::run),
     ("spool_scan", spool::scan),
     ("spool_open", spool::open),
+    ("ledger", ledger::run),
     ("config", config::run),
     ("qmp", qmp::run),
 ];
