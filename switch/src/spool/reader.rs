@@ -216,14 +216,17 @@ impl Reader {
         let salt = self.queue.salt();
         let last = self.queue.last_seq();
         let mut at = self.at;
+        let mut min_seq = self.next_seq;
         let (resume, next_seq) = loop {
             let bytes = seg.read(at, u32::MAX);
             // The first step may be a good batch with a later number (its predecessors were lost before).
-            if let Some(f) = resync(bytes, seg.epoch(), salt, self.next_seq) {
+            if let Some(f) = resync(bytes, seg.epoch(), salt, min_seq) {
                 at += f.offset as u32;
                 if !f.next_segment {
                     break (Resume { seg, at }, f.seq);
                 }
+                // What is before it is not in the next one: recovery says so, too.
+                min_seq = f.seq;
             }
             match seg.next().cloned() {
                 Some(n) if n.published() > 0 => {
