@@ -1,6 +1,10 @@
 //! Sending: a worker's frames into the transmit queues of the ports.
 //!
-//! Invariant: one lock at a time, none longer than a burst; every queue that was sent to is flushed.
+//! A queue that this worker has for itself stays behind its lock for a run of frames; one that workers share is locked
+//! only to take places and to give them back (ADR-0022).
+//!
+//! Invariant: one lock at a time, none longer than a burst; every queue that was sent to is flushed; behind
+//! [`Egress::finish`] the receivers can see all that was sent.
 
 use std::sync::Arc;
 
@@ -9,7 +13,20 @@ use super::flow::Flows;
 use super::lane::Sink;
 use super::stats::{Traffic, add};
 use super::worker::Round;
-use crate::port::{Frame, Sent, TxQueue};
+use crate::port::{Claim, Frame, Sent, TxQueue};
+
+/// What a worker keeps from one burst to the next.
+#[derive(Default)]
+pub(super) struct Outbox {
+    /// Ports and their transmit queues that got frames in this round.
+    pub(super) sent_to: Vec<(usize, usize)>,
+    claim: Claim,
+    /// Ports, their queues, and the last claim in each that the receiver could not see when it was given back.
+    behind: Vec<(usize, usize, u64)>,
+}
+
+/// How often a worker looks whether the one before it has finished its copy until it lets others run.
+const LOOKS: u32 = 64;
 
 /// The transmit queues in use during a burst: one lock at a time, every one flushed at the end.
 pub(super) struct Egress<'a> {
@@ -21,17 +38,17 @@ pub(super) struct Egress<'a> {
     /// Sent to the queue whose lock is held.
     frames: u64,
     bytes: u64,
-    sent_to: &'a mut Vec<(usize, usize)>,
+    out: &'a mut Outbox,
 }
 
 impl<'a> Egress<'a> {
-    pub(super) fn new(round: &Round<'a>, sent_to: &'a mut Vec<(usize, usize)>) -> Egress<'a> {
+    pub(super) fn new(round: &Round<'a>, out: &'a mut Outbox) -> Egress<'a> {
         Egress {
             n: round.n,
             ports: &round.shared.ports,
             flows: round.flows,
             traffic: round.traffic,
-            sent_to,
+            out,
             held: None,
             frames: 0,
             bytes: 0,
@@ -44,22 +61,70 @@ impl<'a> Egress<'a> {
             true => self.flows.key(frame.head()).hash(),
             false => 0,
         };
-        let sent = self
-            .turn_to(to, hash)
-            .map_or(Sent::Down, |tx| tx.send(frame));
-        match sent {
-            Sent::Yes => {
+        let claimed = match self.ports[to].steering.is_shared() {
+            true => self.claim(to, hash, frame),
+            false => None,
+        };
+        let sent = claimed.unwrap_or_else(|| {
+            let sent = self
+                .turn_to(to, hash)
+                .map_or(Sent::Down, |tx| tx.send(frame));
+            if sent == Sent::Yes {
                 self.frames += 1;
                 self.bytes += u64::from(frame.len);
             }
-            Sent::Down if self.ports[to].awaited() => return Sent::Full,
-            _ => {}
+            sent
+        });
+        match sent {
+            Sent::Down if self.ports[to].awaited() => Sent::Full,
+            sent => sent,
         }
-        sent
+    }
+
+    /// Sends into a queue that workers share; none if there is no such queue.
+    fn claim(&mut self, to: usize, hash: u64, frame: &Frame<'_>) -> Option<Sent> {
+        self.flush();
+        let port = &self.ports[to];
+        let queue = port.steering.pick(self.n, hash);
+        let sent = self.out.claim.send(|| port.tx(queue), frame)?;
+        if sent == Sent::Yes {
+            self.claimed(to, queue, std::slice::from_ref(frame));
+        }
+        Some(sent)
+    }
+
+    /// The same with as many as simply go.
+    fn claim_run(&mut self, to: usize, hash: u64, frames: &[Frame<'_>]) -> Option<usize> {
+        self.flush();
+        let port = &self.ports[to];
+        let queue = port.steering.pick(self.n, hash);
+        let sent = self.out.claim.send_run(|| port.tx(queue), frames)?;
+        if sent > 0 {
+            self.claimed(to, queue, &frames[..sent]);
+        }
+        Some(sent)
+    }
+
+    /// These have their places.
+    fn claimed(&mut self, to: usize, queue: usize, frames: &[Frame<'_>]) {
+        if let Some(number) = self.out.claim.behind() {
+            let mut known = self.out.behind.iter_mut();
+            match known.find(|b| (b.0, b.1) == (to, queue)) {
+                Some(last) => last.2 = number,
+                None => self.out.behind.push((to, queue, number)),
+            }
+        }
+        let bytes = frames.iter().map(|f| u64::from(f.len)).sum();
+        self.note(to, queue, frames.len() as u64, bytes);
     }
 
     /// As many of them as simply go, at once. They are of flows with the same queue; `hash` is of one of them.
     pub(super) fn send_run(&mut self, to: usize, hash: u64, frames: &[Frame<'_>]) -> usize {
+        if self.ports[to].steering.is_shared()
+            && let Some(sent) = self.claim_run(to, hash, frames)
+        {
+            return sent;
+        }
         let sent = self.turn_to(to, hash).map_or(0, |tx| tx.send_run(frames));
         self.frames += sent as u64;
         self.bytes += frames[..sent].iter().map(|f| u64::from(f.len)).sum::<u64>();
@@ -106,7 +171,28 @@ impl<'a> Egress<'a> {
         guard.as_deref_mut().map(|tx| tx as &mut dyn TxQueue)
     }
 
-    pub(super) fn flush(&mut self) {
+    /// Ends a burst.
+    pub(super) fn finish(mut self) {
+        self.flush();
+        while let Some((to, queue, number)) = self.out.behind.pop() {
+            let is_out = || {
+                let mut tx = self.ports[to].tx(queue);
+                tx.as_mut()
+                    .and_then(|t| t.shared())
+                    .is_some_and(|t| t.is_out(number))
+            };
+            let mut looks = 0;
+            while is_out() {
+                looks += 1;
+                match looks < LOOKS {
+                    true => std::hint::spin_loop(),
+                    false => std::thread::yield_now(),
+                }
+            }
+        }
+    }
+
+    fn flush(&mut self) {
         let Some((to, queue, mut guard)) = self.held.take() else {
             return;
         };
@@ -114,15 +200,21 @@ impl<'a> Egress<'a> {
             tx.flush();
         }
         drop(guard);
-        if self.frames == 0 {
-            return;
+        let (frames, bytes) = (self.frames, self.bytes);
+        (self.frames, self.bytes) = (0, 0);
+        if frames > 0 {
+            self.note(to, queue, frames, bytes);
         }
-        if !self.sent_to.contains(&(to, queue)) {
-            self.sent_to.push((to, queue));
+    }
+
+    /// So much has gone to a queue.
+    fn note(&mut self, to: usize, queue: usize, frames: u64, bytes: u64) {
+        if !self.out.sent_to.contains(&(to, queue)) {
+            self.out.sent_to.push((to, queue));
         }
         let moved = self.traffic.port(to);
-        add(moved.tx_frames(queue), std::mem::take(&mut self.frames));
-        add(&moved.tx_bytes, std::mem::take(&mut self.bytes));
+        add(moved.tx_frames(queue), frames);
+        add(&moved.tx_bytes, bytes);
     }
 }
 

@@ -108,6 +108,19 @@ impl Port {
         self.tx[queue % QUEUES].0.lock()
     }
 
+    /// Puts another queue in its place, when no worker has a claim in it any more.
+    fn exchange(&self, queue: usize, new: Tx) -> Tx {
+        loop {
+            let mut tx = self.tx(queue);
+            let shared = tx.as_mut().and_then(|t| t.shared());
+            if shared.is_none_or(|t| t.close()) {
+                return std::mem::replace(&mut *tx, new);
+            }
+            drop(tx);
+            std::thread::yield_now();
+        }
+    }
+
     /// There are so many workers now.
     pub(super) fn steer(&self, workers: usize) {
         let _one_at_a_time = lock(&self.changing);
@@ -398,8 +411,7 @@ impl Attach for Engine {
         let mut on = Vec::new();
         for (queue, tx) in queues {
             let queue = usize::from(queue) % QUEUES;
-            let old = p.tx(queue).replace(tx);
-            drop(old);
+            drop(p.exchange(queue, Some(tx)));
             on.push(queue);
         }
         p.steering.change(on, []);
@@ -411,8 +423,7 @@ impl Attach for Engine {
         let _one_at_a_time = lock(&p.changing);
         // First: who then finds the place empty asks again.
         p.steering.change([], [queue]);
-        let old = p.tx(queue).take();
-        drop(old);
+        drop(p.exchange(queue, None));
     }
 
     fn port_error(&self, port: usize, error: Option<String>) {

@@ -6,7 +6,7 @@
 //! Invariant: a queue is picked only while it is active, but for the moment of a change: who finds the picked one empty asks
 //! again.
 
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 
 use gangway_shared::config::WORKERS_MAX;
 
@@ -24,6 +24,8 @@ pub struct Steering {
     rows: Box<[[AtomicU8; BUCKETS]]>,
     /// Workers that there are.
     workers: AtomicUsize,
+    /// There are fewer queues than workers.
+    shared: AtomicBool,
 }
 
 impl Steering {
@@ -34,6 +36,7 @@ impl Steering {
             active: AtomicU32::new(0),
             rows: (0..WORKERS_MAX).map(row).collect(),
             workers: AtomicUsize::new(workers),
+            shared: AtomicBool::new(false),
         }
     }
 
@@ -47,6 +50,12 @@ impl Steering {
     pub fn is_wide(&self) -> bool {
         let active = self.active.load(Ordering::Relaxed);
         active & active.wrapping_sub(1) != 0
+    }
+
+    /// Several workers send by each of its queues, as there are not enough.
+    #[inline]
+    pub fn is_shared(&self) -> bool {
+        self.shared.load(Ordering::Relaxed)
     }
 
     /// The queue, of [`QUEUES`], for a flow with this hash.
@@ -92,6 +101,7 @@ impl Steering {
             .filter(|q| active & (1 << q) != 0)
             .collect();
         let workers = self.workers.load(Ordering::Relaxed).max(1);
+        self.shared.store(all.len() < workers, Ordering::Relaxed);
         for (n, row) in self.rows.iter().enumerate() {
             // A worker that is leaving shares with another one.
             let own = |rank: &usize| all.len() < workers || rank % workers == n % workers;
@@ -136,6 +146,7 @@ mod tests {
                 }
                 prop_assert_eq!(s.is_up(), !active.is_empty());
                 prop_assert_eq!(s.is_wide(), active.len() > 1);
+                prop_assert_eq!(s.is_shared(), active.len() < workers);
                 if active.is_empty() {
                     continue;
                 }

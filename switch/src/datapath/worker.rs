@@ -11,7 +11,7 @@ use arrayvec::ArrayVec;
 use gangway_shared::config::valid::Poll;
 
 use super::crew::{Place, Unpinned};
-use super::egress::{Egress, Towards};
+use super::egress::{Egress, Outbox, Towards};
 use super::engine::Shared;
 use super::flow::{Flow, Flows, Key};
 use super::lane::{Drain, Gate, Lane, Progress};
@@ -181,8 +181,7 @@ pub struct Worker {
     /// By receiving port.
     sides: Vec<Side>,
     flows: Flows,
-    /// Ports and their transmit queues that got frames in this round.
-    sent_to: Vec<(usize, usize)>,
+    out: Outbox,
 }
 
 /// What is the same for all queues of a worker's round.
@@ -222,7 +221,7 @@ impl Worker {
             rx: Vec::new(),
             sides,
             flows: Flows::new(flows)?,
-            sent_to: Vec::new(),
+            out: Outbox::default(),
         })
     }
 
@@ -245,10 +244,10 @@ impl Worker {
             };
             for rx in &mut self.rx {
                 let side = &mut self.sides[rx.id.port];
-                work |= rx.poll(side, &round, &mut self.sent_to);
+                work |= rx.poll(side, &round, &mut self.out);
             }
             for side in &mut self.sides {
-                work |= side.drain(&round, &mut self.sent_to);
+                work |= side.drain(&round, &mut self.out);
             }
             if work || self.poll == Poll::Busy {
                 self.settle();
@@ -267,7 +266,7 @@ impl Worker {
         for q in self.rx.iter_mut().filter_map(|rx| rx.queue.as_mut()) {
             q.settle();
         }
-        for (to, queue) in self.sent_to.drain(..) {
+        for (to, queue) in self.out.sent_to.drain(..) {
             if let Some(tx) = self.shared.ports[to].tx(queue).as_mut() {
                 tx.settle();
             }
@@ -455,12 +454,7 @@ impl Rx {
     }
 
     /// One burst: look up, gate, transmit, give back. True if there was one.
-    fn poll(
-        &mut self,
-        side: &mut Side,
-        round: &Round<'_>,
-        sent_to: &mut Vec<(usize, usize)>,
-    ) -> bool {
+    fn poll(&mut self, side: &mut Side, round: &Round<'_>, out: &mut Outbox) -> bool {
         let Round {
             n,
             shared,
@@ -500,7 +494,7 @@ impl Rx {
         }
         let slots = flows.locate(&keys, port);
         let look_up = |at: usize| look_up(burst.get(at)?, keys.get(at)?, port, round, generation);
-        let mut egress = Egress::new(round, sent_to);
+        let mut egress = Egress::new(round, out);
         let (mut done, mut bytes) = (0, 0);
         let mut run = (usize::MAX, Run::default());
         self.touched.clear();
@@ -614,7 +608,7 @@ impl Rx {
             done += 1;
             bytes += u64::from(frame.len);
         }
-        egress.flush();
+        egress.finish();
         let _ = traffic.next(port, run, usize::MAX, now_s);
         for &to in &self.touched {
             side.lanes[to].commit();
@@ -664,11 +658,11 @@ impl Side {
     }
 
     /// Delivers what waits on the lanes. True if something moved.
-    fn drain(&mut self, round: &Round<'_>, sent_to: &mut Vec<(usize, usize)>) -> bool {
+    fn drain(&mut self, round: &Round<'_>, out: &mut Outbox) -> bool {
         if self.pending.is_empty() {
             return false;
         }
-        let mut egress = Egress::new(round, sent_to);
+        let mut egress = Egress::new(round, out);
         let mut moved = false;
         let lanes = &mut self.lanes;
         for &to in &self.pending {
@@ -681,7 +675,7 @@ impl Side {
             lanes[to].step(DRAIN_BUDGET, &mut sink, &mut |why| counters.drop(why));
             moved |= sink.moved;
         }
-        egress.flush();
+        egress.finish();
         // Now the receivers have it.
         self.pending.retain(|&to| {
             lanes[to].note();

@@ -14,6 +14,8 @@ use std::os::fd::RawFd;
 
 use arrayvec::ArrayVec;
 
+use self::offload::Offloads;
+pub use self::vhost::claim::{Claim, Places};
 use crate::mem::Seg;
 
 #[cfg(test)]
@@ -243,6 +245,27 @@ pub trait TxQueue: Send {
     /// Signals the receiver for what was flushed since the last time, if it wants that; at most once. The caller has
     /// executed a full memory barrier since.
     fn settle(&mut self) {}
+    /// The same queue for workers that share it and copy without its lock, if it is of a kind that can do that.
+    fn shared(&mut self) -> Option<&mut dyn SharedTx> {
+        None
+    }
+}
+
+/// A transmit queue that workers share: each takes places in it, copies without the lock ([`Claim`] does both), and gives
+/// them back (ADR-0022). The receiver sees places in their order.
+pub trait SharedTx {
+    /// What the receiver need not have done for it.
+    fn takes(&self) -> Offloads;
+    /// Takes places for as many of the frames as simply go; returns how many. The next one is for [`SharedTx::take`].
+    fn take_run(&mut self, frames: &[Frame<'_>], places: &mut Places) -> usize;
+    /// Takes places for the frames that `places` lists: all of them or none.
+    fn take(&mut self, places: &mut Places) -> Result<(), Sent>;
+    /// They are written. True if the receiver can see them now, not if a claim before them is still being written.
+    fn give_back(&mut self, places: &Places) -> bool;
+    /// Whether the receiver cannot see this claim yet.
+    fn is_out(&self, number: u64) -> bool;
+    /// Gives no places any more. True if none is out; asked again until it is, before the queue goes.
+    fn close(&mut self) -> bool;
 }
 
 /// How the control side of a port attaches and detaches its queues (implemented by the engine). Called from any

@@ -23,6 +23,7 @@ use std::thread::JoinHandle;
 
 use super::{Attach, QUEUES};
 
+pub mod claim;
 mod conn;
 pub mod dirty;
 mod early;

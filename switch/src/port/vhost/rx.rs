@@ -239,7 +239,7 @@ impl<R: Ring> Rx<R> {
         }
         self.next = self.ring.after(self.next, slots);
         self.taken += n as u64;
-        match self.ring.publish() {
+        match self.ring.publish(usize::MAX) {
             Ok(_) => self.owes = true,
             Err(why) => self.set_broken(why),
         }

@@ -191,8 +191,8 @@ pub trait Ring: Send {
     fn after(&self, at: Pos, slots: u16) -> Pos;
     /// Slots of the ring: more cannot wait in it.
     fn slots(&self) -> usize;
-    /// Shows the driver what was given back. True if there was anything.
-    fn publish(&mut self) -> Result<bool, Broken>;
+    /// Shows the driver what was given back, the first `max` chains of it. True if there was anything.
+    fn publish(&mut self, max: usize) -> Result<bool, Broken>;
     /// Whether the driver wants a signal for what was published since it was last asked. Only behind a full barrier after
     /// [`Ring::publish`]: what was published must be out before we look whether the driver sleeps (virtio 1.2, 2.7.7.2
     /// and 2.8.10); the driver does the same the other way round.

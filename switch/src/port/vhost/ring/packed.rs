@@ -68,17 +68,22 @@ struct Desc {
 struct Done {
     word: u64,
     at: u16,
+    slots: u16,
 }
 
 impl Done {
     #[inline(always)]
-    fn new(at: u16, id: u16, written: u32) -> Done {
+    fn new(at: u16, chain: Chain, written: u32) -> Done {
         let mut flags = if at & WRAP != 0 { AVAIL | USED } else { 0 };
         if written > 0 {
             flags |= WRITE;
         }
-        let word = u64::from(written) | u64::from(id) << 32 | u64::from(flags) << 48;
-        Done { word, at }
+        let word = u64::from(written) | u64::from(chain.id) << 32 | u64::from(flags) << 48;
+        Done {
+            word,
+            at,
+            slots: chain.slots,
+        }
     }
 }
 
@@ -95,8 +100,6 @@ pub struct Packed {
     /// Where the next used element goes.
     used: u16,
     done: Vec<Done>,
-    /// Slots of `done`.
-    slots: u32,
     /// The first that was shown since the last decision about a signal.
     unsignalled: Option<u16>,
     /// Slots shown since then.
@@ -137,7 +140,6 @@ impl Packed {
             region: 0,
             used: next,
             done: Vec::with_capacity(usize::from(num)),
-            slots: 0,
             unsignalled: None,
             // At first every event counts as passed: a predecessor may have died before it could signal.
             shown: u32::from(num),
@@ -327,23 +329,20 @@ impl Ring for Packed {
 
     #[inline]
     fn complete(&mut self, chain: Chain, written: u32) {
-        self.done.push(Done::new(self.used, chain.id, written));
+        self.done.push(Done::new(self.used, chain, written));
         self.used = behind(self.used, chain.slots, self.num);
-        self.slots += u32::from(chain.slots);
     }
 
     #[inline]
     fn complete_run(&mut self, n: usize, chain: impl Fn(usize) -> (Chain, u32)) {
-        let (num, mut used, mut slots) = (self.num, self.used, 0);
+        let (num, mut used) = (self.num, self.used);
         self.done.extend((0..n).map(|i| {
             let (chain, written) = chain(i);
-            let done = Done::new(used, chain.id, written);
+            let done = Done::new(used, chain, written);
             used = behind(used, chain.slots, num);
-            slots += u32::from(chain.slots);
             done
         }));
         self.used = used;
-        self.slots += slots;
     }
 
     #[inline]
@@ -356,8 +355,9 @@ impl Ring for Packed {
         usize::from(self.num)
     }
 
-    fn publish(&mut self) -> Result<bool, Broken> {
-        let Some(first) = self.done.first().copied() else {
+    fn publish(&mut self, max: usize) -> Result<bool, Broken> {
+        let n = max.min(self.done.len());
+        let Some((first, others)) = self.done[..n].split_first() else {
             return Ok(false);
         };
         let write = |d: &Done| {
@@ -368,10 +368,10 @@ impl Ring for Packed {
             at.store(d.word.to_le(), Ordering::Release);
         };
         // The driver reads in order and stops at the first: that one goes last.
-        self.done[1..].iter().for_each(write);
-        write(&first);
+        others.iter().for_each(write);
+        write(first);
         if self.log.is_some() {
-            for d in &self.done {
+            for d in &self.done[..n] {
                 let offset = DESC_BYTES as usize * usize::from(d.at & !WRAP);
                 // SAFETY: within the table.
                 let at = unsafe { self.areas.desc.add(offset) };
@@ -379,8 +379,9 @@ impl Ring for Packed {
             }
         }
         self.unsignalled.get_or_insert(first.at);
-        self.shown = self.shown.saturating_add(std::mem::take(&mut self.slots));
-        self.done.clear();
+        let slots: u32 = self.done[..n].iter().map(|d| u32::from(d.slots)).sum();
+        self.shown = self.shown.saturating_add(slots);
+        self.done.drain(..n);
         Ok(true)
     }
 

@@ -341,15 +341,15 @@ impl Ring for Split {
         usize::from(self.num)
     }
 
-    fn publish(&mut self) -> Result<bool, Broken> {
-        if self.used == self.published {
+    fn publish(&mut self, max: usize) -> Result<bool, Broken> {
+        let count = max.min(usize::from(self.used.wrapping_sub(self.published)));
+        if count == 0 {
             return Ok(false);
         }
         let first = self.slot(self.published);
-        let count = usize::from(self.used.wrapping_sub(self.published));
+        self.published = self.published.wrapping_add(count as u16);
         // Release: entries and buffers before the index.
-        self.store_used(2, self.used.to_le(), Ordering::Release)?;
-        self.published = self.used;
+        self.store_used(2, self.published.to_le(), Ordering::Release)?;
         if self.log.is_some() {
             let up = count.min(usize::from(self.num) - first);
             self.mark(RING + 8 * first, 8 * up)?;

@@ -173,7 +173,7 @@ fn used_entries_are_marked_across_the_end_of_the_ring() {
         for _ in 0..chains {
             ring.complete(Chain { id: 0, slots: 1 }, 0);
         }
-        ring.publish().unwrap();
+        ring.publish(usize::MAX).unwrap();
         let mut bits = [0; 64];
         log_file.read_exact_at(&mut bits, 0).unwrap();
         (0..512)

@@ -1,6 +1,7 @@
 //! A guest's driver in plain memory, and what the rings must do with it.
 
 mod adversary;
+mod claims;
 mod driver;
 mod log;
 mod model;
