@@ -134,6 +134,7 @@ fn in_a_world_once(ports: Ports, name: &str, lost: u64, body: impl Fn(&mut World
         if let Some(flow) = flows.iter().find(|flow| !flow.is_clean()) {
             panic!("{flow:#?}\n{}", world.drops());
         }
+        eprintln!("{name}: {:?}", world.verify("moved").unwrap());
     }));
     if let Err(panic) = result {
         world.lab.keep_logs(&logs(name)).unwrap();

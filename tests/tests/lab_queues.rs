@@ -97,6 +97,7 @@ fn moves(world: &mut World, packed: bool) {
     for flow in world.traffic.stop().unwrap() {
         assert!(flow.is_clean(), "{flow:#?}\n{}", world.drops());
     }
+    eprintln!("{:?}", world.verify("moved").unwrap());
 }
 
 /// A counter of a guest's kernel in `/proc/net/snmp`: a line of names, a line of values.

@@ -116,6 +116,7 @@ fn a_hold_over_two_hosts_keeps_their_workers_and_is_clean_between_changes() {
         let status = process.wait(PATIENCE).unwrap();
         let said = std::fs::read_to_string(&log).unwrap_or_default();
         assert!(status.success(), "{said}");
+        eprintln!("{:?}", world.verify("moved").unwrap());
         // The uplink is left of A's, all three are B's.
         set(world, "b", 2, 3);
         set(world, "a", 1, 1);

@@ -19,6 +19,8 @@ use super::report::LinkFigures;
 
 /// Where a switch listens for coordinators and other switches.
 pub const CONTROL_PORT: u16 = 7600;
+/// What a host keeps of the frames of a hold: all, of what the lab's VMs send.
+const KEPT_BYTES: u64 = 256 << 20;
 
 /// The product's programs, beside the one that runs now.
 #[derive(Clone, Debug)]
@@ -73,7 +75,8 @@ pub fn host_config(lab: &Lab, host: &Host, group: &Group, ports: Ports) -> Strin
         "[host]\nname = \"{name}\"\nstate_dir = \"{dir}\"\n\n\
          [control]\nsocket = \"{dir}/switch.sock\"\nlisten = \"{address}:{CONTROL_PORT}\"\n\n\
          [tls]\ncert = \"{pki}/{name}.pem\"\nkey = \"{pki}/{name}.key\"\nca = \"{pki}/ca.pem\"\n\n\
-         [workers]\ncount = {}\n\n[spool]\ndir = \"{dir}/spool\"\n\n[migration]\naddress = \"{address}\"\n\n\
+         [workers]\ncount = {}\n\n[spool]\ndir = \"{dir}/spool\"\n\n[ledger]\nframes_bytes = {KEPT_BYTES}\n\n\
+         [migration]\naddress = \"{address}\"\n\n\
          [[port]]\nname = \"uplink\"\ntype = \"uplink\"\ndevice = \"up0\"\n",
         group.workers
     );

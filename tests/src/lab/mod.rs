@@ -3,7 +3,7 @@
 //! A [`Lab`] is the world of one run: hosts A and B, the outside client, the coordinator's place. [`group`] says
 //! which VMs there are, [`traffic`] runs and judges their traffic, [`moved`] migrates them with Gangway (set up by
 //! [`mod@gangway`]), [`baseline`] as users do today,
-//! [`report`] is what a run leaves behind, [`series`] compares many runs.
+//! [`mod@verify`] is the product's own proof, [`report`] is what a run leaves behind, [`series`] compares many runs.
 //!
 //! Invariant: everything is named after our process, nothing outside of our namespaces is changed.
 //! Invariant: whatever was made goes away with its guard, also on a panic, on SIGINT and SIGTERM; what a killed run
@@ -32,6 +32,7 @@ pub mod series;
 mod sys;
 pub mod table;
 pub mod traffic;
+pub mod verify;
 
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};

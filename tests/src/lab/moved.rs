@@ -18,6 +18,7 @@ use super::qemu::{Files, Incoming, Vm};
 use super::qmp::Qmp;
 use super::report::{Mode, Run, VmFigures};
 use super::traffic::Traffic;
+use super::verify::{Verified, verify};
 
 /// How long a migration may take before the lab gives up on it.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -143,6 +144,11 @@ impl World {
         told.join("\n")
     }
 
+    /// The product's own proof, of the youngest migration, which came to `outcome`: every frame that was held was delivered.
+    pub fn verify(&self, outcome: &str) -> Result<Verified> {
+        verify(&self.coordinator, outcome, self.lab.dir())
+    }
+
     /// Watches the QEMUs that B's switch will start.
     pub fn watch_targets(&self) -> Vec<Resumed> {
         self.group
@@ -254,6 +260,8 @@ fn run_in(
     if coordinator.outcome != "moved" {
         bail!("the coordinator's report says {:?}", coordinator.outcome);
     }
+    let proof = world.verify("moved").context("gangway verify")?;
+    say(&format!("gangway verify: {proof:?}"));
     let mut run = Run {
         group: "chain".to_owned(),
         order: coordinator.order.clone(),

@@ -62,8 +62,13 @@ fn export(coordinator: &Coordinator, file: &Path) -> Result<u64> {
     coordinator.ask(&["verify", "--pcapng", &file.to_string_lossy()])?;
     // A line for each frame: no look at what is in them.
     let mut tcpdump = Command::new("tcpdump");
-    tcpdump.args(["-Z", "root", "-n", "-t", "-q", "-r"]).arg(file);
+    tcpdump
+        .args(["-Z", "root", "-n", "-t", "-q", "-r"])
+        .arg(file);
     let said = run(&mut tcpdump)?;
     let lines = String::from_utf8_lossy(&said.stdout);
-    Ok(lines.lines().filter(|l| !l.starts_with(['\t', ' '])).count() as u64)
+    Ok(lines
+        .lines()
+        .filter(|l| !l.starts_with(['\t', ' ']))
+        .count() as u64)
 }
