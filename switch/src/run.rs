@@ -2,16 +2,17 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use gangway_shared::config::valid::{PortKind, TapRole};
+use gangway_shared::config::valid::{PortConfig, PortKind, TapRole};
 use gangway_shared::config::{HostConfig, WORKERS_MAX};
 use gangway_shared::pki::Identity;
 
 use crate::control::quic::Quic;
 use crate::control::{Handler, ShipAcceptor, Vmm};
 use crate::datapath::Engine;
+use crate::datapath::engine::Mode;
 use crate::hold::{Host, Left, Manager, workers_of};
 use crate::port::Attach;
 use crate::port::packet::{self, Fault, Health, Opened};
@@ -22,6 +23,52 @@ use crate::spool::Spool;
 
 /// How often devices are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// How long after the start senders wait for a VM that has not connected yet. QEMU tries again once a second.
+const AWAIT_VMS: Duration = Duration::from_secs(5);
+
+/// The VMs that may have run on an earlier run of this switch, and connect again one by one: what the first of them send to
+/// the others waits, as for a VM that is stopped for a move.
+struct Awaited {
+    engine: Arc<Engine>,
+    ports: Vec<usize>,
+    until: Instant,
+}
+
+impl Awaited {
+    fn new(engine: &Arc<Engine>, cfg: &HostConfig) -> Awaited {
+        let shared = engine.shared();
+        let is_vm = |(n, p): (usize, &PortConfig)| {
+            let vhost = matches!(p.kind, PortKind::VhostUser { .. });
+            (vhost && p.vm.is_some()).then_some(n)
+        };
+        let ports: Vec<usize> = cfg.ports.iter().enumerate().filter_map(is_vm).collect();
+        for &n in &ports {
+            shared.ports[n].arm();
+            // Not the network's, before it has said where it is. A hold says it of its own ports.
+            if let (Some(mac), Mode::Live) = (shared.ports[n].mac, shared.ports[n].mode()) {
+                shared.fdb.set(mac, n, true, shared.now_s());
+            }
+        }
+        Awaited {
+            engine: engine.clone(),
+            ports,
+            until: Instant::now() + AWAIT_VMS,
+        }
+    }
+
+    /// Those that have come, or have not in time, are not awaited any more.
+    fn look(&mut self, now: Instant) {
+        let ports = &self.engine.shared().ports;
+        self.ports.retain(|&n| {
+            let wait = now < self.until && !ports[n].is_up();
+            if !wait {
+                ports[n].disarm();
+            }
+            wait
+        });
+    }
+}
 
 /// A running switch, without its control server.
 pub struct Switch {
@@ -72,6 +119,7 @@ impl Switch {
         }));
         // Before the first frame comes in.
         manager.take_up(left);
+        let awaited = Awaited::new(&engine, cfg);
         let mut devices = Vec::new();
         for (slot, Opened { rx, tx, health }) in opened {
             engine.set_tx(slot, vec![(0, tx)]);
@@ -91,7 +139,7 @@ impl Switch {
                 vhost.push(port.with_context(|| format!("port {}", p.name))?);
             }
         }
-        let watch = tokio::spawn(watch(engine.clone(), devices));
+        let watch = tokio::spawn(watch(engine.clone(), manager.clone(), awaited, devices));
         Ok(Switch {
             engine,
             manager,
@@ -123,10 +171,17 @@ impl Switch {
 
 /// Evens out the workers' load, and tells the engine what is wrong with devices, when it changes. A device that is gone for good gives no frames any more:
 /// its queue is detached.
-async fn watch(engine: Arc<Engine>, devices: Vec<(usize, Arc<Health>)>) {
+async fn watch(
+    engine: Arc<Engine>,
+    manager: Arc<Manager>,
+    mut awaited: Awaited,
+    devices: Vec<(usize, Arc<Health>)>,
+) {
     let mut last = vec![None; devices.len()];
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
+        awaited.look(Instant::now());
+        manager.look(Instant::now());
         let even = engine.clone();
         // A panic there would be ours and is logged by the runtime.
         let _ = tokio::task::spawn_blocking(move || even.rebalance()).await;
@@ -185,4 +240,47 @@ fn open_device(
         PortKind::Uplink { device } => packet::open(device)?,
         PortKind::VhostUser { .. } => return Ok(None),
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::datapath::tests::{config, eventually, frame, mac};
+    use crate::port::memory::MemoryPort;
+
+    /// `a` connects first and sends to `b`; then `b` comes. `c` never does.
+    #[test]
+    fn what_the_first_vm_sends_to_one_that_is_not_back_yet_waits() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut cfg = config(&["a", "b", "c"], 1, dir.path().join("host"));
+        for (n, p) in cfg.ports.iter_mut().enumerate() {
+            p.vm = Some(p.name.clone());
+            p.mac = Some(mac(n as u8 + 1));
+        }
+        let engine = Engine::start(&cfg).unwrap();
+        let mut awaited = Awaited::new(&engine, &cfg);
+        let ports = [MemoryPort::new(), MemoryPort::new(), MemoryPort::new()];
+        let plug = |n: usize| {
+            let (rx, tx) = ports[n].queues();
+            engine.set_tx(n, vec![(0, tx)]);
+            engine.attach_rx(n, 0, rx);
+        };
+        plug(0);
+        for n in 1..=500 {
+            ports[0].push(frame(1, mac(2), n));
+        }
+        eventually("they are taken", || ports[0].waiting() == 0);
+        awaited.look(Instant::now());
+        plug(1);
+        eventually("all are delivered", || ports[1].delivered().len() == 500);
+        let numbers = ports[1].delivered();
+        let numbers = numbers.iter().map(|f| f[20..24].to_vec());
+        assert!(numbers.is_sorted());
+        let armed = |n: usize| engine.shared().ports[n].armed();
+        awaited.look(Instant::now());
+        assert_eq!([armed(0), armed(1), armed(2)], [false, false, true]);
+        awaited.look(Instant::now() + AWAIT_VMS);
+        assert!(!armed(2), "it is not waited for any longer");
+        engine.stop();
+    }
 }

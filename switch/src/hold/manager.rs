@@ -10,8 +10,9 @@ use gangway_shared::api::{
 };
 use gangway_shared::id::HoldId;
 
+use super::entry::{End, Hold, info};
 use super::machine::{Event, Persist, Verdict, step};
-use super::record::{RecordFile, Stand};
+use super::record::Stand;
 use super::restart::Left;
 use super::source::SourceHold;
 use super::target::TargetHold;
@@ -36,86 +37,6 @@ const ANNOUNCE_AGAIN_MS: [u64; 5] = [20, 80, 200, 500, 1000];
 const KEEP: usize = 64;
 /// Holds of which only is remembered that they were ended.
 const ENDED: usize = 1024;
-
-enum End {
-    Source(SourceHold),
-    Target(TargetHold),
-}
-
-struct Hold {
-    info: HoldInfo,
-    end: End,
-    /// Where it stands, besides what `info` says.
-    stand: Stand,
-    file: RecordFile,
-}
-
-impl Hold {
-    fn new(info: HoldInfo, end: End, stand: Stand, file: RecordFile) -> Hold {
-        Hold {
-            info,
-            end,
-            stand,
-            file,
-        }
-    }
-
-    fn is_over(&self) -> bool {
-        matches!(self.info.state, HoldState::Released | HoldState::Aborted)
-    }
-
-    /// Writes down that it is in this state. What is over has no record.
-    fn note(&mut self, state: HoldState) -> Result<(), Refusal> {
-        if matches!(state, HoldState::Released | HoldState::Aborted) {
-            return Ok(());
-        }
-        if let (HoldState::Restored, End::Target(t)) = (state, &self.end) {
-            self.stand.named = t.named();
-        }
-        let i = &self.info;
-        self.stand = Stand {
-            state,
-            frozen_ns: i.frozen_ns,
-            thawed_ns: i.thawed_ns,
-            drained_ns: i.drained_ns,
-            ..self.stand
-        };
-        self.file.put(&self.stand).map_err(|e| {
-            let what = format!("hold {} can't be written down: {e}", self.info.hold);
-            refuse(RefusalCode::Resources, what)
-        })
-    }
-
-    /// It has moved by itself: written down, then so.
-    fn became(&mut self, state: HoldState) {
-        if let Err(e) = self.note(state) {
-            tracing::error!("{e}");
-        }
-        self.info.state = state;
-    }
-
-    fn snapshot(&self, host: &Host) -> HoldInfo {
-        let mut i = self.info.clone();
-        if !self.is_over() {
-            (i.lanes, i.error) = match &self.end {
-                End::Source(s) => (s.lanes(host), s.error()),
-                End::Target(t) => (t.lanes(), t.error()),
-            };
-            if let Some(why) = host.spool.trouble(Some(i.hold)) {
-                let why = format!("senders wait: {why}");
-                i.error = Some(i.error.map_or(why.clone(), |e| format!("{e}; {why}")));
-            }
-        }
-        i
-    }
-
-    fn group(&self) -> &[usize] {
-        match &self.end {
-            End::Source(s) => s.group(),
-            End::Target(t) => t.group(),
-        }
-    }
-}
 
 /// See the module.
 pub struct Manager {
@@ -186,6 +107,24 @@ impl Manager {
                 Err(e) => self.leave(hold, frames, &e.to_string()),
             }
         }
+    }
+
+    /// Says of which holds the coordinator may be gone. They are kept: whether a VM may run here is not ours to say.
+    pub fn look(&self, now: Instant) {
+        let holds: Vec<_> = lock(&self.holds).values().cloned().collect();
+        for h in holds {
+            // One that is busy is asked for.
+            let Ok(mut h) = h.try_lock() else { continue };
+            if let (Some(why), false) = (h.quiet(now), h.said) {
+                tracing::warn!(hold = %h.info.hold, "{:?} on the {:?}: {why}", h.info.state, h.info.role);
+                h.said = true;
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn quiet_at(&self, hold: HoldId, now: Instant) -> Option<String> {
+        lock(&*self.find(hold).ok()?).quiet(now)
     }
 
     /// As if the process had died: shipments end without a word, nothing is put back.
@@ -404,6 +343,7 @@ impl Manager {
     ) -> Answer {
         let h = self.find(id)?;
         let mut h = lock(&h);
+        (h.asked, h.said) = (Instant::now(), false);
         match step(h.info.role, h.info.state, event) {
             Verdict::No => {
                 let what = format!(
@@ -725,7 +665,11 @@ impl Manager {
             Request::Commit { hold } => self.commit(hold),
             Request::Announce { hold } => self.announce(hold),
             Request::HoldStatus { hold } => {
-                Ok(Reply::Hold(lock(&*self.find(hold)?).snapshot(&self.host)))
+                let h = self.find(hold)?;
+                let mut h = lock(&h);
+                let told = Reply::Hold(h.snapshot(&self.host));
+                (h.asked, h.said) = (Instant::now(), false);
+                Ok(told)
             }
             Request::HoldList => {
                 let holds: Vec<_> = lock(&self.holds).values().cloned().collect();
@@ -769,21 +713,6 @@ impl Manager {
 fn late(hold: HoldId) -> Refusal {
     let what = format!("hold {hold} was aborted here; this order comes too late");
     refuse(RefusalCode::State, what)
-}
-
-fn info(hold: HoldId, role: Role, state: HoldState, vms: Vec<String>, peer: String) -> HoldInfo {
-    HoldInfo {
-        hold,
-        role,
-        state,
-        vms,
-        peer,
-        error: None,
-        frozen_ns: 0,
-        thawed_ns: 0,
-        drained_ns: 0,
-        lanes: Vec::new(),
-    }
 }
 
 impl Handler for Manager {

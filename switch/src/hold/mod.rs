@@ -8,6 +8,7 @@
 //! Invariant: nothing here runs on a worker.
 
 mod book;
+mod entry;
 mod host;
 mod listing;
 pub mod machine;

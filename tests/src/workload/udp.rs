@@ -1,11 +1,12 @@
 //! Numbered UDP: a paced sender, a receiver that relays, the echo server and its client.
 //!
 //! Invariant: a number is used up only by a datagram that the kernel took; what it refuses is sent again.
+//! Invariant: a guest sends nothing while its card has no carrier: its kernel would throw that away and say that it was sent.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,24 @@ const LOOK: Duration = Duration::from_millis(200);
 /// Datagrams that go out per turn: several at a time spare an emulated processor most of its wake-ups.
 const PER_TURN: u32 = 4;
 
+/// The card of a guest. An outside station has none: its link stays up whatever becomes of the switches.
+static CARD: OnceLock<&str> = OnceLock::new();
+
+/// From now on nothing is sent while this card has no carrier.
+pub fn look_at_carrier(card: &'static str) {
+    CARD.get_or_init(|| card);
+}
+
+/// While QEMU's connection to the switch is away it takes the carrier from the guest, whose kernel has no queue for the card
+/// then. That is over when the kernel says that the card operates, some time behind the carrier itself.
+fn wait_for_carrier() {
+    let Some(card) = CARD.get() else { return };
+    let path = format!("/sys/class/net/{card}/operstate");
+    while std::fs::read_to_string(&path).is_ok_and(|state| state.trim() != "up") {
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
 /// Binds a roomy socket on a port, 0 for any.
 pub fn bind(port: u16) -> io::Result<UdpSocket> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port))?;
@@ -30,6 +49,7 @@ pub fn bind(port: u16) -> io::Result<UdpSocket> {
 /// Sends the next datagram of a flow; its number is used up only when the kernel took it.
 fn send_next(socket: &UdpSocket, to: SocketAddr, flow: &Live) {
     let mut buffer = [0; DATAGRAM_BYTES_MAX];
+    wait_for_carrier();
     let number = flow.lock().sent.unwrap_or(0);
     let length = wire::datagram(&mut buffer, number);
     // Counted before it is sent: its echo may be back before we are.
@@ -79,6 +99,7 @@ pub fn echo(port: u16) -> io::Result<()> {
     let mut buffer = [0; 2048];
     loop {
         if let Ok((length, from)) = socket.recv_from(&mut buffer) {
+            wait_for_carrier();
             let _ = socket.send_to(&buffer[..length], from);
         }
     }

@@ -356,3 +356,21 @@ fn an_order_to_open_that_comes_behind_the_abort_is_late() {
     s.more();
     s.verdict();
 }
+
+#[test]
+fn a_hold_that_nobody_asks_for_is_kept_and_says_so() {
+    let s = Scene::new();
+    go(&s, Upto::Frozen);
+    s.a.status();
+    let later = std::time::Instant::now() + Duration::from_secs(61);
+    let h = s.a.manager().quiet_at(ID, later);
+    assert!(h.is_some_and(|why| why.contains("gangway abort")));
+    s.a.manager().look(later);
+    assert_eq!(s.a.status().state, HoldState::Frozen, "it is kept");
+    s.a.ask(Request::HoldAbort { hold: ID });
+    s.b.ask(Request::HoldAbort { hold: ID });
+    put_back(&s);
+    assert_eq!(s.a.manager().quiet_at(ID, later), None, "it is over");
+    s.more();
+    s.verdict();
+}

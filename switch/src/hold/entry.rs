@@ -1,0 +1,144 @@
+//! A hold in memory.
+
+use std::time::{Duration, Instant};
+
+use gangway_shared::api::{HoldInfo, HoldState, Refusal, RefusalCode, Role};
+use gangway_shared::id::HoldId;
+
+use super::record::{RecordFile, Stand};
+use super::source::SourceHold;
+use super::target::TargetHold;
+use super::{Host, refuse};
+
+/// A hold that nobody asks for so long may have lost its coordinator.
+const QUIET: Duration = Duration::from_secs(60);
+
+/// One of its two ends.
+pub(super) enum End {
+    Source(SourceHold),
+    Target(TargetHold),
+}
+
+/// A hold: what is told of it, what carries it out, and its record.
+pub(super) struct Hold {
+    pub(super) info: HoldInfo,
+    pub(super) end: End,
+    /// Where it stands, besides what `info` says.
+    pub(super) stand: Stand,
+    pub(super) file: RecordFile,
+    /// When somebody last asked for it by its id.
+    pub(super) asked: Instant,
+    /// That nobody does was said.
+    pub(super) said: bool,
+}
+
+impl Hold {
+    pub(super) fn new(info: HoldInfo, end: End, stand: Stand, file: RecordFile) -> Hold {
+        Hold {
+            info,
+            end,
+            stand,
+            file,
+            asked: Instant::now(),
+            said: false,
+        }
+    }
+
+    /// It holds, or claims, something, and nobody asks for it.
+    pub(super) fn quiet(&self, now: Instant) -> Option<String> {
+        use HoldState as S;
+        let s = now.saturating_duration_since(self.asked);
+        let idle = matches!(
+            self.info.state,
+            S::Open | S::Aborting | S::Aborted | S::Released
+        );
+        (!idle && s >= QUIET).then(|| {
+            format!(
+                "no coordinator has asked for it for {} s; if none is at work, take it up with `gangway abort {}`",
+                s.as_secs(),
+                self.info.hold
+            )
+        })
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        matches!(self.info.state, HoldState::Released | HoldState::Aborted)
+    }
+
+    /// Writes down that it is in this state. What is over has no record.
+    pub(super) fn note(&mut self, state: HoldState) -> Result<(), Refusal> {
+        if matches!(state, HoldState::Released | HoldState::Aborted) {
+            return Ok(());
+        }
+        if let (HoldState::Restored, End::Target(t)) = (state, &self.end) {
+            self.stand.named = t.named();
+        }
+        let i = &self.info;
+        self.stand = Stand {
+            state,
+            frozen_ns: i.frozen_ns,
+            thawed_ns: i.thawed_ns,
+            drained_ns: i.drained_ns,
+            ..self.stand
+        };
+        self.file.put(&self.stand).map_err(|e| {
+            let what = format!("hold {} can't be written down: {e}", self.info.hold);
+            refuse(RefusalCode::Resources, what)
+        })
+    }
+
+    /// It has moved by itself: written down, then so.
+    pub(super) fn became(&mut self, state: HoldState) {
+        if let Err(e) = self.note(state) {
+            tracing::error!("{e}");
+        }
+        self.info.state = state;
+    }
+
+    pub(super) fn snapshot(&self, host: &Host) -> HoldInfo {
+        let mut i = self.info.clone();
+        if !self.is_over() {
+            (i.lanes, i.error) = match &self.end {
+                End::Source(s) => (s.lanes(host), s.error()),
+                End::Target(t) => (t.lanes(), t.error()),
+            };
+            if let Some(why) = host.spool.trouble(Some(i.hold)) {
+                let why = format!("senders wait: {why}");
+                i.error = Some(i.error.map_or(why.clone(), |e| format!("{e}; {why}")));
+            }
+            if let Some(why) = self.quiet(Instant::now()) {
+                i.error = Some(i.error.map_or(why.clone(), |e| format!("{e}; {why}")));
+            }
+        }
+        i
+    }
+
+    pub(super) fn group(&self) -> &[usize] {
+        match &self.end {
+            End::Source(s) => s.group(),
+            End::Target(t) => t.group(),
+        }
+    }
+}
+
+/// Nothing has happened to it yet.
+pub(super) fn info(
+    hold: HoldId,
+    role: Role,
+    state: HoldState,
+    vms: Vec<String>,
+    peer: String,
+) -> HoldInfo {
+    HoldInfo {
+        hold,
+        role,
+        state,
+        vms,
+        peer,
+        error: None,
+        frozen_ns: 0,
+        thawed_ns: 0,
+        drained_ns: 0,
+        lanes: Vec::new(),
+    }
+}
