@@ -1,8 +1,9 @@
-//! How the rates change with the number of ports, of flows and of addresses.
+//! How the rates change with the number of ports, of flows, of addresses and of workers.
 //!
 //! * Ports: half of them send, each to one of the other half; one guest thread serves all.
 //! * Flows: between one pair of ports, the frames differ in IPv4 addresses and the UDP source port.
 //! * Addresses: between one pair of ports, pairs of stations, one flow each; the receiving ones were heard before.
+//! * Workers: between two pairs of ports ([`mod@crate::workers`]).
 //!
 //! For flows and addresses the guest writes into each frame that it sends, in random order, also where there is only one
 //! flow; for ports it does not.
@@ -18,6 +19,7 @@ use crate::pvp::{self, Window};
 use crate::report::{BESIDE_HEAD, Beside, Figure, NOTHING, beside, columns, name, one, table};
 use crate::rig::{Common, Rig};
 use crate::ring::Layout;
+use crate::workers;
 
 /// What grows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -29,11 +31,13 @@ pub enum Axis {
     Flows,
     /// Stations behind two ports.
     Addresses,
+    /// Workers of the switch.
+    Workers,
 }
 
 impl Axis {
     /// All of them.
-    pub const ALL: [Axis; 3] = [Axis::Ports, Axis::Flows, Axis::Addresses];
+    pub const ALL: [Axis; 4] = [Axis::Ports, Axis::Flows, Axis::Addresses, Axis::Workers];
 
     /// For a heading.
     pub fn title(self) -> &'static str {
@@ -41,6 +45,7 @@ impl Axis {
             Axis::Ports => "ports, in pairs of sender and receiver",
             Axis::Flows => "flows in random order",
             Axis::Addresses => "addresses, in pairs in random order",
+            Axis::Workers => "workers, which share two CPUs with the guest",
         }
     }
 }
@@ -64,6 +69,8 @@ pub struct Plan {
     pub flows: Vec<u32>,
     /// Numbers of addresses, even.
     pub addresses: Vec<u32>,
+    /// Numbers of workers.
+    pub workers: Vec<usize>,
 }
 
 /// A window, and where on its axis.
@@ -143,6 +150,10 @@ pub fn measure(plan: &Plan) -> Result<Results> {
             addresses as usize,
             pvp::measure_on(&cell, &mut rig)?,
         );
+    }
+    for &n in &plan.workers {
+        eprintln!("{n} workers");
+        add(Axis::Workers, n, workers::measure(plan, n)?);
     }
     Ok(results)
 }
@@ -224,6 +235,11 @@ fn cell(
     if spoiled && why.is_none() {
         return None;
     }
+    // Where it shares its CPUs its clock does not tell.
+    let of_guest = |get: &dyn Fn(&Window) -> f64| {
+        let all = ours.clone().map(|w| get(w));
+        Figure::of(all).filter(|_| axis != Axis::Workers)
+    };
     Some(Cell {
         peer: "null-guest".to_owned(),
         axis,
@@ -231,11 +247,16 @@ fn cell(
         ring: first.ring,
         frame: first.frame,
         beside: beside(samples, state, spoiled)?,
-        guest_bound_mpps: Figure::of(ours.clone().map(|w| tsc_hz / w.guest_cycles / 1e6)),
-        guest_idle: Figure::of(ours.map(|w| w.guest_idle)),
+        guest_bound_mpps: of_guest(&|w| tsc_hz / w.guest_cycles / 1e6),
+        guest_idle: of_guest(&|w| w.guest_idle),
         spoiled: spoiled.then(|| why.unwrap_or_default().to_owned()),
     })
 }
+
+/// What a reader of figures for workers must know.
+const SHARED: &str = " Workers: two pairs of ports, a thread of the guest for each; with one worker and with two, of either \
+    switch, all of them have the same two CPUs, and none gives one away before the kernel takes it: the second worker has no CPU \
+    of its own.";
 
 /// The table.
 pub fn markdown(cells: &[Cell]) -> String {
@@ -265,7 +286,11 @@ pub fn markdown(cells: &[Cell]) -> String {
     });
     format!(
         "Mpps: median [least to most] (cycles of the switch's worker per frame). The guest's bound: what it could do beside \
-         Gangway if it never had to wait.\n\n{}",
+         Gangway if it never had to wait.{}\n\n{}",
+        match cells.iter().any(|c| c.axis == Axis::Workers) {
+            true => SHARED,
+            false => "",
+        },
         table(head, rows)
     )
 }
@@ -303,12 +328,14 @@ mod tests {
             point(Axis::Addresses, 1000, "ovs", Rule::Normal, 0.5),
         ];
         points[5].window.sample.on.spoiled = Some("noise");
+        points.push(point(Axis::Workers, 2, "gangway", Rule::Normal, 7.0));
         let results = Results {
             points,
             tsc_hz: 2.6e9,
         };
         let cells = cells(&results);
-        assert_eq!(cells.len(), 3, "ports; addresses, good; addresses, all");
+        assert_eq!(cells.len(), 4, "ports; addresses, good and all; workers");
+        assert_eq!(cells[3].guest_bound_mpps, None, "it shared its CPUs");
         assert_eq!(cells[0].guest_bound_mpps.unwrap().median, 100.0);
         assert_eq!(cells[0].beside.ratio_normal.unwrap().median, 2.5);
         assert_eq!(cells[1].beside.ovs_normal_mpps, None);
@@ -317,5 +344,7 @@ mod tests {
         let json = serde_json::to_string(&cells).unwrap();
         let back: Vec<Cell> = serde_json::from_str(&json).unwrap();
         assert!(markdown(&back).contains("spoiled: noise"));
+        assert!(markdown(&back).contains("no CPU of its own"));
+        assert!(!markdown(&back[..3]).contains("no CPU of its own"));
     }
 }

@@ -57,6 +57,8 @@ pub struct Habits {
 }
 
 struct Port<R> {
+    /// The switch's number for it.
+    number: usize,
     front: Front,
     memory: Arc<Memory>,
     rx: R,
@@ -66,7 +68,7 @@ struct Port<R> {
 
 impl<R: Ring> Port<R> {
     fn start(
-        port: usize,
+        (port, sends): (usize, bool),
         bytes: usize,
         habits: &Habits,
         stream: UnixStream,
@@ -102,12 +104,13 @@ impl<R: Ring> Port<R> {
             memory.write(rx.place().buffer(i), &[0; RX_LEN as usize]);
         }
         rx.publish(num);
-        if habits.full && port.is_multiple_of(2) {
+        if habits.full && sends {
             tx.publish(num);
         }
         let places = [rx.place(), tx.place()];
         Ok(
             Front::start(stream, R::LAYOUT, habits.mergeable, places)?.map(|front| Port {
+                number: port,
                 front,
                 memory,
                 rx,
@@ -235,7 +238,7 @@ pub trait Drive {
     fn stop(self: Box<Self>) -> Result<()>;
 }
 
-/// Connects a guest with rings of this layout, one port to each stream; frames are `bytes` long.
+/// Connects a guest with rings of this layout, one port to each stream, numbered from 0; frames are `bytes` long.
 pub fn start(
     layout: Layout,
     streams: Vec<UnixStream>,
@@ -243,14 +246,26 @@ pub fn start(
     habits: Habits,
     pattern: Pattern,
 ) -> Result<std::result::Result<Box<dyn Drive>, Unsupported>> {
+    let ports = streams.into_iter().enumerate().collect();
+    start_as(layout, ports, bytes, habits, pattern)
+}
+
+/// The same with the numbers that the switch has for the ports: the first of a pair sends.
+pub fn start_as(
+    layout: Layout,
+    ports: Vec<(usize, UnixStream)>,
+    bytes: usize,
+    habits: Habits,
+    pattern: Pattern,
+) -> Result<std::result::Result<Box<dyn Drive>, Unsupported>> {
     match layout {
-        Layout::Split => with_rings::<Split>(streams, bytes, habits, pattern),
-        Layout::Packed => with_rings::<Packed>(streams, bytes, habits, pattern),
+        Layout::Split => with_rings::<Split>(ports, bytes, habits, pattern),
+        Layout::Packed => with_rings::<Packed>(ports, bytes, habits, pattern),
     }
 }
 
 fn with_rings<R: Ring + 'static>(
-    streams: Vec<UnixStream>,
+    ports: Vec<(usize, UnixStream)>,
     bytes: usize,
     habits: Habits,
     pattern: Pattern,
@@ -263,12 +278,12 @@ fn with_rings<R: Ring + 'static>(
         Ok(Random::below(below))
     };
     Ok(match pattern {
-        Pattern::One => Guest::<R, _>::start(streams, bytes, habits, Same)?.map(boxed),
+        Pattern::One => Guest::<R, _>::start(ports, bytes, habits, Same)?.map(boxed),
         Pattern::Flows(n) => {
-            Guest::<R, _>::start(streams, bytes, habits, Flows(random(n)?))?.map(boxed)
+            Guest::<R, _>::start(ports, bytes, habits, Flows(random(n)?))?.map(boxed)
         }
         Pattern::Pairs(n) => {
-            Guest::<R, _>::start(streams, bytes, habits, Pairs(random(n)?))?.map(boxed)
+            Guest::<R, _>::start(ports, bytes, habits, Pairs(random(n)?))?.map(boxed)
         }
     })
 }
@@ -283,7 +298,7 @@ struct Guest<R, P> {
 
 impl<R: Ring, P: Paint> Guest<R, P> {
     fn start(
-        streams: Vec<UnixStream>,
+        streams: Vec<(usize, UnixStream)>,
         bytes: usize,
         habits: Habits,
         paint: P,
@@ -297,8 +312,9 @@ impl<R: Ring, P: Paint> Guest<R, P> {
             "frames of {bytes} bytes"
         );
         let mut ports = Vec::new();
-        for (i, stream) in streams.into_iter().enumerate() {
-            match Port::start(i, bytes, &habits, stream)? {
+        for (i, (number, stream)) in streams.into_iter().enumerate() {
+            let port = (number, i.is_multiple_of(2));
+            match Port::start(port, bytes, &habits, stream)? {
                 Ok(port) => ports.push(port),
                 Err(unsupported) => return Ok(Err(unsupported)),
             }
@@ -319,7 +335,7 @@ impl<R: Ring, P: Paint> Drive for Guest<R, P> {
 
     fn announce(&mut self) {
         let paint = self.paint;
-        for (pair, [a, b]) in self.ports.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+        for [a, b] in self.ports.as_chunks_mut::<2>().0 {
             let since = tsc();
             for i in 0..paint.stations() {
                 while b.tx.outstanding() == self.habits.ring_size {
@@ -332,7 +348,7 @@ impl<R: Ring, P: Paint> Drive for Guest<R, P> {
                     }
                 }
                 let buffer = b.tx.place().buffer(b.tx.next_buffer(0));
-                paint.station(&b.memory, buffer, 2 * pair + 1, i);
+                paint.station(&b.memory, buffer, b.number, i);
                 b.tx.publish(1);
                 if b.tx.wants_kick() {
                     b.front.kick(TX);
@@ -359,20 +375,20 @@ impl<R: Ring, P: Paint> Drive for Guest<R, P> {
         let (mut counted, mut counted_sent) = (0, 0);
         let (habits, rests) = (self.habits, self.rests);
         let mut paint = self.paint;
-        let want_word: Vec<u64> = (0..self.ports.len()).map(P::dst).collect();
+        let want_word: Vec<u64> = self.ports.iter().map(|p| P::dst(p.number)).collect();
         let begin = tsc();
         let mut before = begin;
         let mut slice_end = begin + slice;
         while before - begin < cycles {
             let mut work = 0;
             for (pair, [a, b]) in self.ports.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-                let (memory, buffers) = (&a.memory, a.tx.place().buffers);
+                let (memory, buffers, from) = (&a.memory, a.tx.place().buffers, a.number);
                 let n = if rests {
                     0
                 } else {
                     a.tx.reap(habits.batch, |buffer, _| {
                         let at = buffers + usize::from(buffer) * STRIDE;
-                        paint.next(memory, at, 2 * pair);
+                        paint.next(memory, at, from);
                     })
                 };
                 if n > 0 {

@@ -99,6 +99,8 @@ pub struct Plan {
     pub habits: Habits,
     /// Where the spool lies.
     pub spool: PathBuf,
+    /// The switch keeps a ledger of its holds, as by default.
+    pub ledger: bool,
 }
 
 /// A round of freeze and flush.
@@ -118,6 +120,8 @@ pub struct Window {
     pub flush_mpps: f64,
     /// Frames that were held.
     pub held: u64,
+    /// From the order to put the hold back until it is over, with its ledger, in milliseconds.
+    pub put_back_ms: f64,
     /// What it was like.
     #[serde(flatten)]
     pub on: Conditions,
@@ -204,8 +208,8 @@ impl Hosts {
         a.spool = spool(&folder.path().join("spool"));
         let (mut b, address) = setup("target")?;
         b.sleeps = true;
-        let source = Gangway::start(&common.switch, &dir, &a, size, common.worker_cpu)?;
-        let target = Gangway::start(&common.switch, &dir, &b, size, common.guest_cpu)?;
+        let source = Gangway::start(&common.switch, &dir, &a, size, &[common.worker_cpu])?;
+        let target = Gangway::start(&common.switch, &dir, &b, size, &[common.guest_cpu])?;
         host::pin(common.guest_cpu)?;
         Ok(Hosts {
             near: Control::connect(&a.control(&dir))?,
@@ -282,7 +286,11 @@ fn free_address() -> Result<SocketAddr> {
 pub fn measure(plan: &Plan, results: &mut Results) -> Result<()> {
     results.tsc_hz = tsc_hz();
     for &segments in &plan.segments {
-        let mut hosts = Hosts::start(plan, |dir| segments.spool(dir), 2)?;
+        let sections = |dir: &Path| match plan.ledger {
+            true => segments.spool(dir),
+            false => segments.spool(dir) + "[ledger]\nkeep_days = 0\n",
+        };
+        let mut hosts = Hosts::start(plan, sections, 2)?;
         for &frame in &plan.frames {
             let streams = hosts.source.connect()?;
             let guest = guest::start(plan.ring, streams, frame, plan.habits, Pattern::One)?;
@@ -303,12 +311,13 @@ pub fn measure(plan: &Plan, results: &mut Results) -> Result<()> {
                     results.tsc_hz,
                 )?;
                 eprintln!(
-                    "{frame:4} B, segments {}: forward {:.2}, freeze {:.2}, flush {:.2} Mpps, {} frames, {:?}",
+                    "{frame:4} B, segments {}: forward {:.2}, freeze {:.2}, flush {:.2} Mpps, {} frames, put back in {:.0} ms, {:?}",
                     name(segments),
                     window.forward_mpps,
                     window.freeze_mpps,
                     window.flush_mpps,
                     window.held,
+                    window.put_back_ms,
                     window.on
                 );
                 results.holds.push(window);
@@ -373,11 +382,13 @@ fn freeze_and_flush(
     hosts.freeze(hold)?;
     let frozen = run_on(guest, tsc_hz, "freeze", |s| s.sent)?;
     guest.rest(true);
+    let put_back = Instant::now();
     hosts.put_back(hold)?;
     let flushed = run_on(guest, tsc_hz, "flush", |s| s.frames)?;
     let closed = meter.stop()?;
 
     let info = hosts.end(hold)?;
+    let put_back_ms = put_back.elapsed().as_secs_f64() * 1e3;
     let held: u64 = info.lanes.iter().map(|l| l.held.frames).sum();
     let slices = |runs: &[Seen], of: fn(&Seen) -> &Vec<u32>| -> Vec<u32> {
         runs.iter().flat_map(|s| of(s).iter().copied()).collect()
@@ -421,6 +432,7 @@ fn freeze_and_flush(
         freeze_mpps: freeze * SLICES_HZ / 1e6,
         flush_mpps: flush * SLICES_HZ / 1e6,
         held,
+        put_back_ms,
         on,
     })
 }
@@ -727,6 +739,7 @@ mod tests {
             freeze_mpps,
             flush_mpps: 26.0,
             held: 1,
+            put_back_ms: 1.0,
             on: on(spoiled),
         };
         let gate = |gates, round, mpps| GateWindow {

@@ -108,16 +108,21 @@ impl Process {
         tasks.filter_map(|t| Some(t.cpu_time().ok()?.ran)).sum()
     }
 
-    /// Its thread whose name starts so.
+    /// The first of its threads whose names start so.
     pub fn thread(&self, prefix: &str) -> Option<Task> {
+        self.named(prefix).first().copied()
+    }
+
+    /// Its threads whose names start so, by name.
+    pub fn named(&self, prefix: &str) -> Vec<Task> {
         let pid = self.pid();
-        self.threads()
-            .into_iter()
-            .find(|t| {
-                let comm = std::fs::read_to_string(format!("/proc/{pid}/task/{t}/comm"));
-                comm.is_ok_and(|c| c.starts_with(prefix))
-            })
-            .map(|tid| Task { pid, tid })
+        let comm = |tid: u32| {
+            let comm = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/comm"));
+            Some((comm.ok().filter(|c| c.starts_with(prefix))?, tid))
+        };
+        let mut all: Vec<(String, u32)> = self.threads().into_iter().filter_map(comm).collect();
+        all.sort();
+        all.into_iter().map(|(_, tid)| Task { pid, tid }).collect()
     }
 
     /// An error if it has ended.

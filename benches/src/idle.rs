@@ -71,11 +71,11 @@ pub fn measure(plan: &Plan) -> Result<Vec<Cell>> {
     };
     let (dir, cpu) = (ground.dir(), common.worker_cpu);
     let mut ours = match common.with_gangway {
-        true => Some(Gangway::start(&common.switch, dir, &setup, size, cpu)?),
+        true => Some(Gangway::start(&common.switch, dir, &setup, size, &[cpu])?),
         false => None,
     };
     let mut ovs = match common.with_ovs {
-        true => Some(Ovs::start(dir, size, cpu, common.guest_cpu)?),
+        true => Some(Ovs::start(dir, size, &[cpu], common.guest_cpu)?),
         false => None,
     };
     let tsc_hz = tsc_hz();

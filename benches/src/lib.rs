@@ -43,3 +43,4 @@ pub mod ring;
 pub mod sys;
 pub mod tap;
 pub mod testpmd;
+pub mod workers;

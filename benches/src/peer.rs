@@ -19,8 +19,13 @@ pub trait Switch {
     fn name(&self) -> &'static str;
     /// Its process.
     fn process(&mut self) -> &mut Process;
-    /// The thread that moves frames.
-    fn worker(&mut self) -> Result<Task>;
+    /// The threads that move frames.
+    fn workers(&mut self) -> Result<Vec<Task>>;
+    /// The first of them.
+    fn worker(&mut self) -> Result<Task> {
+        let all = self.workers()?;
+        all.first().copied().context("a worker")
+    }
     /// Its ports' sockets, for guests that connect themselves, and which side dials.
     fn sockets(&self) -> (&[PathBuf], Dials);
     /// A connection for each port, as a VMM would have it.
@@ -93,7 +98,7 @@ impl Setup {
     }
 
     /// Its configuration file.
-    fn config(&self, dir: &Path, size: Size, cpu: usize) -> String {
+    fn config(&self, dir: &Path, size: Size, cpus: &[usize]) -> String {
         let (d, host) = (dir.display(), &self.host);
         let poll = if self.sleeps { "adaptive" } else { "busy" };
         let mut config = format!("[host]\nname = \"{host}\"\nstate_dir = \"{d}/{host}\"\n");
@@ -105,7 +110,8 @@ impl Setup {
             );
         }
         config += &format!(
-            "[workers]\ncount = 1\ncpus = [{cpu}]\npoll = \"{poll}\"\n[spool]\n{}",
+            "[workers]\ncount = {}\ncpus = {cpus:?}\npoll = \"{poll}\"\n[spool]\n{}",
+            cpus.len(),
             self.spool
         );
         if let Some(addresses) = size.addresses {
@@ -152,7 +158,7 @@ impl Gangway {
         dir: &Path,
         setup: &Setup,
         size: Size,
-        cpu: usize,
+        cpus: &[usize],
     ) -> Result<Gangway> {
         ensure!(
             binary.exists(),
@@ -162,7 +168,7 @@ impl Gangway {
         let host = &setup.host;
         std::fs::create_dir(dir.join(host))?;
         let file = dir.join(format!("{host}.toml"));
-        std::fs::write(&file, setup.config(dir, size, cpu))?;
+        std::fs::write(&file, setup.config(dir, size, cpus))?;
         let mut command = Command::new(binary);
         command.arg("--config").arg(&file);
         let log = dir.join(format!("{host}.log"));
@@ -187,9 +193,10 @@ impl Switch for Gangway {
         &mut self.process
     }
 
-    fn worker(&mut self) -> Result<Task> {
-        let worker = self.process.thread("worker-");
-        worker.context("gangway-switch has no thread worker-0")
+    fn workers(&mut self) -> Result<Vec<Task>> {
+        let workers = self.process.named("worker-");
+        ensure!(!workers.is_empty(), "gangway-switch has no thread worker-0");
+        Ok(workers)
     }
 
     fn sockets(&self) -> (&[PathBuf], Dials) {
@@ -226,6 +233,8 @@ pub struct Ovs {
     /// Ours, once we play the guest ourselves.
     listeners: Vec<UnixListener>,
     now: Option<Rule>,
+    /// Its worker threads, once a port is up.
+    pmds: usize,
 }
 
 const OVS: &str = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk";
@@ -249,7 +258,7 @@ impl Ovs {
     }
 
     /// Starts it; its ports dial us.
-    pub fn start(dir: &Path, size: Size, cpu: usize, other_cpu: usize) -> Result<Ovs> {
+    pub fn start(dir: &Path, size: Size, cpus: &[usize], other_cpu: usize) -> Result<Ovs> {
         let dir = dir.join("ovs");
         std::fs::create_dir(&dir)?;
         let at = |name: &str| dir.join(name).display().to_string();
@@ -270,7 +279,8 @@ impl Ovs {
         let vsctl = |args: &[&str]| vsctl(&dir, &db, args);
         vsctl(&["--no-wait", "init"])?;
         let lcores = format!("other_config:dpdk-lcore-mask={:#x}", 1 << other_cpu);
-        let pmds = format!("other_config:pmd-cpu-mask={:#x}", 1 << cpu);
+        let mask = cpus.iter().fold(0u64, |mask, cpu| mask | 1 << cpu);
+        let pmds = format!("other_config:pmd-cpu-mask={mask:#x}");
         vsctl(&[
             "--no-wait",
             "set",
@@ -325,6 +335,11 @@ impl Ovs {
             ];
             request.extend(words.map(String::from));
             request.extend(["type=dpdkvhostuserclient".to_owned(), path, number]);
+            if let [_, _, ..] = cpus {
+                // As ours does it by itself.
+                let cpu = cpus[i % cpus.len()];
+                request.push(format!("other_config:pmd-rxq-affinity=0:{cpu}"));
+            }
             sockets.push(dir.join(format!("{port}.sock")));
         }
         vsctl(&request.iter().map(String::as_str).collect::<Vec<_>>())?;
@@ -336,6 +351,7 @@ impl Ovs {
             sockets,
             listeners: Vec::new(),
             now: None,
+            pmds: cpus.len(),
         })
     }
 
@@ -377,10 +393,11 @@ impl Switch for Ovs {
         &mut self.switch
     }
 
-    fn worker(&mut self) -> Result<Task> {
-        // It comes with the first port that is up.
-        until("PMD thread of OVS", PATIENCE, || {
-            Ok(self.switch.thread("pmd-"))
+    fn workers(&mut self) -> Result<Vec<Task>> {
+        // They come with the first port that is up.
+        until("PMD threads of OVS", PATIENCE, || {
+            let all = self.switch.named("pmd-");
+            Ok((all.len() == self.pmds).then_some(all))
         })
     }
 

@@ -20,9 +20,9 @@ use crate::sys;
 /// Hugepages of 2 MB for the memory of a port's guest.
 const PORT_HUGEPAGES: u64 = 4;
 /// How often a round may be repeated, on average, because a window was spoiled or the state changed.
-const ROUNDS_PER_PAIR: usize = 3;
+pub const ROUNDS_PER_PAIR: usize = 3;
 /// The first frame must come within this.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What to measure.
 #[derive(Debug, Clone)]

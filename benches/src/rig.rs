@@ -14,7 +14,7 @@ use crate::sys;
 /// Of its CPU, what a thread must have had for its window to count.
 const SHARE_MIN: f64 = 0.95;
 /// A window's steal time at most, of both CPUs' time.
-const STEAL_MAX: f64 = 0.01;
+pub const STEAL_MAX: f64 = 0.01;
 
 /// Why a window does not count in which the guest shared its CPU.
 pub const GUEST_SHARED: &str = "the guest had not its whole CPU";
@@ -89,11 +89,11 @@ pub struct Rig {
 impl Rig {
     /// Starts them, and takes `pages` hugepages of 2 MB for their guests. The calling thread is pinned to the guest's CPU.
     pub fn start(common: &Common, size: Size, pages: u64) -> Result<Rig> {
-        Rig::start_with(common, &Setup::default(), size, pages)
+        Rig::start_on(common, &[common.worker_cpu], size, pages)
     }
 
-    /// The same, ours with this setup.
-    pub fn start_with(common: &Common, setup: &Setup, size: Size, pages: u64) -> Result<Rig> {
+    /// The same with a worker on each of these CPUs.
+    pub fn start_on(common: &Common, cpus: &[usize], size: Size, pages: u64) -> Result<Rig> {
         if common.with_ovs {
             Ovs::install()?;
         }
@@ -102,13 +102,13 @@ impl Rig {
             switches: Vec::new(),
             ground: Ground::take(common, pages + ovs_pages)?,
         };
-        let (dir, cpu) = (rig.ground.dir(), common.worker_cpu);
+        let dir = rig.ground.dir();
         if common.with_gangway {
-            let ours = Gangway::start(&common.switch, dir, setup, size, cpu)?;
+            let ours = Gangway::start(&common.switch, dir, &Setup::default(), size, cpus)?;
             rig.switches.push((Box::new(ours), &[Rule::Normal]));
         }
         if common.with_ovs {
-            let ovs = Ovs::start(dir, size, cpu, common.guest_cpu)?;
+            let ovs = Ovs::start(dir, size, cpus, common.guest_cpu)?;
             let rules = &[Rule::InPort, Rule::Normal];
             rig.switches.push((Box::new(ovs), rules));
         }

@@ -16,7 +16,11 @@ use gangway_benches::{plot, report};
 #[derive(Debug, Parser)]
 struct Args {
     /// What grows.
-    #[arg(long, value_delimiter = ',', default_value = "ports,flows,addresses")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "ports,flows,addresses,workers"
+    )]
     axes: Vec<Axis>,
     /// Numbers of ports; half of them send, each to one of the others.
     #[arg(long, value_delimiter = ',', default_value = "2,4,8,16,32,64")]
@@ -35,6 +39,9 @@ struct Args {
         default_value = "2,100,10000,100000,1000000"
     )]
     addresses: Vec<u32>,
+    /// Numbers of workers, 1 or 2; guests share their CPUs.
+    #[arg(long, value_delimiter = ',', default_value = "1,2")]
+    workers: Vec<usize>,
     /// Frame size in bytes, without FCS.
     #[arg(long, default_value_t = 64)]
     frame: usize,
@@ -80,6 +87,11 @@ fn main() -> Result<()> {
                 },
                 flows: none_unless(Axis::Flows, args.flows),
                 addresses: none_unless(Axis::Addresses, args.addresses),
+                workers: if has(Axis::Workers) {
+                    args.workers
+                } else {
+                    Vec::new()
+                },
             })?;
             report::save_windows(&args.out, &results.points)?;
             (&args.out, cells(&results))

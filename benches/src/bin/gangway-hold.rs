@@ -34,6 +34,9 @@ struct Args {
     /// The spool lies in a folder below this one.
     #[arg(long, default_value = "/dev/shm")]
     spool: PathBuf,
+    /// Without a ledger of the holds.
+    #[arg(long)]
+    no_ledger: bool,
     /// Cells, as JSON; tables (.md) and picture (.svg) go beside it, all windows as -windows.json.
     #[arg(long, default_value = "target/bench/hold.json")]
     out: PathBuf,
@@ -62,6 +65,7 @@ fn main() -> Result<()> {
                 pairs: args.pairs,
                 habits: args.guest.habits()?,
                 spool: args.spool,
+                ledger: !args.no_ledger,
             };
             let mut results = Results::default();
             if args.what.contains(&What::Hold) {
