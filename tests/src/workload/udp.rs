@@ -29,12 +29,16 @@ pub fn look_at_carrier(card: &'static str) {
     CARD.get_or_init(|| card);
 }
 
-/// While QEMU's connection to the switch is away it takes the carrier from the guest, whose kernel has no queue for the card
-/// then. That is over when the kernel says that the card operates, some time behind the carrier itself.
+/// While QEMU's connection to the switch is away it takes the carrier from the guest, whose kernel stops the card's queue at
+/// once, and within a second throws away what waits there and has none any more. When the carrier is back it takes as long until
+/// the card operates again.
 fn wait_for_carrier() {
     let Some(card) = CARD.get() else { return };
-    let path = format!("/sys/class/net/{card}/operstate");
-    while std::fs::read_to_string(&path).is_ok_and(|state| state.trim() != "up") {
+    let is = |what: &str, good: &str| {
+        let said = std::fs::read_to_string(format!("/sys/class/net/{card}/{what}"));
+        said.map_or(true, |s| s.trim() == good)
+    };
+    while !(is("carrier", "1") && is("operstate", "up")) {
         thread::sleep(Duration::from_millis(2));
     }
 }
