@@ -29,6 +29,10 @@ const SPINS: u32 = 2;
 const RETRY: Duration = Duration::from_micros(250);
 /// Frames that one lane delivers per round while it drains, and that may come twice if the switch is killed then.
 const DRAIN_BUDGET: usize = BURST;
+/// How often it does so in a round: more must go than can come in, or a lane whose receiver once had no room never forwards
+/// directly again.
+const DRAINS: usize = 2;
+const _: () = assert!(DRAINS * DRAIN_BUDGET > BURST);
 
 /// A receive queue and where its frames go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -659,28 +663,30 @@ impl Side {
 
     /// Delivers what waits on the lanes. True if something moved.
     fn drain(&mut self, round: &Round<'_>, out: &mut Outbox) -> bool {
-        if self.pending.is_empty() {
-            return false;
-        }
-        let mut egress = Egress::new(round, out);
         let mut moved = false;
         let lanes = &mut self.lanes;
-        for &to in &self.pending {
-            let counters = &round.shared.ports[to].counters;
-            let mut sink = Towards {
-                egress: &mut egress,
-                to,
-                moved: false,
-            };
-            lanes[to].step(DRAIN_BUDGET, &mut sink, &mut |why| counters.drop(why));
-            moved |= sink.moved;
+        for _ in 0..DRAINS {
+            if self.pending.is_empty() {
+                break;
+            }
+            let mut egress = Egress::new(round, out);
+            for &to in &self.pending {
+                let counters = &round.shared.ports[to].counters;
+                let mut sink = Towards {
+                    egress: &mut egress,
+                    to,
+                    moved: false,
+                };
+                lanes[to].step(DRAIN_BUDGET, &mut sink, &mut |why| counters.drop(why));
+                moved |= sink.moved;
+            }
+            egress.finish();
+            // Now the receivers have it.
+            self.pending.retain(|&to| {
+                lanes[to].note();
+                lanes[to].pending()
+            });
         }
-        egress.finish();
-        // Now the receivers have it.
-        self.pending.retain(|&to| {
-            lanes[to].note();
-            lanes[to].pending()
-        });
         moved
     }
 }
