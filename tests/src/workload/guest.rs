@@ -79,7 +79,7 @@ struct Guest {
 pub fn main() -> io::Result<()> {
     let cmdline = std::fs::read_to_string("/proc/cmdline")?;
     let place = Place::parse(&cmdline).map_err(io::Error::other)?;
-    udp::look_at_carrier("eth0");
+    udp::look_at_carrier("eth0")?;
     let mut guest = Guest::start(place);
     println!("gangway-workload: {} is ready", guest.place.name);
     control::serve(CONTROL_PORT, |command| guest.handle(command))

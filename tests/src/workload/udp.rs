@@ -3,8 +3,10 @@
 //! Invariant: a number is used up only by a datagram that the kernel took; what it refuses is sent again.
 //! Invariant: a guest sends nothing while its card has no carrier: its kernel would throw that away and say that it was sent.
 
+use std::fs::File;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -21,24 +23,43 @@ const LOOK: Duration = Duration::from_millis(200);
 /// Datagrams that go out per turn: several at a time spare an emulated processor most of its wake-ups.
 const PER_TURN: u32 = 4;
 
-/// The card of a guest. An outside station has none: its link stays up whatever becomes of the switches.
-static CARD: OnceLock<&str> = OnceLock::new();
+/// What says that a guest's card has a carrier, and that it operates. An outside station has none: its link stays up whatever
+/// becomes of the switches.
+static CARD: OnceLock<[Sign; 2]> = OnceLock::new();
+
+/// A file, and what it says when all is well.
+struct Sign {
+    path: String,
+    file: File,
+    good: &'static str,
+}
 
 /// From now on nothing is sent while this card has no carrier.
-pub fn look_at_carrier(card: &'static str) {
-    CARD.get_or_init(|| card);
+pub fn look_at_carrier(card: &str) -> io::Result<()> {
+    let sign = |what: &str, good| {
+        let path = format!("/sys/class/net/{card}/{what}");
+        let file = File::open(&path)?;
+        io::Result::Ok(Sign { path, file, good })
+    };
+    let both = [sign("carrier", "1")?, sign("operstate", "up")?];
+    CARD.get_or_init(|| both);
+    Ok(())
 }
 
 /// While QEMU's connection to the switch is away it takes the carrier from the guest, whose kernel stops the card's queue at
 /// once, and within a second throws away what waits there and has none any more. When the carrier is back it takes as long until
-/// the card operates again.
+/// the card operates again. Asked before each datagram, so the files stay open: an emulated processor is slow.
 fn wait_for_carrier() {
     let Some(card) = CARD.get() else { return };
-    let is = |what: &str, good: &str| {
-        let said = std::fs::read_to_string(format!("/sys/class/net/{card}/{what}"));
-        said.map_or(true, |s| s.trim() == good)
+    let is_good = |sign: &Sign| {
+        let mut said = [0; 16];
+        match sign.file.read_at(&mut said, 0) {
+            Ok(n) => said[..n].trim_ascii() == sign.good.as_bytes(),
+            // The driver has left the card since: another file has its name.
+            Err(_) => std::fs::read_to_string(&sign.path).map_or(true, |s| s.trim() == sign.good),
+        }
     };
-    while !(is("carrier", "1") && is("operstate", "up")) {
+    while !card.iter().all(is_good) {
         thread::sleep(Duration::from_millis(2));
     }
 }
