@@ -27,13 +27,13 @@ fn queues(world: &World, host: &str, port: &str) -> Vec<(u64, u64)> {
         .collect()
 }
 
-/// Both queues of each VM's port have carried frames both ways, and there is no third one.
+/// Both queues of each VM's port have carried frames, and there is no third one.
 fn both_carry(world: &World, host: &str) {
     for port in ["left0", "right0"] {
         let queues = queues(world, host, port);
         eprintln!("{port} on {host}: {queues:?}");
-        // How many is the guests' affair: they have a few flows, whose ports, and so whose queues, differ from run to run.
-        let busy = queues.iter().filter(|(rx, tx)| *rx > 0 && *tx > 0);
+        // How many, and whether both ways, is the guests' affair: a sender's queue is that of the processor that it happens to run on.
+        let busy = queues.iter().filter(|(rx, tx)| rx + tx > 0);
         assert_eq!((busy.count(), queues.len()), (2, 2), "{port}: {queues:?}");
     }
 }

@@ -256,20 +256,21 @@ impl Vm {
             return Ok(());
         }
         let tasks = format!("/proc/{}/task", self.process.pid());
-        let mut found = 0;
+        let mut processors = Vec::new();
         for task in std::fs::read_dir(&tasks).with_context(|| tasks.clone())? {
             let task = task?;
             let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
             if name.starts_with("CPU ") {
-                let id = task.file_name();
-                run(std::process::Command::new("chrt")
-                    .args(["--fifo", "--pid", "1"])
-                    .arg(&id))?;
-                found += 1;
+                processors.push(task.file_name());
             }
         }
-        match found {
-            0 => bail!("no thread of {} is named after a processor", self.name),
+        match &processors[..] {
+            [] => bail!("no thread of {} is named after a processor", self.name),
+            [one] => run(std::process::Command::new("chrt")
+                .args(["--fifo", "--pid", "1"])
+                .arg(one))
+            .map(drop),
+            // Several of each VM would leave nothing to the switches.
             _ => Ok(()),
         }
     }
