@@ -25,6 +25,19 @@ pub(super) struct Outbox {
     behind: Vec<(usize, usize, u64)>,
 }
 
+impl Outbox {
+    fn wait_for(&mut self, to: usize, queue: usize, number: u64) {
+        let mut known = self.behind.iter_mut();
+        match known.find(|b| (b.0, b.1) == (to, queue)) {
+            Some(last) => last.2 = number,
+            None => self.behind.push((to, queue, number)),
+        }
+    }
+}
+
+/// So many bytes at once are worth a claim; a shorter copy takes less than the line of a lock needs to go to and fro (ADR-0022).
+const CLAIM_BYTES: u64 = 32 << 10;
+
 /// How often a worker looks whether the one before it has finished its copy until it lets others run.
 const LOOKS: u32 = 64;
 
@@ -61,7 +74,8 @@ impl<'a> Egress<'a> {
             true => self.flows.key(frame.head()).hash(),
             false => 0,
         };
-        let claimed = match self.ports[to].steering.is_shared() {
+        let is_long = u64::from(frame.len) >= CLAIM_BYTES;
+        let claimed = match is_long && self.ports[to].steering.is_shared() {
             true => self.claim(to, hash, frame),
             false => None,
         };
@@ -108,11 +122,7 @@ impl<'a> Egress<'a> {
     /// These have their places.
     fn claimed(&mut self, to: usize, queue: usize, frames: &[Frame<'_>]) {
         if let Some(number) = self.out.claim.behind() {
-            let mut known = self.out.behind.iter_mut();
-            match known.find(|b| (b.0, b.1) == (to, queue)) {
-                Some(last) => last.2 = number,
-                None => self.out.behind.push((to, queue, number)),
-            }
+            self.out.wait_for(to, queue, number);
         }
         let bytes = frames.iter().map(|f| u64::from(f.len)).sum();
         self.note(to, queue, frames.len() as u64, bytes);
@@ -120,14 +130,16 @@ impl<'a> Egress<'a> {
 
     /// As many of them as simply go, at once. They are of flows with the same queue; `hash` is of one of them.
     pub(super) fn send_run(&mut self, to: usize, hash: u64, frames: &[Frame<'_>]) -> usize {
+        let bytes = |frames: &[Frame<'_>]| frames.iter().map(|f| u64::from(f.len)).sum::<u64>();
         if self.ports[to].steering.is_shared()
+            && bytes(frames) >= CLAIM_BYTES
             && let Some(sent) = self.claim_run(to, hash, frames)
         {
             return sent;
         }
         let sent = self.turn_to(to, hash).map_or(0, |tx| tx.send_run(frames));
         self.frames += sent as u64;
-        self.bytes += frames[..sent].iter().map(|f| u64::from(f.len)).sum::<u64>();
+        self.bytes += bytes(&frames[..sent]);
         sent
     }
 
@@ -198,6 +210,10 @@ impl<'a> Egress<'a> {
         };
         if let Some(tx) = guard.as_mut() {
             tx.flush();
+            // Another worker's claim may be out, and this behind it.
+            if let Some(number) = tx.shared().and_then(|t| t.last_out()) {
+                self.out.wait_for(to, queue, number);
+            }
         }
         drop(guard);
         let (frames, bytes) = (self.frames, self.bytes);

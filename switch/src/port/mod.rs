@@ -264,6 +264,8 @@ pub trait SharedTx {
     fn give_back(&mut self, places: &Places) -> bool;
     /// Whether the receiver cannot see this claim yet.
     fn is_out(&self, number: u64) -> bool;
+    /// The last claim that the receiver cannot see yet, if there is one: what was flushed meanwhile is behind it.
+    fn last_out(&self) -> Option<u64>;
     /// Gives no places any more. True if none is out; asked again until it is, before the queue goes.
     fn close(&mut self) -> bool;
 }

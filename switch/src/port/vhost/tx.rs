@@ -543,6 +543,12 @@ impl<R: Ring> SharedTx for Tx<R> {
         (number.wrapping_sub(self.first) as usize) < self.open.len()
     }
 
+    fn last_out(&self) -> Option<u64> {
+        (self.first + self.open.len() as u64)
+            .checked_sub(1)
+            .filter(|_| !self.open.is_empty())
+    }
+
     fn close(&mut self) -> bool {
         self.closing = true;
         self.open.is_empty()
