@@ -51,7 +51,7 @@ pub struct Places {
     cpu: Cpu,
 }
 
-/// A frame's share of [`Places::pieces`].
+/// A frame's share of the pieces.
 #[derive(Debug, Clone, Copy)]
 pub struct Placed {
     /// Of the frame, without header.
