@@ -1,7 +1,7 @@
 //! Sending: a worker's frames into the transmit queues of the ports.
 //!
-//! A queue that this worker has for itself stays behind its lock for a run of frames; one that workers share is locked
-//! only to take places and to give them back (ADR-0022).
+//! A queue stays behind its lock for a run of frames. Where workers share it, a long run locks it only to take places and
+//! to give them back (ADR-0022).
 //!
 //! Invariant: one lock at a time, none longer than a burst; every queue that was sent to is flushed; behind
 //! [`Egress::finish`] the receivers can see all that was sent.

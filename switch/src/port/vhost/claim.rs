@@ -1,7 +1,7 @@
 //! Places in a guest's receive ring, and the copying of frames into them.
 //!
-//! A transmit queue that one worker has for a burst is behind its lock all that time. One that several workers share is not
-//! (ADR-0022): a worker takes places under the lock, copies without it, and gives the claim back under the lock.
+//! A transmit queue is behind its lock while a worker copies into it, but for long runs into one that several workers share
+//! (ADR-0022): there a worker takes places under the lock, copies without it, and gives the claim back under the lock.
 //!
 //! ```text
 //!   lock: take places, in the ring's order | no lock: copy | lock: give back; the guest sees all up to the first claim that is out

@@ -46,8 +46,13 @@ fn a_claim_that_is_done_first_is_seen_behind_the_one_before_it() {
         let q = queue.as_mut().unwrap();
         assert_eq!(q.send(&frames[5]), Sent::Yes);
         q.flush();
-        second.write_run(&frames[3..5]);
         let shared = q.shared().unwrap();
+        let last = shared.last_out().unwrap();
+        assert!(
+            last > second.places.number,
+            "what was flushed is behind the claims"
+        );
+        second.write_run(&frames[3..5]);
         assert!(!shared.give_back(&second.places));
         assert!(shared.is_out(second.places.number));
         assert!(!shared.close(), "a claim is out");
@@ -58,7 +63,8 @@ fn a_claim_that_is_done_first_is_seen_behind_the_one_before_it() {
         let q = queue.as_mut().unwrap();
         let shared = q.shared().unwrap();
         assert!(shared.give_back(&first.places));
-        assert!(!shared.is_out(second.places.number));
+        assert!(!shared.is_out(second.places.number) && !shared.is_out(last));
+        assert_eq!(shared.last_out(), None);
         assert!(shared.close());
         let got = driver.received(12, mrg);
         assert_eq!(got.len(), 6);
