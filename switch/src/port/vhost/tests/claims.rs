@@ -274,3 +274,67 @@ fn numbered(w: u8, n: u64) -> Vec<u8> {
     f[61..69].copy_from_slice(&n.to_le_bytes());
     f
 }
+
+/// Two workers of the switch with long runs for a guest that has one queue.
+#[test]
+fn workers_claim_places_for_long_runs() {
+    use crate::datapath::Engine;
+    use crate::datapath::tests::{config, eventually, frame, mac};
+    use crate::port::Attach;
+    use crate::port::memory::MemoryPort;
+    const EACH: u32 = 400;
+    // Few enough for the ring, so that none goes through a backlog, and so long that a few are a long run.
+    const AHEAD: u32 = 24;
+    const LEN: usize = 9000;
+    let World { tx, .. } = World::new(VERSION_1);
+    let mut driver = tx.driver;
+    let fill = |d: &mut Driver| {
+        while d.free_descs() > 0 {
+            let at = d.alloc(12 + LEN as u32);
+            d.add(&[(at, 12 + LEN as u32)], true, false);
+        }
+    };
+    fill(&mut driver);
+    let dir = tempfile::tempdir().unwrap();
+    let mut cfg = config(&["left", "right", "guest"], 2, dir.path().into());
+    cfg.ports[2].mac = Some(mac(9));
+    let engine = Engine::start(&cfg).unwrap();
+    let voice = MemoryPort::new();
+    let senders = [MemoryPort::new(), MemoryPort::new()];
+    engine.set_tx(2, vec![(0, tx.queue)]);
+    for (i, s) in senders.iter().enumerate() {
+        engine.attach_rx(i, 0, s.queues().0);
+    }
+    engine.attach_rx(2, 0, voice.queues().0);
+    voice.push(frame(9, mac(1), 0));
+    eventually("the guest is learned", || voice.waiting() == 0);
+    let seats: Vec<_> = (0..2).map(|p| engine.pin().seats(p)[0].worker).collect();
+    assert_ne!(seats[0], seats[1], "a worker each");
+    let (mut sent, mut next) = ([0u32; 2], [0u32; 2]);
+    let since = std::time::Instant::now();
+    while next != [EACH; 2] {
+        for (i, s) in senders.iter().enumerate() {
+            while sent[i] < EACH.min(next[i] + AHEAD) {
+                let mut f = frame(i as u8 + 1, mac(9), sent[i]);
+                f.resize(LEN, 0);
+                s.push(f);
+                sent[i] += 1;
+            }
+        }
+        assert!(since.elapsed().as_secs() < 60, "{next:?} came");
+        for (_, f) in driver.received(12, false) {
+            let from = &mut next[usize::from(f[11]) - 1];
+            assert_eq!(f.len(), LEN);
+            assert_eq!(f[20..24], from.to_be_bytes(), "in order, once");
+            *from += 1;
+        }
+        fill(&mut driver);
+    }
+    let port = &engine.shared().ports[2];
+    let last = [numbered(1, 0)];
+    let frames = [Frame::from_slice(VnetHdr::default(), &last[0])];
+    let mut claim = Claim::default();
+    assert_eq!(claim.send_run(|| port.tx(0), &frames), Some(1));
+    assert!(claim.places.number > 0, "there were claims before");
+    engine.stop();
+}
