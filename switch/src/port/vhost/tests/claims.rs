@@ -298,6 +298,8 @@ fn workers_claim_places_for_long_runs() {
     let dir = tempfile::tempdir().unwrap();
     let mut cfg = config(&["left", "right", "guest"], 2, dir.path().into());
     cfg.ports[2].mac = Some(mac(9));
+    // Ports in memory wake nobody.
+    cfg.workers.poll = gangway_shared::config::valid::Poll::Busy;
     let engine = Engine::start(&cfg).unwrap();
     let voice = MemoryPort::new();
     let senders = [MemoryPort::new(), MemoryPort::new()];
