@@ -39,6 +39,11 @@ struct Shown {
     segs: (u16, u16),
 }
 
+/// The share of a ring that a driver which polls is shown late at most, and never more than a burst.
+const LAG_SHARE: usize = 8;
+/// Looks that find nothing before it is shown all of it: some 100 microseconds of a worker that polls.
+const LINGER: u32 = 512;
+
 /// Bytes in front of a private head.
 const PREFIX: usize = PLAIN_HDR.len();
 
@@ -106,6 +111,10 @@ pub struct Rx<R: Ring> {
     given: usize,
     /// Chains given back so far.
     taken: u64,
+    /// The last of them, which a driver that polls is not shown yet.
+    unshown: usize,
+    /// Looks in a row that found nothing while there are such.
+    lingers: u32,
     /// Up to this chain malformed ones were counted (a burst may look at one twice).
     counted: u64,
     pieces: Pieces,
@@ -149,6 +158,8 @@ impl<R: Ring> Rx<R> {
             seen: ArrayVec::new(),
             given: 0,
             taken: 0,
+            unshown: 0,
+            lingers: 0,
             counted: 0,
             pieces: Pieces::default(),
             plains: Plains::default(),
@@ -239,11 +250,53 @@ impl<R: Ring> Rx<R> {
         }
         self.next = self.ring.after(self.next, slots);
         self.taken += n as u64;
-        match self.ring.publish(usize::MAX) {
+        self.unshown += n;
+        let stays = if self.ring.is_polled() { self.lag() } else { 0 };
+        self.publish(stays);
+        self.gate.set_next(self.next.0);
+    }
+
+    /// How many chains a driver that polls is shown late (ADR-0025).
+    #[inline]
+    fn lag(&self) -> usize {
+        BURST.min(self.ring.slots() / LAG_SHARE)
+    }
+
+    /// Within a section: shows the driver what it has back, but for the last `stays` chains.
+    #[inline]
+    fn publish(&mut self, stays: usize) {
+        let n = self.unshown.saturating_sub(stays);
+        if n == 0 {
+            return;
+        }
+        self.unshown -= n;
+        match self.ring.publish(n) {
             Ok(_) => self.owes = true,
             Err(why) => self.set_broken(why),
         }
-        self.gate.set_next(self.next.0);
+    }
+
+    /// Before `found` more chains are taken, so that together with those that the driver does not know to be back they are no more
+    /// than a burst: a switch that is killed sends no more than that again. None for a while: what is left is shown.
+    #[inline]
+    fn make_way(&mut self, found: usize) {
+        if self.unshown == 0 {
+            self.lingers = 0;
+            return;
+        }
+        self.lingers = if found == 0 { self.lingers + 1 } else { 0 };
+        let stays = match self.lingers {
+            LINGER.. => 0,
+            _ => self.lag().saturating_sub(found),
+        };
+        if self.unshown > stays {
+            self.gate.enter();
+            // By a snapshot that came meanwhile: at the next look.
+            if !self.gate.is_stale() {
+                self.publish(stays);
+            }
+            self.gate.leave();
+        }
     }
 
     /// Looks at the next chains, up to a burst behind the first `had`, and asks for what will be read of them.
@@ -538,6 +591,7 @@ impl<R: Ring> RxQueue for Rx<R> {
         let easy = self.easy_burst();
         if easy > 0 {
             self.easy = easy;
+            self.make_way(easy);
             self.look_ahead(easy);
             self.show_easy(out);
             return;
@@ -599,6 +653,7 @@ impl<R: Ring> RxQueue for Rx<R> {
         }
         // Behind what was seen, not at the ring's next position.
         self.plains.truncate(0);
+        self.make_way(self.seen.len());
         if self.seen.first().is_some_and(|s| !s.is_frame) && self.gate.live().is_some() {
             self.gate.enter();
             // A snapshot that came meanwhile waits for us, or sees us; ours still keeps what the frames point to.
@@ -641,8 +696,13 @@ impl<R: Ring> RxQueue for Rx<R> {
         if !self.enter() {
             return false;
         }
+        self.publish(0);
         let waits = self.ring.arm(self.next);
         self.gate.leave();
+        if self.owes {
+            fence(Ordering::SeqCst);
+            self.settle();
+        }
         waits.unwrap_or_else(|why| {
             self.set_broken(why);
             false
@@ -668,6 +728,10 @@ impl<R: Ring> RxQueue for Rx<R> {
 
 impl<R: Ring> Drop for Rx<R> {
     fn drop(&mut self) {
+        if self.unshown > 0 && self.enter() {
+            self.publish(0);
+            self.gate.leave();
+        }
         if self.owes {
             fence(Ordering::SeqCst);
             self.settle();

@@ -197,6 +197,10 @@ pub trait Ring: Send {
     /// [`Ring::publish`]: what was published must be out before we look whether the driver sleeps (virtio 1.2, 2.7.7.2
     /// and 2.8.10); the driver does the same the other way round.
     fn wants_signal(&mut self) -> bool;
+    /// Whether the driver looks by itself for what was given back, and wants to hear of none of it, as those of DPDK do.
+    fn is_polled(&self) -> bool {
+        false
+    }
     /// Asks for a signal when the driver fills `at`. True if it has done so already.
     fn arm(&mut self, at: Pos) -> Result<bool, Broken>;
     /// Asks for no signals, as far as the layout can.

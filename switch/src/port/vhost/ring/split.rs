@@ -133,6 +133,12 @@ impl Split {
         unsafe { atomic(self.areas.avail, offset) }.load(Ordering::Relaxed)
     }
 
+    /// The driver's flags ask for no signals.
+    #[inline]
+    fn asks_for_none(&self) -> bool {
+        u16::from_le(self.read_avail(0)) & AVAIL_NO_INTERRUPT != 0
+    }
+
     /// Writes an entry of the used ring. Nobody looks at it before the index has passed it.
     #[inline(always)]
     fn write_used(&self, pos: u16, id: u16, written: u32) {
@@ -361,10 +367,15 @@ impl Ring for Split {
     fn wants_signal(&mut self) -> bool {
         let before = self.signalled.replace(self.published);
         if !self.event_idx {
-            return u16::from_le(self.read_avail(0)) & AVAIL_NO_INTERRUPT == 0;
+            return !self.asks_for_none();
         }
         let event = u16::from_le(self.read_avail(RING + 2 * usize::from(self.num)));
         before.is_none_or(|b| passed(event, self.published, b))
+    }
+
+    #[inline]
+    fn is_polled(&self) -> bool {
+        !self.event_idx && self.asks_for_none()
     }
 
     fn arm(&mut self, at: Pos) -> Result<bool, Broken> {

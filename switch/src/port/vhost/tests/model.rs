@@ -34,6 +34,8 @@ enum Op {
     /// A new snapshot, nothing changed.
     Swap,
     Arm,
+    /// Whether the driver looks for what it has back by itself (without an event index, in a split ring).
+    Polls(bool),
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -56,6 +58,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Op::Flush),
         1 => Just(Op::Swap),
         1 => Just(Op::Arm),
+        1 => any::<bool>().prop_map(Op::Polls),
     ]
 }
 
@@ -82,6 +85,13 @@ proptest! {
         let mut last_burst = 0usize;
         let mut unflushed: Vec<Vec<u8>> = Vec::new();
         let mut seed = 0;
+        // What a driver that polls may be shown late (ADR-0025).
+        let may_lag = bits & (PACKED | EVENT_IDX) == 0;
+        let lag = if may_lag { usize::from(NUM) / 8 } else { 0 };
+        let shown = |w: &World| match bits & PACKED {
+            0 => Some(usize::from(w.memory.u16(w.rx.driver.at[2] + 2))),
+            _ => None,
+        };
         for op in ops {
             seed += 1;
             match op {
@@ -102,6 +112,12 @@ proptest! {
                     let waits = queued.iter().take(BURST).any(Option::is_some);
                     prop_assert_eq!(!got.is_empty(), waits);
                     last_burst = got.len();
+                    drop(out);
+                    if let Some(shown) = shown(&w).filter(|_| last_burst > 0) {
+                        let back = w.rx.driver.number_of(w.rx.control.next());
+                        let room = lag.saturating_sub(last_burst);
+                        prop_assert!(back - shown <= room, "a burst comes twice after a crash, no more");
+                    }
                 }
                 Op::Release(n) => {
                     let n = n.min(last_burst);
@@ -148,6 +164,11 @@ proptest! {
                     let got: Vec<_> = w.tx.driver.received(12, mrg).into_iter().map(|(_, f)| f).collect();
                     prop_assert_eq!(&got, &std::mem::take(&mut unflushed));
                 }
+                Op::Polls(yes) => {
+                    if may_lag {
+                        w.memory.write(w.rx.driver.at[1], &u16::from(yes).to_le_bytes());
+                    }
+                }
                 Op::Swap => {
                     let new = live(&w.memory, &w.rx.driver, &w.rx.call, None);
                     prop_assert!(w.rx.control.swap(Some(new)));
@@ -161,6 +182,7 @@ proptest! {
                     // Runts that nobody has looked at count as waiting.
                     let here = w.rx.driver.number_of(w.rx.control.next());
                     prop_assert_eq!(waits, usize::from(w.rx.driver.avail_idx) != here);
+                    prop_assert_eq!(shown(&w).unwrap_or(here), here, "nothing is kept by who sleeps");
                     w.rx.queue.disarm();
                 }
             }
@@ -171,12 +193,16 @@ proptest! {
                 given += 1;
             }
             prop_assert_eq!(given, back);
+            if let Some(shown) = shown(&w) {
+                prop_assert!(shown <= given && given - shown <= lag, "{} of {}", shown, given);
+            }
             prop_assert_eq!(w.rx.control.broken(), None);
             prop_assert_eq!(w.tx.control.broken(), None);
             if seed % 3 == 0 {
                 w.rx.driver.reap();
             }
         }
+        drop(w.rx.queue);
         w.rx.driver.reap();
         prop_assert_eq!(usize::from(w.rx.driver.used_idx), given, "the driver has exactly those back");
     }

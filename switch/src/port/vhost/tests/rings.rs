@@ -553,3 +553,112 @@ fn a_chain_without_an_end_is_left_after_so_many_buffers() {
         assert!(pieces.walked() <= CHAIN_MAX as usize);
     }
 }
+
+/// A driver of a split ring that asks for no signals: how it is shown what it has back (ADR-0025).
+struct Polled(World);
+
+impl Polled {
+    fn new() -> Polled {
+        let w = World::new(VERSION_1);
+        let p = Polled(w);
+        p.polls(true);
+        p
+    }
+
+    fn polls(&self, yes: bool) {
+        let w = &self.0;
+        w.memory
+            .write(w.rx.driver.at[1], &u16::from(yes).to_le_bytes());
+    }
+
+    /// Frames go as far as the burst.
+    fn burst(&mut self, frames: usize) {
+        for i in 0..frames {
+            let mut sent = vec![0; 12];
+            sent.extend(frame(i as u64, 60));
+            assert!(self.0.rx.driver.send(&sent, 1, false));
+        }
+        let mut out = Burst::new();
+        self.0.rx.queue.burst(&mut out);
+        assert_eq!(out.len(), frames);
+    }
+
+    fn release(&mut self, frames: usize) {
+        self.0.rx.queue.release(frames);
+    }
+
+    fn reaps(&mut self) -> usize {
+        self.0.rx.driver.reap().len()
+    }
+}
+
+#[test]
+fn a_driver_that_polls_is_shown_its_buffers_a_burst_late() {
+    let mut p = Polled::new();
+    let lag = usize::from(NUM) / 8;
+    p.burst(lag);
+    p.release(lag);
+    assert_eq!(p.reaps(), 0, "that many stay");
+    p.burst(3);
+    assert_eq!(p.reaps(), 3, "before as many more are taken");
+    p.release(3);
+    assert_eq!(p.reaps(), 0);
+    p.burst(2 * lag);
+    assert_eq!(p.reaps(), lag, "nothing stays where so many are under way");
+    p.release(2 * lag);
+    assert_eq!(p.reaps(), lag);
+}
+
+#[test]
+fn a_driver_that_polls_has_all_back_when_nothing_more_comes() {
+    let mut p = Polled::new();
+    p.burst(5);
+    p.release(5);
+    let mut looks = 0;
+    while p.reaps() == 0 {
+        p.burst(0);
+        looks += 1;
+        assert!(looks < 10_000, "never");
+    }
+    assert!(looks > 100, "the next burst comes sooner: {looks}");
+    // The count begins anew.
+    p.burst(5);
+    p.release(5);
+    p.burst(0);
+    assert_eq!(p.reaps(), 0);
+}
+
+#[test]
+fn a_driver_that_polls_no_more_has_all_back_and_hears_of_it() {
+    for arm in [false, true] {
+        let mut p = Polled::new();
+        p.burst(5);
+        p.release(5);
+        p.0.rx.queue.settle();
+        p.polls(false);
+        assert_eq!((p.reaps(), raised(&p.0.rx.call)), (0, 0));
+        if arm {
+            p.0.rx.queue.arm();
+            assert_eq!(
+                (p.reaps(), raised(&p.0.rx.call)),
+                (5, 1),
+                "who sleeps keeps nothing"
+            );
+        } else {
+            p.burst(1);
+            p.release(1);
+            p.0.rx.queue.settle();
+            assert_eq!((p.reaps(), raised(&p.0.rx.call)), (6, 1));
+        }
+    }
+}
+
+#[test]
+fn a_queue_that_goes_shows_what_it_kept() {
+    let mut p = Polled::new();
+    p.burst(5);
+    p.release(5);
+    assert_eq!(p.reaps(), 0);
+    drop(p.0.rx.queue);
+    assert_eq!(p.0.rx.driver.reap().len(), 5);
+}
