@@ -129,11 +129,13 @@ impl Switch {
         let mut vhost = Vec::new();
         for (slot, p) in cfg.ports.iter().enumerate() {
             if let PortKind::VhostUser { socket, server } = &p.kind {
+                // Behind a keeper we listen, whoever does on the VM's side.
+                let kept = cfg.kept_socket(&p.name);
                 let c = VhostConfig {
                     name: p.name.clone(),
                     slot,
-                    socket: socket.clone(),
-                    server: *server,
+                    server: *server || kept.is_some(),
+                    socket: kept.unwrap_or_else(|| socket.clone()),
                 };
                 let port = vhost::spawn(c, engine.clone());
                 vhost.push(port.with_context(|| format!("port {}", p.name))?);

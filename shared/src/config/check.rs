@@ -6,13 +6,13 @@
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::ConfigError;
 use super::raw::{At, Notes, Section, document, nearest};
 use super::valid::{
     HostConfig, LedgerConfig, Poll, PortConfig, PortKind, SpoolConfig, SpoolLimits, Sync, TapRole,
-    TlsFiles, VmConfig, WORKERS_MAX, Workers,
+    TlsFiles, VmConfig, WORKERS_MAX, Workers, kept_socket,
 };
 use crate::id::MacAddr;
 use crate::pki;
@@ -78,9 +78,10 @@ impl<'n> Check<'n> {
         let flows_capacity = self.flows(root);
         let spool = self.spool(root, &state_dir, workers.count);
         let ledger = self.ledger(root, &state_dir);
+        let keeper_dir = self.keeper(root);
         let migration_address = self.migration(root);
         let vms = self.vms(root, migration_address);
-        let ports = self.ports(root, &vms);
+        let ports = self.ports(root, &vms, keeper_dir.as_deref());
         HostConfig {
             name,
             state_dir,
@@ -93,6 +94,7 @@ impl<'n> Check<'n> {
             flows_capacity,
             spool,
             ledger,
+            keeper_dir,
             migration_address,
             ports,
             vms,
@@ -227,7 +229,7 @@ impl<'n> Check<'n> {
         capacity.map_or(1 << 20, |c| c.value as usize)
     }
 
-    fn ledger(&mut self, root: &mut Section<'_>, state_dir: &std::path::Path) -> LedgerConfig {
+    fn ledger(&mut self, root: &mut Section<'_>, state_dir: &Path) -> LedgerConfig {
         let mut t = root.table(self.notes, "ledger");
         let dir = t.string(self.notes, "dir");
         let default = state_dir.join("ledger").display().to_string();
@@ -244,12 +246,7 @@ impl<'n> Check<'n> {
         }
     }
 
-    fn spool(
-        &mut self,
-        root: &mut Section<'_>,
-        state_dir: &std::path::Path,
-        workers: usize,
-    ) -> SpoolConfig {
+    fn spool(&mut self, root: &mut Section<'_>, state_dir: &Path, workers: usize) -> SpoolConfig {
         let mut t = root.table(self.notes, "spool");
         let dir = t.string(self.notes, "dir");
         let default = state_dir.join("spool").display().to_string();
@@ -310,6 +307,14 @@ impl<'n> Check<'n> {
         }
     }
 
+    fn keeper(&mut self, root: &mut Section<'_>) -> Option<PathBuf> {
+        let mut t = root.table(self.notes, "keeper");
+        let dir = t.string(self.notes, "dir");
+        let dir = dir.map(|d| self.path(&t, "dir", d));
+        t.finish(self.notes);
+        dir
+    }
+
     fn migration(&mut self, root: &mut Section<'_>) -> Option<IpAddr> {
         let mut t = root.table(self.notes, "migration");
         let at = t.string(self.notes, "address");
@@ -365,7 +370,12 @@ impl<'n> Check<'n> {
         out
     }
 
-    fn ports(&mut self, root: &mut Section<'_>, vms: &[VmConfig]) -> Vec<PortConfig> {
+    fn ports(
+        &mut self,
+        root: &mut Section<'_>,
+        vms: &[VmConfig],
+        keeper_dir: Option<&Path>,
+    ) -> Vec<PortConfig> {
         let mut names = Claims(HashMap::new());
         let mut out = Vec::new();
         for mut t in root.tables(self.notes, "port") {
@@ -384,6 +394,9 @@ impl<'n> Check<'n> {
             }
             let mac = self.mac(&mut t);
             let kind = self.kind(&mut t, vm.is_some(), mac.is_some());
+            if let (Some(PortKind::VhostUser { .. }), Some(dir)) = (&kind, keeper_dir) {
+                self.kept(&t, dir, &name);
+            }
             t.finish(self.notes);
             if let Some(kind) = kind {
                 out.push(PortConfig {
@@ -395,6 +408,27 @@ impl<'n> Check<'n> {
             }
         }
         out
+    }
+
+    /// The socket between keeper and switch.
+    fn kept(&mut self, t: &Section<'_>, dir: &Path, port: &str) {
+        let path = kept_socket(dir, port);
+        let bytes = path.as_os_str().len();
+        if bytes > SOCKET_PATH_MAX {
+            let what = format!(
+                "{} would have {bytes} bytes, a socket's path has at most {SOCKET_PATH_MAX}; choose a shorter name, or a shorter keeper.dir",
+                path.display()
+            );
+            self.notes.add(t.line(), t.key("name"), what);
+        }
+        let key = t.key("name");
+        if let Some(other) = self.sockets.claim(path.clone(), t.line(), &key) {
+            let what = format!(
+                "the keeper would use {} for it, which is also {other}; choose another keeper.dir",
+                path.display()
+            );
+            self.notes.add(t.line(), key, what);
+        }
     }
 
     fn mac(&mut self, t: &mut Section<'_>) -> Option<MacAddr> {

@@ -74,6 +74,12 @@ fn lines(problems: &[Problem]) -> String {
 }
 
 impl HostConfig {
+    /// Where the switch listens for the keeper, if there is one, for this port.
+    pub fn kept_socket(&self, port: &str) -> Option<PathBuf> {
+        let dir = self.keeper_dir.as_deref()?;
+        Some(valid::kept_socket(dir, port))
+    }
+
     /// Reads and checks the file.
     pub fn load(path: &Path) -> Result<HostConfig, ConfigError> {
         let failed = |reason: String| ConfigError::Read {

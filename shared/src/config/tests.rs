@@ -305,6 +305,16 @@ const BAD: &[(&str, &str, &str)] = &[
     ),
     (
         "",
+        "[keeper]\ndir = \"kept\"\n",
+        "host.toml:34: keeper.dir: 'kept' is not an absolute path",
+    ),
+    (
+        "",
+        "[keeper]\nfolder = \"/run/kept\"\n",
+        "keeper.folder: unknown key",
+    ),
+    (
+        "",
         "[spool]\nsync = true\n",
         "spool.sync: must be a string in quotes, not a boolean",
     ),

@@ -30,6 +30,9 @@ pub struct HostConfig {
     pub spool: SpoolConfig,
     /// `[ledger]`.
     pub ledger: LedgerConfig,
+    /// `keeper.dir`: where the switch listens for `gangway-keeper`, which serves the sockets of its vhost-user ports; absent: the
+    /// switch serves them itself.
+    pub keeper_dir: Option<PathBuf>,
     /// `migration.address`: where this host receives the memory of VMs; absent: none can arrive.
     pub migration_address: Option<std::net::IpAddr>,
     /// `[[port]]`, in the file's order.
@@ -189,4 +192,9 @@ pub struct VmConfig {
     /// `incoming`: program and arguments that start the VM for an incoming migration (`-incoming defer -S`); absent:
     /// it cannot arrive here. No shell; it runs in the switch's own mount and network namespaces.
     pub incoming: Option<Vec<String>>,
+}
+
+/// See [`HostConfig::kept_socket`].
+pub(super) fn kept_socket(keeper_dir: &std::path::Path, port: &str) -> PathBuf {
+    keeper_dir.join(format!("{port}.sock"))
 }

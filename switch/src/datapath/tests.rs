@@ -64,6 +64,7 @@ pub(crate) fn config(names: &[&str], workers: usize, spool: PathBuf) -> HostConf
             sync: Sync::None,
             limits: SpoolLimits::default(),
         },
+        keeper_dir: None,
         migration_address: None,
         ports: names.iter().map(port).collect(),
         vms: vec![],

@@ -8,6 +8,7 @@ mod codec;
 mod config;
 pub mod corpus;
 mod input;
+mod keeper;
 mod ledger;
 mod packet;
 mod qmp;
@@ -20,8 +21,9 @@ mod vhost_user;
 pub type Target = fn(&[u8]);
 
 /// All of them, by name.
-pub const TARGETS: [(&str, Target); 11] = [
+pub const TARGETS: [(&str, Target); 12] = [
     ("vhost_user", vhost_user::run),
+    ("keeper", keeper::run),
     ("split_ring", rings::split),
     ("packed_ring", rings::packed),
     ("packet", packet::run),

@@ -29,6 +29,8 @@ pub struct Programs {
     pub gangway: PathBuf,
     /// The switch.
     pub switch: PathBuf,
+    /// What keeps the VMs' connections while it is restarted.
+    pub keeper: PathBuf,
 }
 
 impl Programs {
@@ -40,13 +42,15 @@ impl Programs {
             let programs = Self {
                 gangway: folder.join("gangway"),
                 switch: folder.join("gangway-switch"),
+                keeper: folder.join("gangway-keeper"),
             };
-            if programs.gangway.is_file() && programs.switch.is_file() {
+            let all = [&programs.gangway, &programs.switch, &programs.keeper];
+            if all.iter().all(|p| p.is_file()) {
                 return Ok(programs);
             }
         }
         bail!(
-            "gangway and gangway-switch are not beside {}; run `cargo build --release --bins`",
+            "gangway, gangway-switch and gangway-keeper are not beside {}; run `cargo build --release --bins`",
             me.display()
         )
     }
@@ -80,6 +84,9 @@ pub fn host_config(lab: &Lab, host: &Host, group: &Group, ports: Ports) -> Strin
          [[port]]\nname = \"uplink\"\ntype = \"uplink\"\ndevice = \"up0\"\n",
         group.workers
     );
+    if ports == Ports::VhostUser {
+        let _ = write!(text, "\n[keeper]\ndir = \"{dir}/kept\"\n");
+    }
     for vm in &group.vms {
         let nic = nic(host, vm, ports);
         let files = Files::new(&host.dir, &vm.name);

@@ -17,6 +17,8 @@ pub struct Host {
     pub dir: PathBuf,
     /// Its switch, once started.
     pub switch: Option<Process>,
+    /// What keeps the connections of its VMs while there is no switch.
+    pub keeper: Option<Process>,
 }
 
 impl Host {
@@ -28,6 +30,7 @@ impl Host {
             netns,
             dir,
             switch: None,
+            keeper: None,
         })
     }
 
@@ -51,16 +54,23 @@ impl Host {
 
     /// Writes a configuration and starts the switch with it.
     pub fn start_switch(&mut self, program: &Path, config: &str) -> Result<()> {
+        self.switch = Some(self.start(program, config, "switch")?);
+        Ok(())
+    }
+
+    /// The same with the keeper.
+    pub fn start_keeper(&mut self, program: &Path, config: &str) -> Result<()> {
+        self.keeper = Some(self.start(program, config, "keeper")?);
+        Ok(())
+    }
+
+    fn start(&self, program: &Path, config: &str, what: &str) -> Result<Process> {
         let file = self.dir.join("host.toml");
         std::fs::write(&file, config).with_context(|| file.display().to_string())?;
         let mut command = self.command(program);
         command.arg("--config").arg(&file);
-        let name = format!("the switch of host {}", self.name);
-        self.switch = Some(Process::start(
-            &name,
-            command,
-            &self.dir.join("switch.log"),
-        )?);
-        Ok(())
+        let name = format!("the {what} of host {}", self.name);
+        let log = self.dir.join(what).with_extension("log");
+        Process::start(&name, command, &log)
     }
 }

@@ -1,0 +1,330 @@
+//! A port's loop: passes messages on, and sees a new switch in.
+//!
+//! ```text
+//!              VM's end is there               answered, or nobody asks
+//!   waiting ----------------------> relaying <------------------------- asked (nothing more is read from the VM's end)
+//!      ^                            |   ^                                  |
+//!      | VM's end hangs up;         |   | told everything                  | the switch is gone
+//!      | the switch refuses         v   | (what was asked is asked again)  v
+//!      +------------------------- switch is gone <-------------------------+
+//! ```
+//!
+//! A switch that is gone is waited for without an end: the VM's frames wait in its rings.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::{PidfdFlags, pidfd_open};
+
+use crate::transcript::Transcript;
+use crate::wire::{Message, receive, send};
+
+/// Between two looks for a switch, or a VM, that is not there.
+const RETRY: Duration = Duration::from_millis(10);
+/// Between two connections of a VM.
+const PAUSE: Duration = Duration::from_millis(100);
+/// A process that has closed its sockets because it ends has ended so much later.
+const DYING: Duration = Duration::from_secs(2);
+/// How long a new switch may take for an answer while it is told everything.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Times that a switch may die while it is told the same things: then these are what kills it.
+const DEATHS: u32 = 5;
+
+/// A port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Port {
+    /// For the log.
+    pub name: String,
+    /// QEMU's end: what its device says.
+    pub socket: PathBuf,
+    /// We listen there, and QEMU dials; else QEMU listens.
+    pub server: bool,
+    /// Where the switch listens.
+    pub switch: PathBuf,
+}
+
+/// The switch's end of a port.
+struct Back {
+    stream: UnixStream,
+    /// Its process; none if it had ended already.
+    process: Option<OwnedFd>,
+}
+
+impl Back {
+    fn dial(path: &Path) -> io::Result<Back> {
+        let stream = UnixStream::connect(path)?;
+        let pid = socket_peercred(&stream)?.pid;
+        let process = pidfd_open(pid, PidfdFlags::empty()).ok();
+        Ok(Back { stream, process })
+    }
+
+    /// Whether its process ends: then it has refused nothing.
+    fn is_dying(&self) -> bool {
+        match &self.process {
+            Some(p) => waits(&[(p.as_fd(), true)], Some(DYING)).first() == Some(&true),
+            None => true,
+        }
+    }
+}
+
+/// Why a VM's connection ends.
+#[derive(Debug, thiserror::Error)]
+enum End {
+    #[error("the VM's end hung up")]
+    Usual,
+    #[error("the VM's end: {0}")]
+    Front(io::Error),
+    #[error("the switch hung up: it has refused what it was told, see its log")]
+    Refused,
+    #[error("the switch is gone, and a packed ring does not show a new one where it was")]
+    Packed,
+    #[error("{DEATHS} switches in a row died while they were told of this VM")]
+    Deadly,
+    #[error("a new switch does not offer what the old one did: {0:#x} is missing")]
+    Less(u64),
+    #[error("the switch takes more than {PATIENCE:?} for an answer")]
+    Slow,
+}
+
+/// Which of the descriptors can be read or have hung up; `false` ones are only looked at for that.
+fn waits(fds: &[(rustix::fd::BorrowedFd<'_>, bool)], timeout: Option<Duration>) -> Vec<bool> {
+    let mut polled: Vec<_> = fds
+        .iter()
+        .map(|(fd, read)| {
+            let flags = if *read {
+                PollFlags::IN | PollFlags::RDHUP
+            } else {
+                PollFlags::RDHUP
+            };
+            PollFd::from_borrowed_fd(*fd, flags)
+        })
+        .collect();
+    let timeout = timeout.map(|t| Timespec {
+        tv_sec: t.as_secs() as i64,
+        tv_nsec: i64::from(t.subsec_nanos()),
+    });
+    match poll(&mut polled, timeout.as_ref()) {
+        Ok(_) => polled.iter().map(|p| !p.revents().is_empty()).collect(),
+        Err(_) => vec![false; fds.len()],
+    }
+}
+
+/// Serves a port for ever.
+pub fn serve(port: &Port) {
+    let mut listener = None;
+    let mut said = None;
+    loop {
+        match front(port, &mut listener) {
+            Ok(Some(front)) => {
+                tracing::info!(port = port.name, "the VM's end is connected");
+                said = None;
+                match relay(&front, &port.switch, &port.name) {
+                    End::Usual => tracing::info!(port = port.name, "the VM's end hung up"),
+                    end => tracing::warn!(port = port.name, "connection closed: {end}"),
+                }
+                std::thread::sleep(PAUSE);
+            }
+            Ok(None) => std::thread::sleep(RETRY),
+            // QEMU that does not listen yet is nothing to speak of.
+            Err(e) => {
+                let text = e.to_string();
+                if port.server && said.as_ref() != Some(&text) {
+                    tracing::warn!(port = port.name, socket = %port.socket.display(), "{text}");
+                    said = Some(text);
+                }
+                std::thread::sleep(PAUSE);
+            }
+        }
+    }
+}
+
+/// The VM's end. None as long as no switch has ever listened: QEMU would wait for its answers.
+fn front(port: &Port, listener: &mut Option<UnixListener>) -> io::Result<Option<UnixStream>> {
+    if port.server && listener.is_none() {
+        *listener = Some(listen(&port.socket)?);
+    }
+    if !port.switch.exists() {
+        return Ok(None);
+    }
+    match listener {
+        Some(l) => Ok(Some(l.accept()?.0)),
+        None => UnixStream::connect(&port.socket).map(Some),
+    }
+}
+
+/// Listens, for our own user only. A socket that nobody listens on any more is in the way after a crash.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
+    let refused = |e: io::Error| e.kind() == io::ErrorKind::ConnectionRefused;
+    if is_socket && UnixStream::connect(path).is_err_and(refused) {
+        std::fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Serves one connection of a VM to its end.
+fn relay(front: &UnixStream, switch: &Path, name: &str) -> End {
+    let mut transcript = Transcript::default();
+    let mut asked: Option<Message> = None;
+    let mut deaths = 0;
+    loop {
+        let back = match wait_for_switch(front, switch) {
+            Ok(back) => back,
+            Err(end) => return end,
+        };
+        let since = Instant::now();
+        let told = tell(&back, &transcript, asked.as_ref());
+        if let Ok(n @ 1..) = told {
+            tracing::info!(port = name, messages = n, "a new switch knows of the VM");
+        }
+        let lost = match told {
+            Ok(_) => pass(front, &back, &mut transcript, &mut asked),
+            Err(lost) => Err(lost),
+        };
+        match lost {
+            Ok(never) => match never {},
+            Err(Lost::End(end)) => return end,
+            Err(Lost::Switch) => {}
+        }
+        if !back.is_dying() {
+            return End::Refused;
+        }
+        if !transcript.can_be_told() {
+            return End::Packed;
+        }
+        deaths = if since.elapsed() > PATIENCE {
+            1
+        } else {
+            deaths + 1
+        };
+        if deaths >= DEATHS {
+            return End::Deadly;
+        }
+        tracing::warn!(
+            port = name,
+            "the switch is gone; the VM waits for the next one"
+        );
+    }
+}
+
+/// Why [`pass`] and [`tell`] end.
+enum Lost {
+    End(End),
+    Switch,
+}
+
+enum Never {}
+
+fn wait_for_switch(front: &UnixStream, switch: &Path) -> Result<Back, End> {
+    loop {
+        match Back::dial(switch) {
+            Ok(back) => return Ok(back),
+            Err(_) if waits(&[(front.as_fd(), false)], Some(RETRY)) == [true] => {
+                return Err(End::Usual);
+            }
+            Err(_) => {}
+        }
+    }
+}
+
+/// Tells a new switch everything, and asks what the one before it has not answered. How many messages that were.
+fn tell(
+    back: &Back,
+    known: &Transcript<std::sync::Arc<OwnedFd>>,
+    asked: Option<&Message>,
+) -> Result<usize, Lost> {
+    let protocol = known.protocol();
+    let mut n = 0;
+    for (m, offered) in known.tell() {
+        send(&back.stream, m).map_err(|_| Lost::Switch)?;
+        n += 1;
+        if !m.is_answered(protocol) {
+            continue;
+        }
+        let readable = waits(&[(back.stream.as_fd(), true)], Some(PATIENCE));
+        if readable != [true] {
+            return Err(Lost::End(End::Slow));
+        }
+        let answer = match receive(&back.stream) {
+            Ok(Some(answer)) => answer,
+            _ => return Err(Lost::Switch),
+        };
+        if !m.was_done(&answer) {
+            return Err(Lost::End(End::Refused));
+        }
+        let missing = offered & !answer.long().unwrap_or(0);
+        if offered != 0 && missing != 0 {
+            return Err(Lost::End(End::Less(missing)));
+        }
+    }
+    if let Some(m) = asked {
+        send(&back.stream, m).map_err(|_| Lost::Switch)?;
+    }
+    if n > 0 {
+        // A signal that the old one has not sent any more: one too many does no harm.
+        for call in known.calls() {
+            let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+        }
+    }
+    Ok(n)
+}
+
+/// Passes messages on until one of the two is gone.
+fn pass(
+    front: &UnixStream,
+    back: &Back,
+    transcript: &mut Transcript<std::sync::Arc<OwnedFd>>,
+    asked: &mut Option<Message>,
+) -> Result<Never, Lost> {
+    loop {
+        // One question at a time, so that it is known which one an answer answers.
+        let ready = waits(
+            &[
+                (back.stream.as_fd(), true),
+                (front.as_fd(), asked.is_none()),
+            ],
+            None,
+        );
+        if ready.first() == Some(&true) {
+            let answer = match receive(&back.stream) {
+                Ok(Some(answer)) => answer,
+                _ => return Err(Lost::Switch),
+            };
+            if let Some(m) = asked.take_if(|m| m.request == answer.request) {
+                note(transcript, &m, Some(&answer))?;
+            }
+            send(front, &answer).map_err(|e| Lost::End(End::Front(e)))?;
+            continue;
+        }
+        if ready.get(1) == Some(&true) {
+            let m = match receive(front) {
+                Ok(Some(m)) => m,
+                Ok(None) => return Err(Lost::End(End::Usual)),
+                Err(e) => return Err(Lost::End(End::Front(e))),
+            };
+            if m.is_answered(transcript.protocol()) {
+                *asked = Some(m.clone());
+            } else {
+                note(transcript, &m, None)?;
+            }
+            send(&back.stream, &m).map_err(|_| Lost::Switch)?;
+        }
+    }
+}
+
+fn note(
+    transcript: &mut Transcript<std::sync::Arc<OwnedFd>>,
+    m: &Message,
+    answer: Option<&Message>,
+) -> Result<(), Lost> {
+    let noted = transcript.note(m, answer);
+    noted.map_err(|e| Lost::End(End::Front(io::Error::other(e))))
+}
