@@ -240,12 +240,15 @@ pub(super) struct Towards<'e, 'a> {
     pub(super) to: usize,
     /// Something was sent.
     pub(super) moved: bool,
+    /// For the last frame there was no room.
+    pub(super) full: bool,
 }
 
 impl Sink for Towards<'_, '_> {
     fn send(&mut self, frame: &Frame<'_>) -> Sent {
         let sent = self.egress.send(self.to, frame);
         self.moved |= sent == Sent::Yes;
+        self.full = sent == Sent::Full;
         sent
     }
 

@@ -23,6 +23,7 @@ pub mod parse;
 pub mod seating;
 pub mod stats;
 pub mod steering;
+mod stuck;
 mod targets;
 #[cfg(test)]
 pub(crate) mod tests;

@@ -276,6 +276,43 @@ fn after_a_hold_a_sender_waits_for_room_and_the_network_does_not() {
 }
 
 #[test]
+fn a_receiver_that_takes_nothing_is_not_tried_in_every_round() {
+    let names = ["stuck", "b", "c", "d", "e", "f"];
+    let w = world(&names, 1);
+    let busy = Place {
+        cpu: None,
+        poll: Poll::Busy,
+    };
+    set_workers(&w, &[busy]).unwrap();
+    let stuck = &w.ports["stuck"];
+    stuck.push(frame(1, MacAddr::BROADCAST, 0));
+    eventually("it is learned", || numbers(&w.ports["b"], 1) == [0]);
+    stuck.set_room(0);
+    let senders = || (2u8..).zip(&names[1..]);
+    for (src, name) in senders() {
+        w.ports[name].push(frame(src, mac(1), 1));
+    }
+    eventually("all wait", || {
+        senders().all(|(_, n)| w.ports[n].waiting() == 0)
+    });
+    let (since, before) = (Instant::now(), stuck.refused());
+    std::thread::sleep(Duration::from_millis(50));
+    let tried = stuck.refused() - before;
+    let pauses = since.elapsed().as_micros() / super::stuck::LAST.as_micros();
+    // Each sender's lane is tried once as it comes; then all of them together are tried so often.
+    assert!(
+        u128::from(tried) < pauses + 20,
+        "{tried} times in {pauses} pauses"
+    );
+    assert!(tried > 0);
+    stuck.set_room(usize::MAX);
+    for (src, _) in senders() {
+        eventually("all arrive", || numbers(stuck, src) == [1]);
+    }
+    w.engine.stop();
+}
+
+#[test]
 fn a_standby_port_gets_nothing_and_an_address_is_not_stolen() {
     let w = world(&["a", "b", "up0"], 1);
     let shared = w.engine.shared();

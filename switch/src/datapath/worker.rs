@@ -17,6 +17,7 @@ use super::flow::{Flow, Flows, Key};
 use super::lane::{Drain, Gate, Lane, Progress};
 use super::parse;
 use super::stats::{Drop, Run, Traffic, add};
+use super::stuck::{self, Stuck};
 use super::targets::Targets;
 use crate::port::{BURST, Burst, Frame, RxErrors, RxQueue};
 use crate::spool::{Owed, Writer};
@@ -26,7 +27,7 @@ use crate::sys::{self, Affinity};
 /// 8,000 frames per second took a quarter of a core.
 const SPINS: u32 = 2;
 /// How often it looks again while a receiver has no room, or a sender's frames have no place.
-const RETRY: Duration = Duration::from_micros(250);
+const RETRY: Duration = stuck::LAST;
 /// Frames that one lane delivers per round while it drains, and that may come twice if the switch is killed then.
 const DRAIN_BUDGET: usize = BURST;
 /// How often it does so in a round: more must go than can come in, or a lane whose receiver once had no room never forwards
@@ -167,6 +168,8 @@ struct Side {
     lanes: Vec<Lane>,
     /// Lanes with something to deliver.
     pending: Vec<usize>,
+    /// Of these, the ones that were tried just now.
+    tried: Vec<usize>,
 }
 
 /// See the module.
@@ -184,6 +187,8 @@ pub struct Worker {
     rx: Vec<Rx>,
     /// By receiving port.
     sides: Vec<Side>,
+    /// By destination port.
+    stuck: Vec<Stuck>,
     flows: Flows,
     out: Outbox,
 }
@@ -198,6 +203,8 @@ pub(super) struct Round<'a> {
     now_s: u32,
     /// Wanted only for what is held.
     now_ns: OnceCell<u64>,
+    /// Wanted only for what waits.
+    now: OnceCell<Instant>,
 }
 
 impl Worker {
@@ -212,7 +219,7 @@ impl Worker {
     ) -> std::io::Result<Worker> {
         let poller = sys::Poller::new()?;
         poller.add(line.waker.as_fd())?;
-        let sides = shared.ports.iter().map(|_| Side::default()).collect();
+        let sides: Vec<Side> = shared.ports.iter().map(|_| Side::default()).collect();
         Ok(Worker {
             n,
             traffic: shared.books.of(n, shared.ports.len()),
@@ -223,6 +230,7 @@ impl Worker {
             home,
             retired: false,
             rx: Vec::new(),
+            stuck: vec![Stuck::default(); sides.len()],
             sides,
             flows: Flows::new(flows)?,
             out: Outbox::default(),
@@ -245,13 +253,14 @@ impl Worker {
                 flows: &self.flows,
                 now_s,
                 now_ns: OnceCell::new(),
+                now: OnceCell::new(),
             };
             for rx in &mut self.rx {
                 let side = &mut self.sides[rx.id.port];
                 work |= rx.poll(side, &round, &mut self.out);
             }
             for side in &mut self.sides {
-                work |= side.drain(&round, &mut self.out);
+                work |= side.drain(&round, &mut self.stuck, &mut self.out);
             }
             if work || self.poll == Poll::Busy {
                 self.settle();
@@ -466,6 +475,7 @@ impl Rx {
             flows,
             now_s,
             ref now_ns,
+            ..
         } = *round;
         let Some(queue) = &mut self.queue else {
             self.blocked = false;
@@ -662,7 +672,7 @@ impl Side {
     }
 
     /// Delivers what waits on the lanes. True if something moved.
-    fn drain(&mut self, round: &Round<'_>, out: &mut Outbox) -> bool {
+    fn drain(&mut self, round: &Round<'_>, stuck: &mut [Stuck], out: &mut Outbox) -> bool {
         let mut moved = false;
         let lanes = &mut self.lanes;
         for _ in 0..DRAINS {
@@ -670,22 +680,38 @@ impl Side {
                 break;
             }
             let mut egress = Egress::new(round, out);
+            self.tried.clear();
             for &to in &self.pending {
+                let now = *round.now.get_or_init(Instant::now);
+                if stuck[to].rests(now) {
+                    continue;
+                }
+                self.tried.push(to);
                 let counters = &round.shared.ports[to].counters;
                 let mut sink = Towards {
                     egress: &mut egress,
                     to,
                     moved: false,
+                    full: false,
                 };
                 lanes[to].step(DRAIN_BUDGET, &mut sink, &mut |why| counters.drop(why));
+                match (sink.moved, sink.full) {
+                    (true, _) => stuck[to].moved(),
+                    (false, true) => stuck[to].full(now),
+                    (false, false) => {}
+                }
                 moved |= sink.moved;
             }
             egress.finish();
+            if self.tried.is_empty() {
+                break;
+            }
             // Now the receivers have it.
-            self.pending.retain(|&to| {
+            self.tried.retain(|&to| {
                 lanes[to].note();
-                lanes[to].pending()
+                !lanes[to].pending()
             });
+            self.pending.retain(|to| !self.tried.contains(to));
         }
         moved
     }

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::{BURST, Burst, Frame, RxQueue, Sent, TxQueue, VnetHdr};
@@ -12,6 +13,7 @@ pub struct MemoryPort {
     input: Arc<Mutex<VecDeque<Vec<u8>>>>,
     output: Arc<Mutex<Vec<Vec<u8>>>>,
     room: Arc<Mutex<usize>>,
+    refused: Arc<AtomicU64>,
 }
 
 impl MemoryPort {
@@ -24,6 +26,10 @@ impl MemoryPort {
     /// Frames that the receiver takes from now on.
     pub fn set_room(&self, n: usize) {
         *self.room.lock().unwrap() = n;
+    }
+    /// How often a frame found no room.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
     }
     /// Puts a frame in.
     pub fn push(&self, f: Vec<u8>) {
@@ -95,6 +101,7 @@ impl TxQueue for MemoryPort {
     fn send(&mut self, frame: &Frame<'_>) -> Sent {
         let mut room = self.room.lock().unwrap();
         if *room == 0 {
+            self.refused.fetch_add(1, Ordering::Relaxed);
             return Sent::Full;
         }
         *room -= 1;
