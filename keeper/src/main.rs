@@ -3,10 +3,10 @@
 use std::fs::DirBuilder;
 use std::io::IsTerminal;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Parser;
 use gangway_keeper::relay::{self, Port};
 use gangway_shared::config::HostConfig;
@@ -47,7 +47,14 @@ fn main() -> ExitCode {
             return ExitCode::from(BAD_CONFIGURATION);
         }
     };
-    match run(&cfg) {
+    let Some(dir) = &cfg.keeper_dir else {
+        eprintln!(
+            "{}: no [keeper] with a dir: there is nothing to keep; add it, or leave the keeper off",
+            args.config.display()
+        );
+        return ExitCode::from(BAD_CONFIGURATION);
+    };
+    match run(&cfg, dir) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("gangway-keeper: {e:#}");
@@ -56,17 +63,14 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cfg: &HostConfig) -> Result<()> {
-    let Some(dir) = &cfg.keeper_dir else {
-        bail!("the configuration has no [keeper] with a dir: there is nothing to keep");
-    };
+fn run(cfg: &HostConfig, dir: &Path) -> Result<()> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(dir)
         .with_context(|| format!("cannot make {}", dir.display()))?;
     let mut threads = Vec::new();
-    for p in &cfg.ports {
+    for (number, p) in (0..).zip(&cfg.ports) {
         let PortKind::VhostUser { socket, server } = &p.kind else {
             continue;
         };
@@ -78,6 +82,7 @@ fn run(cfg: &HostConfig) -> Result<()> {
             socket: socket.clone(),
             server: *server,
             switch,
+            number,
         };
         let thread = std::thread::Builder::new().name(format!("keep-{}", p.name));
         threads.push(thread.spawn(move || relay::serve(&port))?);

@@ -22,6 +22,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::socket_peercred;
 use rustix::process::{PidfdFlags, pidfd_open};
 
+use crate::message::request::SET_PROTOCOL_FEATURES;
 use crate::transcript::Transcript;
 use crate::wire::{Message, receive, send};
 
@@ -33,8 +34,13 @@ const PAUSE: Duration = Duration::from_millis(100);
 const DYING: Duration = Duration::from_secs(2);
 /// How long a new switch may take for an answer while it is told everything.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Times that a switch may die while it is told the same things: then these are what kills it.
+/// Times in a row that a switch may die right behind being told of a VM: then that is what kills it.
 const DEATHS: u32 = 5;
+/// Right behind it.
+const SOON: Duration = Duration::from_millis(300);
+/// How long after the port before it a port tells of its VM, for each death behind the first: so that one VM's death is not taken for
+/// another's.
+const APART: Duration = Duration::from_millis(500);
 
 /// A port.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,6 +53,8 @@ pub struct Port {
     pub server: bool,
     /// Where the switch listens.
     pub switch: PathBuf,
+    /// Which port it is, from 0 on: behind a few deaths of the switch each tells the next one at a time of its own.
+    pub number: u32,
 }
 
 /// The switch's end of a port.
@@ -64,12 +72,18 @@ impl Back {
         Ok(Back { stream, process })
     }
 
-    /// Whether its process ends: then it has refused nothing.
-    fn is_dying(&self) -> bool {
-        match &self.process {
-            Some(p) => waits(&[(p.as_fd(), true)], Some(DYING)).first() == Some(&true),
-            None => true,
+    /// Whether its process ends, or it does not listen at `path` any more, because it stops: then it has refused nothing.
+    fn is_dying(&self, path: &Path) -> bool {
+        let Some(process) = &self.process else {
+            return true;
+        };
+        let until = Instant::now() + DYING;
+        while Instant::now() < until {
+            if !path.exists() || waits(&[(process.as_fd(), true)], Some(RETRY)) == [true] {
+                return true;
+            }
         }
+        false
     }
 }
 
@@ -124,7 +138,7 @@ pub fn serve(port: &Port) {
             Ok(Some(front)) => {
                 tracing::info!(port = port.name, "the VM's end is connected");
                 said = None;
-                match relay(&front, &port.switch, &port.name) {
+                match relay(&front, port) {
                     End::Usual => tracing::info!(port = port.name, "the VM's end hung up"),
                     end => tracing::warn!(port = port.name, "connection closed: {end}"),
                 }
@@ -144,17 +158,25 @@ pub fn serve(port: &Port) {
     }
 }
 
-/// The VM's end. None as long as no switch has ever listened: QEMU would wait for its answers.
+/// The VM's end. None while there is none, and while no switch listens: QEMU would wait for its answers, so it finds
+/// nobody, and tries again.
 fn front(port: &Port, listener: &mut Option<UnixListener>) -> io::Result<Option<UnixStream>> {
-    if port.server && listener.is_none() {
-        *listener = Some(listen(&port.socket)?);
-    }
     if !port.switch.exists() {
+        if listener.take().is_some() {
+            std::fs::remove_file(&port.socket)?;
+        }
         return Ok(None);
     }
-    match listener {
-        Some(l) => Ok(Some(l.accept()?.0)),
-        None => UnixStream::connect(&port.socket).map(Some),
+    if !port.server {
+        return UnixStream::connect(&port.socket).map(Some);
+    }
+    let l = match listener {
+        Some(l) => l,
+        None => listener.insert(listen(&port.socket)?),
+    };
+    match waits(&[(l.as_fd(), true)], Some(PAUSE)) == [true] {
+        true => Ok(Some(l.accept()?.0)),
+        false => Ok(None),
     }
 }
 
@@ -171,17 +193,21 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
 }
 
 /// Serves one connection of a VM to its end.
-fn relay(front: &UnixStream, switch: &Path, name: &str) -> End {
+fn relay(front: &UnixStream, port: &Port) -> End {
+    let (switch, name) = (port.switch.as_path(), port.name.as_str());
     let mut transcript = Transcript::default();
     let mut asked: Option<Message> = None;
     let mut deaths = 0;
     loop {
+        if deaths > 1 {
+            std::thread::sleep(APART * (deaths - 1) * port.number);
+        }
         let back = match wait_for_switch(front, switch) {
             Ok(back) => back,
             Err(end) => return end,
         };
-        let since = Instant::now();
         let told = tell(&back, &transcript, asked.as_ref());
+        let since = Instant::now();
         if let Ok(n @ 1..) = told {
             tracing::info!(port = name, messages = n, "a new switch knows of the VM");
         }
@@ -194,17 +220,14 @@ fn relay(front: &UnixStream, switch: &Path, name: &str) -> End {
             Err(Lost::End(end)) => return end,
             Err(Lost::Switch) => {}
         }
-        if !back.is_dying() {
+        let lived = since.elapsed();
+        if !back.is_dying(switch) {
             return End::Refused;
         }
         if !transcript.can_be_told() {
             return End::Packed;
         }
-        deaths = if since.elapsed() > PATIENCE {
-            1
-        } else {
-            deaths + 1
-        };
+        deaths = if lived > SOON { 0 } else { deaths + 1 };
         if deaths >= DEATHS {
             return End::Deadly;
         }
@@ -241,21 +264,30 @@ fn tell(
     known: &Transcript<std::sync::Arc<OwnedFd>>,
     asked: Option<&Message>,
 ) -> Result<usize, Lost> {
-    let protocol = known.protocol();
+    // What is answered depends on what was told so far.
+    let mut protocol = 0;
     let mut n = 0;
     for (m, offered) in known.tell() {
         send(&back.stream, m).map_err(|_| Lost::Switch)?;
         n += 1;
-        if !m.is_answered(protocol) {
+        let is_answered = m.is_answered(protocol);
+        if m.request == SET_PROTOCOL_FEATURES {
+            protocol = known.protocol();
+        }
+        if !is_answered {
             continue;
         }
-        let readable = waits(&[(back.stream.as_fd(), true)], Some(PATIENCE));
-        if readable != [true] {
-            return Err(Lost::End(End::Slow));
-        }
-        let answer = match receive(&back.stream) {
-            Ok(Some(answer)) => answer,
-            _ => return Err(Lost::Switch),
+        let answer = loop {
+            let readable = waits(&[(back.stream.as_fd(), true)], Some(PATIENCE));
+            if readable != [true] {
+                return Err(Lost::End(End::Slow));
+            }
+            match receive(&back.stream) {
+                Ok(Some(answer)) if answer.request == m.request => break answer,
+                // Of one that need not have been answered.
+                Ok(Some(_)) => {}
+                _ => return Err(Lost::Switch),
+            }
         };
         if !m.was_done(&answer) {
             return Err(Lost::End(End::Refused));
@@ -271,7 +303,15 @@ fn tell(
     if n > 0 {
         // A signal that the old one has not sent any more: one too many does no harm.
         for call in known.calls() {
-            let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+            // Not one that is raised already: whoever has made it blocking must not make us wait.
+            let mut room = [PollFd::new(call, PollFlags::OUT)];
+            let now = Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            };
+            if poll(&mut room, Some(&now)) == Ok(1) && room[0].revents() == PollFlags::OUT {
+                let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+            }
         }
     }
     Ok(n)

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
@@ -30,9 +30,6 @@ pub fn receive(socket: &UnixStream) -> io::Result<Option<Message>> {
     let mut body = vec![0; size];
     if !fill(socket, &mut body, &mut fds)? {
         return Err(io::ErrorKind::UnexpectedEof.into());
-    }
-    if fds.len() > FDS_MAX {
-        return Err(bad(format!("{} descriptors with one message", fds.len())));
     }
     Ok(Some(Message {
         request,
@@ -67,6 +64,12 @@ fn fill(socket: &UnixStream, to: &mut [u8], fds: &mut Vec<Arc<OwnedFd>>) -> io::
             if let RecvAncillaryMessage::ScmRights(more) = m {
                 fds.extend(more.map(Arc::new));
             }
+        }
+        // Each part of a message may bring some: before there are more of them than we may have.
+        if fds.len() > FDS_MAX || got.flags.contains(ReturnFlags::CTRUNC) {
+            return Err(bad(format!(
+                "more than {FDS_MAX} descriptors with one message"
+            )));
         }
         match (got.bytes, done) {
             (0, 0) => return Ok(false),

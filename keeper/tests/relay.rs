@@ -47,6 +47,13 @@ fn switch() {
             if m.request == SET_VRING_ERR && mode == "refuses" {
                 break;
             }
+            if m.request == SET_VRING_ERR && mode == "stops slowly" {
+                // As the switch does: its ports first, and then what takes longer.
+                std::fs::remove_file(&path).unwrap();
+                drop(stream);
+                std::thread::sleep(Duration::from_secs(60));
+                return;
+            }
             if m.request == SET_VRING_KICK && mode == "dies" {
                 std::process::abort();
             }
@@ -142,6 +149,7 @@ impl World {
             socket: dir.path().join("vm.vhost"),
             server: true,
             switch: dir.path().join("vm.sock"),
+            number: 0,
         };
         std::thread::spawn(move || relay::serve(&port));
         World { dir }
@@ -277,6 +285,21 @@ fn a_new_switch_is_told_everything_and_the_front_end_notices_nothing() {
 }
 
 #[test]
+fn a_switch_that_stops_and_takes_its_time_has_refused_nothing() {
+    let w = World::new();
+    let first = w.switch("stops slowly");
+    let front = w.front();
+    front.begin();
+    front.say(SET_VRING_ERR, 1, &[&event()]);
+    first.hears(9);
+    front.say(GET_QUEUE_NUM, 0, &[]);
+    // Longer than a switch that refuses is given.
+    std::thread::sleep(Duration::from_secs(3));
+    let _second = w.switch("");
+    assert_eq!(front.answer(), 0);
+}
+
+#[test]
 fn what_a_dead_switch_has_not_answered_is_asked_again() {
     let w = World::new();
     let first = w.switch("silent");
@@ -370,6 +393,56 @@ fn a_front_end_that_goes_while_no_switch_runs_makes_way_for_the_next() {
     front.begin();
     let heard = second.hears(8);
     assert_eq!(heard.len(), 9, "nothing of the one before: {heard:?}");
+}
+
+#[test]
+fn a_vm_finds_nobody_while_no_switch_is_there_to_answer() {
+    let w = World::new();
+    let path = w.dir.path().join("vm.vhost");
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(!path.exists(), "no switch has been here");
+    let switch = w.switch("stops slowly");
+    let front = w.front();
+    front.begin();
+    front.say(SET_VRING_ERR, 1, &[&event()]);
+    switch.hears(9);
+    drop(front);
+    let since = Instant::now();
+    while path.exists() {
+        assert!(since.elapsed() < Duration::from_secs(20), "it has stopped");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let _next = w.switch("");
+    w.front().begin();
+}
+
+#[test]
+fn descriptors_in_every_byte_of_a_message_are_not_collected() {
+    let w = World::new();
+    let _switch = w.switch("");
+    let front = w.front();
+    let e = event();
+    // A message of one byte, as it were: its descriptors, and then the next byte with more of them.
+    let header: Vec<u8> = [SET_MEM_TABLE, VERSION, 400]
+        .iter()
+        .flat_map(|w| w.to_ne_bytes())
+        .collect();
+    let mut sent = 0;
+    for byte in header.iter().chain(&[0; 400]) {
+        use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+        let fds = [e.as_fd(); 4];
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+        let parts = [std::io::IoSlice::new(std::slice::from_ref(byte))];
+        if sendmsg(&front.0, &parts, &mut control, SendFlags::NOSIGNAL).is_err() {
+            break;
+        }
+        sent += 1;
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(sent < 400, "{sent} bytes, four descriptors each");
+    assert!(front.is_closed());
 }
 
 #[test]

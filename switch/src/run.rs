@@ -27,6 +27,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long after the start senders wait for a VM that has not connected yet. QEMU tries again once a second.
 const AWAIT_VMS: Duration = Duration::from_secs(5);
 
+/// How long receivers may take for what waits for them when the switch stops.
+const REST: Duration = Duration::from_secs(1);
+
 /// The VMs that may have run on an earlier run of this switch, and connect again one by one: what the first of them send to
 /// the others waits, as for a VM that is stopped for a move.
 struct Awaited {
@@ -40,7 +43,7 @@ impl Awaited {
         let shared = engine.shared();
         let is_vm = |(n, p): (usize, &PortConfig)| {
             let vhost = matches!(p.kind, PortKind::VhostUser { .. });
-            (vhost && p.vm.is_some()).then_some(n)
+            (vhost && (p.vm.is_some() || cfg.keeper_dir.is_some())).then_some(n)
         };
         let ports: Vec<usize> = cfg.ports.iter().enumerate().filter_map(is_vm).collect();
         for &n in &ports {
@@ -63,6 +66,8 @@ impl Awaited {
         self.ports.retain(|&n| {
             let wait = now < self.until && !ports[n].is_up();
             if !wait {
+                // What has piled up meanwhile must not overflow anybody.
+                ports[n].be_patient(self.engine.shared().now_s());
                 ports[n].disarm();
             }
             wait
@@ -161,9 +166,17 @@ impl Switch {
         Arc::new(Shipments(self.acceptor.clone()))
     }
 
-    /// Detaches from VMs and devices. TAPs stay: a VM may still have them.
+    /// Detaches from VMs and devices. TAPs stay: a VM may still have them. What was taken from a sender and not delivered yet goes to
+    /// its receiver first: port by port it would find no one there.
     pub fn stop(self) {
         self.watch.abort();
+        match self.engine.rest(REST) {
+            Ok(true) => {}
+            Ok(false) => tracing::warn!(
+                "receivers do not take what waits for them; it is lost, but for what is held"
+            ),
+            Err(e) => tracing::warn!("{e}"),
+        }
         for v in self.vhost {
             v.stop();
         }

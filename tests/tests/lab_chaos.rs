@@ -37,3 +37,15 @@ fn faults_before_the_point_of_no_return_put_everything_back_and_lose_nothing() {
         &["stop fail", "restore fail", "seal kill-coordinator"],
     );
 }
+
+#[test]
+fn a_switch_that_goes_under_running_vms_loses_nothing() {
+    all_green(
+        "chaos-switch",
+        &[
+            "no-migration kill-source-switch",
+            "no-migration restart-source-switch",
+            "precopy kill-source-switch",
+        ],
+    );
+}

@@ -321,6 +321,33 @@ impl Engine {
         Ok(())
     }
 
+    /// Before the switch stops: nothing more is taken from any sender, and what waits for receivers goes to them. False if they do
+    /// not take all of it in time, or it is held.
+    pub fn rest(&self, patience: Duration) -> Result<bool, NoAck> {
+        let since = Instant::now();
+        let workers = self.workers().len();
+        let served: Vec<(usize, QueueId)> = {
+            let seating = lock(&self.seating);
+            let of = |n: usize| seating.of(n).into_iter().map(move |id| (n, id));
+            (0..workers).flat_map(of).collect()
+        };
+        let quiet = served
+            .into_iter()
+            .map(|(n, id)| (n, Order::Quiet(id, true)));
+        self.orders(quiet.collect())?;
+        loop {
+            let out = self.orders((0..workers).map(|n| (n, Order::Idle)).collect())?;
+            // Queues that are served are told, too, as from a port to itself.
+            if out.busy.iter().all(|(from, to)| from == to) {
+                return Ok(true);
+            }
+            if since.elapsed() > patience {
+                return Ok(false);
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
     fn hire(&self, before: usize, places: &[Place]) -> Result<(), Unchanged> {
         let mut seating = lock(&self.seating);
         if seating.is_pinned() {

@@ -276,6 +276,23 @@ fn after_a_hold_a_sender_waits_for_room_and_the_network_does_not() {
 }
 
 #[test]
+fn before_the_switch_stops_nothing_more_is_taken_and_what_waits_is_delivered() {
+    let w = world(&["a", "b"], 2);
+    w.ports["b"].push(frame(2, MacAddr::BROADCAST, 0));
+    eventually("it is learned", || numbers(&w.ports["a"], 2) == [0]);
+    w.ports["b"].set_room(0);
+    (1..=100).for_each(|n| w.ports["a"].push(frame(1, mac(2), n)));
+    eventually("all wait", || w.ports["a"].waiting() == 0);
+    assert!(!w.engine.rest(Duration::from_millis(20)).unwrap());
+    w.ports["a"].push(frame(1, mac(2), 101));
+    w.ports["b"].set_room(usize::MAX);
+    assert!(w.engine.rest(Duration::from_secs(20)).unwrap());
+    assert_eq!(numbers(&w.ports["b"], 1), (1..=100).collect::<Vec<_>>());
+    assert_eq!(w.ports["a"].waiting(), 1, "it is still the sender's");
+    w.engine.stop();
+}
+
+#[test]
 fn a_receiver_that_takes_nothing_is_not_tried_in_every_round() {
     let names = ["stuck", "b", "c", "d", "e", "f"];
     let w = world(&names, 1);

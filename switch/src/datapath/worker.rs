@@ -187,6 +187,8 @@ pub struct Worker {
     rx: Vec<Rx>,
     /// By receiving port.
     sides: Vec<Side>,
+    /// Of these, the one whose lanes are drained first.
+    first: usize,
     /// By destination port.
     stuck: Vec<Stuck>,
     flows: Flows,
@@ -230,6 +232,7 @@ impl Worker {
             home,
             retired: false,
             rx: Vec::new(),
+            first: 0,
             stuck: vec![Stuck::default(); sides.len()],
             sides,
             flows: Flows::new(flows)?,
@@ -259,7 +262,10 @@ impl Worker {
                 let side = &mut self.sides[rx.id.port];
                 work |= rx.poll(side, &round, &mut self.out);
             }
-            for side in &mut self.sides {
+            // Another one first each time: what room there is goes to who asks for it first.
+            self.first = (self.first + 1) % self.sides.len().max(1);
+            let (last, first) = self.sides.split_at_mut(self.first);
+            for side in first.iter_mut().chain(last) {
                 work |= side.drain(&round, &mut self.stuck, &mut self.out);
             }
             if work || self.poll == Poll::Busy {

@@ -36,6 +36,8 @@ pub enum Fault {
     KillSourceSwitch,
     /// The same at B.
     KillTargetSwitch,
+    /// A's switch is stopped in good order and started again, as by `systemctl restart`.
+    RestartSourceSwitch,
     /// `kill -9` of the consumer's QEMU at A.
     KillSourceQemu,
     /// The same at B.
@@ -54,11 +56,12 @@ pub enum Fault {
 
 impl Fault {
     /// All.
-    pub const ALL: [Fault; 10] = [
+    pub const ALL: [Fault; 11] = [
         Fault::Fail,
         Fault::KillCoordinator,
         Fault::KillSourceSwitch,
         Fault::KillTargetSwitch,
+        Fault::RestartSourceSwitch,
         Fault::KillSourceQemu,
         Fault::KillTargetQemu,
         Fault::CutShort,
@@ -74,6 +77,7 @@ impl Fault {
             Fault::KillCoordinator => "kill-coordinator",
             Fault::KillSourceSwitch => "kill-source-switch",
             Fault::KillTargetSwitch => "kill-target-switch",
+            Fault::RestartSourceSwitch => "restart-source-switch",
             Fault::KillSourceQemu => "kill-source-qemu",
             Fault::KillTargetQemu => "kill-target-qemu",
             Fault::CutShort => "cut-3s",
@@ -87,6 +91,7 @@ impl Fault {
     pub fn can_hit(self, step: &str, steps: &[String]) -> bool {
         let at = |name: &str| steps.iter().position(|s| s == name);
         match self {
+            Fault::RestartSourceSwitch => step == NO_MIGRATION,
             _ if step == NO_MIGRATION => self == Fault::KillSourceSwitch,
             Fault::KillTargetQemu => at(step) >= at("start"),
             Fault::KillSourceQemu => at(step) < at("retire"),

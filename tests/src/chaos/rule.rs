@@ -80,7 +80,7 @@ pub fn judge(scene: &Scene, before: &[Flow], after: &[Flow]) -> (Sum, Vec<String
         let was = was.cloned().unwrap_or_default();
         let outside = flow.name.starts_with("outside udp");
         let mut lost = flow.lost - was.lost.min(flow.lost);
-        if killed && outside {
+        if (killed || scene.fault == Fault::RestartSourceSwitch) && outside {
             let most = (f64::from(scene.echo_rate) * scene.outage_s).ceil() as u64;
             let unheard = lost.min(most);
             sum.unheard += unheard;

@@ -143,8 +143,9 @@ impl Stage {
         world.traffic.start()?;
         thread::sleep(Duration::from_secs(2));
         let began = Instant::now();
-        drop(world.lab.a.switch.take());
-        let outage = mend(world, case.fault)?;
+        take_switch(world, case.fault)?;
+        // One that is stopped takes nothing more long before it has ended.
+        let outage = mend(world, case.fault)?.map(|_| began.elapsed().as_secs_f64());
         thread::sleep(Duration::from_secs(4));
         let mut row = Row::new(case, Ending::RolledBack);
         row.took_s = began.elapsed().as_secs_f64();
@@ -341,6 +342,22 @@ fn junk(host: &Host) -> PathBuf {
     host.dir.join("spool/junk")
 }
 
+/// Kills a switch, or waits until it has stopped.
+fn take_switch(world: &mut World, fault: Fault) -> Result<()> {
+    let host = match fault {
+        Fault::KillTargetSwitch => &mut world.lab.b,
+        _ => &mut world.lab.a,
+    };
+    let switch = host.switch.take();
+    if fault == Fault::RestartSourceSwitch {
+        let switch = switch.context("a switch")?;
+        switch.terminate()?;
+        let status = switch.wait(Duration::from_secs(20))?;
+        anyhow::ensure!(status.success(), "the switch stopped with {status}");
+    }
+    Ok(())
+}
+
 fn strike(world: &mut World, fault: Fault, migrate: &Process) -> Result<()> {
     let full = |host: &Host| -> Result<()> {
         use std::io::Write as _;
@@ -353,8 +370,9 @@ fn strike(world: &mut World, fault: Fault, migrate: &Process) -> Result<()> {
     match fault {
         Fault::Fail => {}
         Fault::KillCoordinator => migrate.kill(),
-        Fault::KillSourceSwitch => drop(world.lab.a.switch.take()),
-        Fault::KillTargetSwitch => drop(world.lab.b.switch.take()),
+        Fault::KillSourceSwitch | Fault::KillTargetSwitch | Fault::RestartSourceSwitch => {
+            take_switch(world, fault)?;
+        }
         Fault::KillSourceQemu => {
             let vm = world.sources.iter().find(|vm| vm.name == VICTIM);
             vm.context("the victim")?.process.kill();
@@ -371,8 +389,8 @@ fn strike(world: &mut World, fault: Fault, migrate: &Process) -> Result<()> {
 fn mend(world: &mut World, fault: Fault) -> Result<Option<f64>> {
     let began = Instant::now();
     match fault {
-        Fault::KillSourceSwitch | Fault::KillTargetSwitch => {
-            let of_a = fault == Fault::KillSourceSwitch;
+        Fault::KillSourceSwitch | Fault::KillTargetSwitch | Fault::RestartSourceSwitch => {
+            let of_a = fault != Fault::KillTargetSwitch;
             thread::sleep(RESTART);
             world.revive_switch(of_a)?;
             return Ok(Some(began.elapsed().as_secs_f64()));

@@ -99,6 +99,13 @@ impl Process {
         bail!("{} still runs after {patience:?}", self.name)
     }
 
+    /// Asks it to end, as `kill` does.
+    pub fn terminate(&self) -> Result<()> {
+        let pid = rustix::process::Pid::from_raw(self.pid() as i32).context("a process")?;
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        Ok(())
+    }
+
     /// Kills it at once, as `kill -9` does.
     pub fn kill(&self) {
         cleanup::end(&self.child);

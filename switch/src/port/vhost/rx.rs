@@ -113,8 +113,10 @@ pub struct Rx<R: Ring> {
     taken: u64,
     /// The last of them, which a driver that polls is not shown yet.
     unshown: usize,
-    /// Looks in a row that found nothing while there are such.
+    /// Looks in a row behind which nothing was given back, while there are such.
     lingers: u32,
+    /// `taken` at the last of these.
+    looked_at: u64,
     /// Up to this chain malformed ones were counted (a burst may look at one twice).
     counted: u64,
     pieces: Pieces,
@@ -160,6 +162,7 @@ impl<R: Ring> Rx<R> {
             taken: 0,
             unshown: 0,
             lingers: 0,
+            looked_at: 0,
             counted: 0,
             pieces: Pieces::default(),
             plains: Plains::default(),
@@ -277,17 +280,19 @@ impl<R: Ring> Rx<R> {
     }
 
     /// Before `found` more chains are taken, so that together with those that the driver does not know to be back they are no more
-    /// than a burst: a switch that is killed sends no more than that again. None for a while: what is left is shown.
+    /// than a burst: a switch that is killed sends no more than that again. If nothing is given back for a while, because nothing comes
+    /// or the next frame has no place, what is left is shown.
     #[inline]
     fn make_way(&mut self, found: usize) {
         if self.unshown == 0 {
-            self.lingers = 0;
             return;
         }
-        self.lingers = if found == 0 { self.lingers + 1 } else { 0 };
-        let stays = match self.lingers {
-            LINGER.. => 0,
-            _ => self.lag().saturating_sub(found),
+        let goes_on = self.looked_at != self.taken;
+        self.looked_at = self.taken;
+        self.lingers = if goes_on { 0 } else { self.lingers + 1 };
+        let stays = match self.lingers < LINGER && self.ring.is_polled() {
+            true => self.lag().saturating_sub(found),
+            false => 0,
         };
         if self.unshown > stays {
             self.gate.enter();

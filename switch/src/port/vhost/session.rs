@@ -516,6 +516,10 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.vring(index)?;
         self.stop(index as usize);
         let packed = self.is_packed();
+        // One that was stopped in an earlier run of the switch: what the keeper was told of its position is old.
+        if !packed && let Some(live) = self.live(index as usize) {
+            self.vrings[index as usize].base = Split::used_idx(&live.areas);
+        }
         let v = &mut self.vrings[index as usize];
         // It starts again with new descriptors only.
         v.kick = None;

@@ -442,6 +442,18 @@ fn memory_comes_and_goes_under_running_rings() {
     assert_eq!(g.front.get_vring_base(TX).unwrap(), 2);
 }
 
+/// As behind a change of switches: the keeper tells the new one the position of the connection's begin.
+#[test]
+fn the_position_of_a_ring_that_does_not_run_is_the_rings_own() {
+    let s = Setup::new();
+    let mut g = s.started();
+    assert!(g.send(&frame(1, 60)));
+    assert_eq!(s.engine.take(1), [frame(1, 60)]);
+    g.front.set_vring_enable(RX, false).unwrap();
+    g.front.set_vring_base(RX, 0).unwrap();
+    assert_eq!(g.front.get_vring_base(RX).unwrap(), 1);
+}
+
 #[test]
 fn a_broken_ring_is_reported_once_and_heals_when_set_up_again() {
     let s = Setup::new();

@@ -621,6 +621,24 @@ fn a_driver_that_polls_has_all_back_when_nothing_more_comes() {
         assert!(looks < 10_000, "never");
     }
     assert!(looks > 100, "the next burst comes sooner: {looks}");
+    // A frame that has no place is seen again and again.
+    p.release(0);
+    p.burst(6);
+    p.release(5);
+    let mut looks = 0;
+    while p.reaps() == 0 {
+        let mut out = Burst::new();
+        p.0.rx.queue.burst(&mut out);
+        assert_eq!(out.len(), 1);
+        looks += 1;
+        assert!(looks < 10_000, "never");
+    }
+    assert!(looks > 100, "{looks}");
+    p.release(1);
+    assert_eq!(p.reaps(), 0);
+    while p.reaps() == 0 {
+        p.burst(0);
+    }
     // The count begins anew.
     p.burst(5);
     p.release(5);
