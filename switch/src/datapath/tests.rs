@@ -312,6 +312,7 @@ fn a_receiver_that_takes_nothing_is_not_tried_in_every_round() {
     eventually("all wait", || {
         senders().all(|(_, n)| w.ports[n].waiting() == 0)
     });
+    std::thread::sleep(Duration::from_millis(100));
     let (since, before) = (Instant::now(), stuck.refused());
     std::thread::sleep(Duration::from_millis(50));
     let tried = stuck.refused() - before;
