@@ -7,10 +7,12 @@
 //! [`Egress::finish`] the receivers can see all that was sent.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::engine::{Port, TxGuard};
 use super::flow::Flows;
 use super::lane::Sink;
+use super::reading::Reading;
 use super::stats::{Traffic, add};
 use super::worker::Round;
 use crate::port::{Claim, Frame, Sent, TxQueue};
@@ -183,6 +185,21 @@ impl<'a> Egress<'a> {
         guard.as_deref_mut().map(|tx| tx as &mut dyn TxQueue)
     }
 
+    /// Whether the receiver is there, and has read what was in its queues when this was first asked; see [`Reading`].
+    fn caught_up(&mut self, to: usize, now: Instant, reading: &mut Reading) -> bool {
+        let port = &self.ports[to];
+        if !port.is_up() {
+            reading.reset();
+            return false;
+        }
+        if !port.steering.is_wide() {
+            return true;
+        }
+        self.flush();
+        reading.begin(now, || port.marks());
+        reading.is_over(now, |q, mark| port.has_read(q, mark))
+    }
+
     /// Ends a burst.
     pub(super) fn finish(mut self) {
         self.flush();
@@ -238,6 +255,7 @@ impl<'a> Egress<'a> {
 pub(super) struct Towards<'e, 'a> {
     pub(super) egress: &'e mut Egress<'a>,
     pub(super) to: usize,
+    pub(super) now: Instant,
     /// Something was sent.
     pub(super) moved: bool,
     /// For the last frame there was no room.
@@ -256,5 +274,9 @@ impl Sink for Towards<'_, '_> {
         let sent = self.egress.send_some(self.to, frames);
         self.moved |= sent > 0;
         sent
+    }
+
+    fn caught_up(&mut self, reading: &mut Reading) -> bool {
+        self.egress.caught_up(self.to, self.now, reading)
     }
 }

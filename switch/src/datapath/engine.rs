@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use gangway_shared::config::HostConfig;
 use gangway_shared::config::valid::PortKind;
@@ -10,11 +10,12 @@ use gangway_shared::id::MacAddr;
 
 use super::crew::{Crew, NoAck, Place};
 use super::fdb::Fdb;
+use super::reading::Reading;
 use super::seating::Seating;
 use super::stats::{Books, PortCounters};
 use super::steering::Steering;
 use super::worker::{Command, Order, Outcome, QueueId, Seat, seconds_since};
-use crate::port::{Attach, QUEUES, RxQueue, TxQueue};
+use crate::port::{Attach, Mark, QUEUES, RxQueue, TxQueue};
 
 /// How a port takes part in forwarding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,6 +107,17 @@ impl Port {
     #[inline]
     pub fn tx(&self, queue: usize) -> TxGuard<'_> {
         self.tx[queue % QUEUES].0.lock()
+    }
+
+    /// Where its transmit queues are, those of which the guest tells how far it has read.
+    pub(super) fn marks(&self) -> Vec<(usize, Mark)> {
+        let mark = |q| Some((q, self.tx(q).as_mut()?.mark()?));
+        (0..QUEUES).filter_map(mark).collect()
+    }
+
+    /// Whether the guest has read all up to there, or the queue has gone.
+    pub(super) fn has_read(&self, queue: usize, mark: &Mark) -> bool {
+        self.tx(queue).as_mut().is_none_or(|tx| tx.has_read(mark))
     }
 
     /// Puts another queue in its place, when no worker has a claim in it any more.
@@ -235,7 +247,16 @@ pub struct Engine {
     pub(super) seating: Mutex<Seating>,
     /// Held while workers come and go.
     pub(super) changing: Mutex<()>,
+    /// How often in a row a queue has not moved, as guests had not read.
+    unread: AtomicU32,
 }
+
+/// How long a queue that moves is not served until all guests have read what is in theirs.
+const SOON: Duration = Duration::from_millis(20);
+/// How often that is tried.
+const TRIES: u32 = 50;
+/// How often it is looked at.
+const LOOK: Duration = Duration::from_micros(200);
 
 /// As long as it lives, no queue changes its worker, and no port gets a worker that it did not have.
 pub struct Pin {
@@ -316,6 +337,7 @@ impl Engine {
             crew: Mutex::new(crew),
             seating: Mutex::new(Seating::new(count)),
             changing: Mutex::new(()),
+            unread: AtomicU32::new(0),
         }))
     }
 
@@ -349,13 +371,18 @@ impl Engine {
     }
 
     /// Evens out what ports that have gone or a hold have left: queues move to workers that have fewer, unless something that they
-    /// have sent still waits. True if one has moved.
+    /// have sent still waits, or a guest with several queues has not read what is in them (ADR-0027). True if one has moved.
     pub fn rebalance(&self) -> bool {
         let mut seating = lock(&self.seating);
         for (id, from, to) in seating.moves() {
             let Some(queue) = self.one(from, Order::Leave(id)) else {
                 continue;
             };
+            // Behind this its flows take other queues of guests that have several.
+            if !self.is_read() {
+                self.one(from, Order::Attach(id, queue));
+                return false;
+            }
             seating.moved(id, to);
             self.one(to, Order::Attach(id, queue));
             let port = &self.shared.ports[id.port].name;
@@ -366,6 +393,31 @@ impl Engine {
             return true;
         }
         false
+    }
+
+    /// Whether all guests with several queues read what is in them now within [`SOON`]; true after [`TRIES`] times at which they
+    /// did not: one that reads nothing must not keep queues where they are for ever.
+    fn is_read(&self) -> bool {
+        let begin = Instant::now();
+        let wide = self.shared.ports.iter().filter(|p| p.steering.is_wide());
+        let mut waits: Vec<(&Arc<Port>, Reading)> = wide.map(|p| (p, Reading::default())).collect();
+        loop {
+            let now = Instant::now();
+            waits.retain_mut(|(port, reading)| {
+                reading.begin(now, || port.marks());
+                !reading.is_over(now, |q, mark| port.has_read(q, mark))
+            });
+            let is_read = waits.is_empty();
+            if is_read || self.unread.load(Ordering::Relaxed) >= TRIES {
+                self.unread.store(0, Ordering::Relaxed);
+                return true;
+            }
+            if begin.elapsed() >= SOON {
+                self.unread.fetch_add(1, Ordering::Relaxed);
+                return false;
+            }
+            std::thread::sleep(LOOK);
+        }
     }
 
     pub(super) fn orders(&self, orders: Vec<(usize, Order)>) -> Result<Outcome, NoAck> {

@@ -20,6 +20,7 @@ pub mod flow;
 pub mod hash;
 pub mod lane;
 pub mod parse;
+pub mod reading;
 pub mod seating;
 pub mod stats;
 pub mod steering;

@@ -697,6 +697,7 @@ impl Side {
                 let mut sink = Towards {
                     egress: &mut egress,
                     to,
+                    now,
                     moved: false,
                     full: false,
                 };

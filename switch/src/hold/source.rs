@@ -577,6 +577,7 @@ impl Lane {
         let mut older: VecDeque<Stage> = [Stage {
             sources: vec![Older::new(&self.queue, progress)],
             done,
+            ..Stage::default()
         }]
         .into();
         let mut next = |queue: &Arc<Queue>| {
@@ -588,7 +589,7 @@ impl Lane {
         if let Some(queue) = self.spent.take() {
             older.push_back(Stage {
                 sources: vec![next(&queue)],
-                done: None,
+                ..Stage::default()
             });
         }
         let behind = self.spare.take().map(|(writer, queue)| Behind {

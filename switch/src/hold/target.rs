@@ -28,6 +28,7 @@ use super::{READ_BACK, refuse};
 use crate::datapath::engine::{Mode, Pin};
 use crate::datapath::lane::{Behind, Drain, Progress, Source as Older, Stage};
 use crate::datapath::parse;
+use crate::datapath::reading::Reading;
 use crate::datapath::worker::{Command, Seat};
 use crate::ledger::{Book, counted};
 use crate::port::{Frame, Sent, VnetHdr};
@@ -266,6 +267,8 @@ impl TargetHold {
                 continue;
             }
             let from = local.seat.port;
+            // An earlier run that has sealed it had waited.
+            let waits = writer.is_some();
             let mut before = read_back.clone();
             let mut wait = None;
             let mut stages: VecDeque<Stage> = VecDeque::new();
@@ -273,6 +276,7 @@ impl TargetHold {
                 |which: &dyn Fn(&&IncomingLane) -> bool, done: &Arc<AtomicBool>| Stage {
                     sources: mine().filter(which).map(&mut older).collect(),
                     done: Some(done.clone()),
+                    reading: waits.then(Reading::default),
                 };
             if let Some(done) = before.take_if(|_| from == to && local.first) {
                 stages.push_back(stage(&|l| l.key.from == READ_BACK, &done));
@@ -291,6 +295,14 @@ impl TargetHold {
             } else if from != to || from == carrier {
                 wait = Some(outside.clone());
             }
+            if waits && !stages.is_empty() {
+                // The guest may have frames in its queues that it had not read when it stopped, and they may not be those that
+                // ours for the same flows take.
+                stages.push_front(Stage {
+                    reading: Some(Reading::default()),
+                    ..Stage::default()
+                });
+            }
             let own = Older::new(&local.queue, local.progress.clone());
             let behind = match writer {
                 Some(writer) => Some(Behind { writer, local: own }),
@@ -298,7 +310,7 @@ impl TargetHold {
                 None => {
                     stages.push_back(Stage {
                         sources: vec![own],
-                        done: None,
+                        ..Stage::default()
                     });
                     None
                 }

@@ -5,7 +5,7 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use super::{BURST, Burst, Frame, RxQueue, Sent, TxQueue, VnetHdr};
+use super::{BURST, Burst, Frame, Mark, RxQueue, Sent, TxQueue, VnetHdr};
 
 /// Both ends of a memory port.
 #[derive(Clone, Default)]
@@ -14,6 +14,9 @@ pub struct MemoryPort {
     output: Arc<Mutex<Vec<Vec<u8>>>>,
     room: Arc<Mutex<usize>>,
     refused: Arc<AtomicU64>,
+    /// Frames that were ever delivered, and those of them that the receiver has read.
+    sent: Arc<AtomicU64>,
+    read: Arc<AtomicU64>,
 }
 
 impl MemoryPort {
@@ -21,6 +24,7 @@ impl MemoryPort {
     pub fn new() -> MemoryPort {
         let p = MemoryPort::default();
         p.set_room(usize::MAX);
+        p.set_read(u64::MAX);
         p
     }
     /// Frames that the receiver takes from now on.
@@ -30,6 +34,14 @@ impl MemoryPort {
     /// How often a frame found no room.
     pub fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)
+    }
+    /// So many of the delivered frames count as read.
+    pub fn set_read(&self, n: u64) {
+        self.read.store(n, Ordering::Release);
+    }
+    /// One was delivered before that is not read.
+    pub fn leave_unread(&self) {
+        self.set_read(self.sent.fetch_add(1, Ordering::AcqRel));
     }
     /// Puts a frame in.
     pub fn push(&self, f: Vec<u8>) {
@@ -108,7 +120,18 @@ impl TxQueue for MemoryPort {
         let mut b = vec![0; frame.len as usize];
         frame.copy_to(&mut b);
         self.output.lock().unwrap().push(b);
+        self.sent.fetch_add(1, Ordering::AcqRel);
         Sent::Yes
     }
     fn flush(&mut self) {}
+    fn mark(&mut self) -> Option<Mark> {
+        Some(Mark {
+            at: 0,
+            count: self.sent.load(Ordering::Acquire),
+            tells: true,
+        })
+    }
+    fn has_read(&mut self, mark: &Mark) -> bool {
+        self.read.load(Ordering::Acquire) >= mark.count
+    }
 }

@@ -230,6 +230,17 @@ pub enum NeverReason {
     Refused,
 }
 
+/// A place in a transmit queue: behind all that was sent by then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mark {
+    /// The layout's position.
+    pub at: u16,
+    /// Chains that were taken by then.
+    pub count: u64,
+    /// The receiver tells how far it has read.
+    pub tells: bool,
+}
+
 /// A transmit queue of a port: frames from the switch to it.
 pub trait TxQueue: Send {
     /// Copies the frame to the receiver.
@@ -245,6 +256,15 @@ pub trait TxQueue: Send {
     /// Signals the receiver for what was flushed since the last time, if it wants that; at most once. The caller has
     /// executed a full memory barrier since.
     fn settle(&mut self) {}
+    /// Where it is; none for a queue of which it cannot be known whether the receiver has read it.
+    fn mark(&mut self) -> Option<Mark> {
+        None
+    }
+    /// Whether the receiver is known to have read all up to there.
+    fn has_read(&mut self, mark: &Mark) -> bool {
+        let _ = mark;
+        true
+    }
     /// The same queue for workers that share it and copy without its lock, if it is of a kind that can do that.
     fn shared(&mut self) -> Option<&mut dyn SharedTx> {
         None

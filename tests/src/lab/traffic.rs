@@ -37,6 +37,8 @@ pub struct Flow {
     pub duplicated: u64,
     /// Arrived after a later one.
     pub reordered: u64,
+    /// The first of these, as ranges; and the highest number that was there before.
+    pub late: Vec<(u64, u64, u64)>,
     /// Arrived with other bytes than were sent.
     pub corrupted: u64,
     /// The longest silence at the receiver.
@@ -69,6 +71,7 @@ impl Flow {
                 flow.received += received;
                 flow.duplicated += end.duplicated;
                 flow.reordered += end.reordered;
+                flow.late = end.late.clone();
                 flow.corrupted += end.corrupted;
                 flow.stall_ms_max = end.stall_ms_max.unwrap_or(0.0);
                 flow.clock = end.clock;

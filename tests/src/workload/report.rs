@@ -32,6 +32,9 @@ pub struct End {
     pub duplicated: u64,
     /// Received after a later one.
     pub reordered: u64,
+    /// The first of these, as ranges; and the highest number that was there before.
+    #[serde(default)]
+    pub late: Vec<(u64, u64, u64)>,
     /// Received, but not as it was sent.
     pub corrupted: u64,
     /// The longest time between two arrivals.
@@ -167,6 +170,7 @@ impl Live {
             end.received = Some(tally.received);
             end.duplicated = tally.duplicated;
             end.reordered = tally.reordered;
+            end.late = tally.late.clone();
             end.corrupted = tally.corrupted;
             end.stall_ms_max = Some((tally.stall_ns_max / 1000) as f64 / 1000.0);
             end.clock = Some(state.clock);

@@ -5,6 +5,8 @@
 
 /// Numbers from here on are taken as damage: at 10,000 per second they would be reached after 40 minutes.
 const NUMBERS_MAX: u64 = 1 << 24;
+/// Ranges of late arrivals that are remembered.
+const LATE_MAX: usize = 8;
 
 /// The receiver's account of one flow. Numbers count from 0.
 #[derive(Debug, Default)]
@@ -19,6 +21,8 @@ pub struct Tally {
     pub corrupted: u64,
     /// The longest time between two arrivals.
     pub stall_ns_max: u64,
+    /// The first of these, as ranges; and the highest number by then, which says how late they were.
+    pub late: Vec<(u64, u64, u64)>,
     seen: Vec<u64>,
     next: u64,
     last_ns: Option<u64>,
@@ -46,8 +50,18 @@ impl Tally {
         self.received += 1;
         if number < self.next {
             self.reordered += 1;
+            self.was_late(number);
         } else {
             self.next = number + 1;
+        }
+    }
+
+    fn was_late(&mut self, number: u64) {
+        let full = self.late.len() == LATE_MAX;
+        match self.late.last_mut() {
+            Some(last) if last.1 + 1 == number && last.2 + 1 == self.next => last.1 = number,
+            _ if full => {}
+            _ => self.late.push((number, number, self.next - 1)),
         }
     }
 
@@ -99,6 +113,8 @@ mod tests {
         assert_eq!(tally.missing(7, 8), [(2, 3), (6, 6)]);
         tally.take(Some(2), 50);
         assert_eq!((tally.received, tally.reordered), (5, 1));
+        tally.take(Some(3), 55);
+        assert_eq!(tally.late, [(2, 3, 5)]);
         tally.take(Some(2), 60);
         assert_eq!((tally.received, tally.duplicated), (5, 1));
     }

@@ -366,6 +366,27 @@ fn after_the_commit_frames_wait_for_a_vm_that_is_late_and_a_broadcast_comes_once
 }
 
 #[test]
+fn a_guest_with_two_queues_gets_nothing_before_it_has_read_what_it_had() {
+    let s = Scene::new();
+    let ring = committed(&s);
+    let before = SENDERS.map(|n| s.received(n));
+    let m = &s.b.ports[M];
+    m.leave_unread();
+    let (rx, tx) = m.queues();
+    let engine = s.b.engine();
+    engine.set_tx(M, vec![(0, tx), (1, m.queues().1)]);
+    engine.attach_rx(M, 0, rx);
+    s.b.refill(ring);
+    s.b.plug(P);
+    s.place.store(2, Ordering::Release);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(SENDERS.map(|n| s.received(n)), before);
+    m.set_read(u64::MAX);
+    s.more();
+    s.verdict();
+}
+
+#[test]
 fn a_shipment_that_the_source_has_put_back_cannot_be_committed() {
     let s = Scene::new();
     s.more();

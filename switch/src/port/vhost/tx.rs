@@ -15,7 +15,7 @@ use super::live::Gate;
 use super::ring::{Broken, Chain, Direction, Plain, Plains, Pos, Ring};
 use crate::mem::prefetch_to_write;
 use crate::port::offload::Offloads;
-use crate::port::{BURST, Frame, NeverReason, PLAIN_HDR, Sent, SharedTx, TxQueue, VnetHdr};
+use crate::port::{BURST, Frame, Mark, NeverReason, PLAIN_HDR, Sent, SharedTx, TxQueue, VnetHdr};
 
 /// See the module's text.
 pub struct Tx<R: Ring> {
@@ -35,6 +35,8 @@ pub struct Tx<R: Ring> {
     open: VecDeque<Open>,
     /// The number of the first of them.
     first: u64,
+    /// Chains that were shown.
+    shown: u64,
     /// No more claims: the queue is about to go.
     closing: bool,
     /// What ours can do.
@@ -87,6 +89,7 @@ impl<R: Ring> Tx<R> {
             unflushed: Taken::default(),
             open: VecDeque::new(),
             first: 0,
+            shown: 0,
             closing: false,
             cpu: Cpu::here(),
             owes: false,
@@ -113,6 +116,12 @@ impl<R: Ring> Tx<R> {
         if !self.is_busy() {
             self.gate.leave();
         }
+    }
+
+    /// Chains that were ever taken from the ring.
+    fn taken(&self) -> u64 {
+        let open: usize = self.open.iter().map(|o| o.taken.chains).sum();
+        self.shown + (open + self.unflushed.chains) as u64
     }
 
     fn enter(&mut self) -> bool {
@@ -389,6 +398,7 @@ impl<R: Ring> Tx<R> {
                 Ok(_) => self.owes = true,
                 Err(why) => self.set_broken(why),
             }
+            self.shown += taken.chains as u64;
             self.gate.set_next(end.0);
             self.gate.count(taken.frames);
         }
@@ -473,6 +483,29 @@ impl<R: Ring> TxQueue for Tx<R> {
         if std::mem::take(&mut self.owes) && self.ring.wants_signal() && !self.gate.call() {
             self.set_broken(Broken::Call);
         }
+    }
+
+    fn mark(&mut self) -> Option<Mark> {
+        Some(Mark {
+            at: self.next.0,
+            count: self.taken(),
+            tells: self.ring.tells(),
+        })
+    }
+
+    fn has_read(&mut self, mark: &Mark) -> bool {
+        // What the driver puts into the ring again it has read: a lap behind the mark nothing of before is left.
+        let lap = self.ring.slots() as u64;
+        if self.gate.is_broken() || self.taken().saturating_sub(mark.count) >= lap {
+            return true;
+        }
+        // While it is stopped it reads nothing.
+        if !self.enter() {
+            return false;
+        }
+        let has = self.ring.has_read(Pos(mark.at));
+        self.leave();
+        has
     }
 
     fn shared(&mut self) -> Option<&mut dyn SharedTx> {

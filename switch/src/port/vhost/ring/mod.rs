@@ -201,6 +201,11 @@ pub trait Ring: Send {
     fn is_polled(&self) -> bool {
         false
     }
+    /// Whether the driver says how far it has read (`VIRTIO_F_EVENT_IDX`), as far as can be seen.
+    fn tells(&self) -> bool;
+    /// Whether it is known to have read all that was given back before `at`, which is no more than a lap ago: by what it says, or as it
+    /// has put a ring's length of buffers in since, which it cannot have without.
+    fn has_read(&self, at: Pos) -> bool;
     /// Asks for a signal when the driver fills `at`. True if it has done so already.
     fn arm(&mut self, at: Pos) -> Result<bool, Broken>;
     /// Asks for no signals, as far as the layout can.

@@ -176,6 +176,22 @@ impl Packed {
         (flags & AVAIL != 0) == wrap && (flags & USED != 0) != wrap
     }
 
+    /// The driver's event suppression area: `off_wrap`, and its flags above.
+    #[inline]
+    fn wanted(&self) -> u32 {
+        // SAFETY: the driver area has 4 bytes, aligned to 4 and mapped (checked at set-up).
+        let area = unsafe { &*self.areas.avail.as_ptr().cast::<AtomicU32>() };
+        u32::from_le(area.load(Ordering::Relaxed))
+    }
+
+    /// Slots from one position on to another one, in a circle of two laps.
+    #[inline]
+    fn between(&self, from: u16, to: u16) -> u32 {
+        let num = u32::from(self.num);
+        let at = |p: u16| u32::from(p & !WRAP) + if p & WRAP == 0 { num } else { 0 };
+        (at(to) + 4 * num).wrapping_sub(at(from)) % (2 * num)
+    }
+
     /// Takes the line of a slot away from the driver's processor: it is read soon and then written, and so comes once. (Behind the
     /// table it asks for a line in vain.)
     #[inline(always)]
@@ -390,23 +406,35 @@ impl Ring for Packed {
             return false;
         };
         let shown = std::mem::take(&mut self.shown);
-        // SAFETY: the driver area has 4 bytes, aligned to 4 and mapped (checked at set-up).
-        let area = unsafe { &*self.areas.avail.as_ptr().cast::<AtomicU32>() };
-        let word = u32::from_le(area.load(Ordering::Relaxed));
+        let word = self.wanted();
         match (word >> 16) as u16 & 3 {
             EVENT_ENABLE => true,
             // A whole lap passes every event; the first time we do not know what a predecessor has passed.
             EVENT_AT if self.event_idx => {
-                let num = u32::from(self.num);
-                // Slots behind `first`, in a circle of two laps.
-                let behind = |p: u16| {
-                    let at = |p: u16| u32::from(p & !WRAP) + if p & WRAP == 0 { num } else { 0 };
-                    (at(p) + 4 * num - at(first)) % (2 * num)
-                };
-                shown >= num || behind(word as u16) < shown
+                shown >= u32::from(self.num) || self.between(first, word as u16) < shown
             }
             _ => false,
         }
+    }
+
+    fn tells(&self) -> bool {
+        self.event_idx && (self.wanted() >> 16) as u16 & 3 == EVENT_AT
+    }
+
+    fn has_read(&self, at: Pos) -> bool {
+        // The slot before it is filled anew.
+        if self.is_available(behind(at.0, self.num - 1, self.num)) {
+            return true;
+        }
+        // A driver that has read all writes the next place that it wants to hear of (virtio 1.2, 2.8.10). One that polls leaves an old
+        // one, which after a lap may look like a new one.
+        let word = self.wanted();
+        let event = word as u16;
+        let ago = |p: u16| self.between(p, self.used);
+        self.event_idx
+            && (word >> 16) as u16 & 3 == EVENT_AT
+            && (event & !WRAP) < self.num
+            && ago(event) <= ago(at.0).min(u32::from(self.num))
     }
 
     fn arm(&mut self, at: Pos) -> Result<bool, Broken> {

@@ -378,6 +378,22 @@ impl Ring for Split {
         !self.event_idx && self.asks_for_none()
     }
 
+    fn tells(&self) -> bool {
+        self.event_idx
+    }
+
+    fn has_read(&self, at: Pos) -> bool {
+        if self.load_avail_idx().wrapping_sub(at.0) >= self.num {
+            return true;
+        }
+        // A driver that has read all writes the next index that it wants to hear of (virtio 1.2, 2.7.7.1). Zero is also what Linux
+        // writes to hear of nothing.
+        let event = u16::from_le(self.read_avail(RING + 2 * usize::from(self.num)));
+        let ago = |p: u16| self.used.wrapping_sub(p);
+        let says = ago(event) <= ago(at.0).min(self.num);
+        self.event_idx && says && (event != 0 || self.used == 0)
+    }
+
     fn arm(&mut self, at: Pos) -> Result<bool, Broken> {
         if self.event_idx {
             let offset = RING + 8 * usize::from(self.num);

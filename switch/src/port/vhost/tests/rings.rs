@@ -680,3 +680,34 @@ fn a_queue_that_goes_shows_what_it_kept() {
     drop(p.0.rx.queue);
     assert_eq!(p.0.rx.driver.reap().len(), 5);
 }
+
+#[test]
+fn what_a_driver_puts_into_the_ring_again_it_has_read() {
+    for bits in [VERSION_1, VERSION_1 | PACKED] {
+        let mut w = World::new(bits);
+        let f = frame(1, 60);
+        let step = |w: &mut World, fills: usize, sends: usize| {
+            for _ in 0..fills {
+                let buffer = (w.tx.driver.alloc(2000), 2000);
+                w.tx.driver.add(&[buffer], true, false).unwrap();
+            }
+            for _ in 0..sends {
+                let f = Frame::from_slice(VnetHdr::default(), &f);
+                assert_eq!(w.tx.queue.send(&f), Sent::Yes);
+            }
+            w.tx.queue.flush();
+        };
+        let num = usize::from(NUM);
+        step(&mut w, num, 4);
+        assert_eq!(w.tx.driver.reap().len(), 4);
+        step(&mut w, 4, 1);
+        let mark = w.tx.queue.mark().unwrap();
+        assert!(!mark.tells);
+        // As many as it could put in without having read the fifth one.
+        step(&mut w, 0, num - 1);
+        assert!(!w.tx.queue.has_read(&mark), "it has read four");
+        w.tx.driver.reap();
+        step(&mut w, 1, 1);
+        assert!(w.tx.queue.has_read(&mark));
+    }
+}

@@ -21,6 +21,8 @@ use crate::port::Attach;
 use crate::port::memory::MemoryPort;
 use crate::spool::{Kind, Spool};
 
+mod wide;
+
 pub(crate) fn config(names: &[&str], workers: usize, spool: PathBuf) -> HostConfig {
     let port = |n: &&str| PortConfig {
         name: (*n).into(),
@@ -425,7 +427,7 @@ fn a_freeze_is_one_cut_over_all_workers_and_a_drain_keeps_order() {
             ends.push(own.progress.clone());
             let stage = Stage {
                 sources: vec![source(&q)],
-                done: None,
+                ..Stage::default()
             };
             let drain = Drain {
                 before: None,
@@ -455,139 +457,6 @@ fn a_freeze_is_one_cut_over_all_workers_and_a_drain_keeps_order() {
         );
     }
     w.engine.stop();
-}
-
-/// Port `a` sends by two queues, one on each worker; `b` receives by four.
-struct Wide {
-    w: World,
-    /// The queues of `a`.
-    a: [MemoryPort; 2],
-    /// The queues of `b`.
-    b: [MemoryPort; 4],
-    sent: HashMap<u8, u32>,
-}
-
-const STATIONS: std::ops::Range<u8> = 10..50;
-
-impl Wide {
-    fn new() -> Wide {
-        let w = world(&["a", "b"], 2);
-        let a = [w.ports["a"].clone(), MemoryPort::new()];
-        let b = [(); 4].map(|()| MemoryPort::new());
-        let queues = b.iter().zip(0..).map(|(p, n)| (n, p.queues().1)).collect();
-        w.engine.set_tx(1, queues);
-        w.engine.attach_rx(0, 1, a[1].queues().0);
-        let seats = w.engine.pin().seats(0);
-        assert_eq!(seats.len(), 2, "the queues of a are on both workers");
-        w.ports["b"].push(frame(2, MacAddr::BROADCAST, 1));
-        eventually("2 is learned", || numbers(&w.ports["a"], 2) == [1]);
-        let sent = HashMap::new();
-        Wide { w, a, b, sent }
-    }
-
-    /// Each station sends so many, always by the same queue of `a`.
-    fn send(&mut self, n: u32) {
-        for _ in 0..n {
-            for s in STATIONS {
-                let number = self.sent.entry(s).or_default();
-                *number += 1;
-                self.a[usize::from(s % 2)].push(frame(s, mac(2), *number));
-            }
-        }
-    }
-
-    fn received(&self) -> usize {
-        self.b.iter().map(|p| p.delivered().len()).sum()
-    }
-
-    /// Everything has come, in order, each station's by one queue, which only one worker uses; every queue was used.
-    fn verdict(&self) {
-        let all: u32 = self.sent.values().sum();
-        eventually("all frames", || self.received() >= all as usize);
-        let mut users = [[0; 2]; 4];
-        for (&s, &n) in &self.sent {
-            let by: Vec<_> = self.b.iter().map(|p| numbers(p, s)).collect();
-            let used: Vec<usize> = (0..4).filter(|q| !by[*q].is_empty()).collect();
-            assert_eq!(used.len(), 1, "station {s} by {used:?}");
-            assert_eq!(by[used[0]], (1..=n).collect::<Vec<u32>>(), "station {s}");
-            users[used[0]][usize::from(s % 2)] += 1;
-        }
-        for (q, users) in users.iter().enumerate() {
-            let workers = users.iter().filter(|n| **n > 0).count();
-            assert_eq!(workers, 1, "queue {q}: {users:?}");
-        }
-    }
-}
-
-#[test]
-fn flows_are_spread_over_the_queues_of_a_port_and_keep_theirs() {
-    let mut t = Wide::new();
-    t.send(100);
-    t.verdict();
-    t.w.engine.stop();
-}
-
-#[test]
-fn each_queue_has_its_own_counters() {
-    let mut t = Wide::new();
-    t.send(10);
-    t.verdict();
-    t.w.engine.stop();
-    let traffic = &t.w.engine.shared().books.all();
-    let [a, b] = [0, 1].map(|port| port_total(traffic, port).queues);
-    let sent: u64 = t.sent.values().map(|n| u64::from(*n)).sum();
-    assert_eq!([a[0].0, a[1].0], [sent / 2; 2], "{a:?}");
-    let to: Vec<u64> = t.b.iter().map(|p| p.delivered().len() as u64).collect();
-    let counted: Vec<u64> = b[..4].iter().map(|q| q.1).collect();
-    assert_eq!(counted, to);
-    // What 2 has flooded to be learned.
-    assert_eq!((a[0].1, b[0].0), (1, 1));
-    assert_eq!(b[4..].iter().chain(&a[2..]).max(), Some(&(0, 0)));
-}
-
-#[test]
-fn a_hold_cuts_the_lanes_of_all_workers_that_serve_a_port() {
-    let mut t = Wide::new();
-    t.send(50);
-    let pin = t.w.engine.pin();
-    let mut queues = Vec::new();
-    let mut commands = Vec::new();
-    for (n, seat) in pin.seats(0).into_iter().enumerate() {
-        let key = LaneKey {
-            from: "a".into(),
-            queue: n as u16,
-            to: "b".into(),
-        };
-        let (writer, q) = t.w.spool.create(HoldId(1), Kind::Source, &key).unwrap();
-        commands.push(Command::Hold(seat, 1, writer));
-        queues.push((seat, q));
-    }
-    let out = t.w.engine.batch(commands).unwrap();
-    assert!(out.refused.is_empty());
-    let cut = t.received();
-    t.send(50);
-    eventually("both hold", || {
-        queues.iter().all(|(_, q)| q.tally().frames > 0)
-    });
-    // A queue that goes and comes back finds its lane.
-    let back = t.w.engine.detach_rx(0, 1).unwrap();
-    t.w.engine.attach_rx(0, 1, back);
-    t.send(50);
-    eventually("everything is taken", || {
-        t.a.iter().all(|p| p.waiting() == 0)
-    });
-    assert_eq!(t.received(), cut, "nothing arrives after the cut");
-    let ends = [Arc::<Progress>::default(), Arc::default()];
-    let back = queues
-        .iter()
-        .zip(&ends)
-        .map(|((seat, _), p)| Command::PutBack(*seat, 1, None, p.clone()))
-        .collect();
-    t.w.engine.batch(back).unwrap();
-    t.send(50);
-    t.verdict();
-    eventually("they forward again", || ends.iter().all(|e| e.finished()));
-    t.w.engine.stop();
 }
 
 #[test]
