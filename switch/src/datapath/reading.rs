@@ -3,7 +3,7 @@
 //! A guest reads its queues side by side. Where a flow's frames change their queue, as behind a move, a guest that is at the new
 //! one first would see them out of order: so what is next waits until the guest has read what is there.
 //!
-//! Invariant: behind [`Reading::begin`] nothing waits longer than [`PATIENCE`], or [`BLIND`] for drivers that do not say how far they
+//! Invariant: behind [`Reading::begin`] nothing waits longer than `PATIENCE`, or `BLIND` for drivers that do not say how far they
 //! are: a queue that is never read must not cost the others.
 
 use std::time::{Duration, Instant};
