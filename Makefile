@@ -52,9 +52,11 @@ test: lab
 	cargo test -q --workspace --exclude gangway-tests
 	cargo test -q -p gangway-tests -- --test-threads=1
 
-# Simulated worlds, many more than in `make test`: SEEDS=100000, from the seed FIRST=1 on. SEED=n: that one, with its trace
+# Simulated worlds, many more than in `make test`: SEEDS=100000, from the seed FIRST=1 on. SEED=n: that one, with its trace. Then all
+# interleavings of a small move with more faults (MODEL=)
 soak:
 	SEEDS=$(SEEDS) cargo test -q -p gangway-sim --test seeds no_world -- --nocapture
+	MODEL=all cargo test -q -p gangway-model --test all the_contract -- --nocapture
 
 # What a commit must pass
 check:

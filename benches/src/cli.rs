@@ -108,6 +108,7 @@ impl NullGuest {
             mergeable: !self.no_mergeable,
             pauses: self.pauses,
             full: true,
+            gather: false,
         })
     }
 }

@@ -54,6 +54,8 @@ pub struct Habits {
     pub pauses: u32,
     /// The senders' rings are full from the start; otherwise they stay empty until [`Drive::paced`].
     pub full: bool,
+    /// All senders send to the first receiver.
+    pub gather: bool,
 }
 
 struct Port<R> {
@@ -97,7 +99,8 @@ impl<R: Ring> Port<R> {
         };
         let mut rx = R::new(place(rx, RX_LEN, true));
         let mut tx = R::new(place(tx, (HEADER + bytes) as u32, false));
-        let frame = frame(bytes, port, port ^ 1);
+        let to = if habits.gather && sends { 1 } else { port ^ 1 };
+        let frame = frame(bytes, port, to);
         for i in 0..num {
             memory.write(tx.place().buffer(i) + HEADER, &frame);
             // So that no access of the measurement is the first to a page.

@@ -169,11 +169,11 @@ pub struct Results {
 }
 
 /// A source and a target. Processes drop before what they use.
-struct Hosts {
-    source: Gangway,
-    target: Gangway,
-    near: Control,
-    far: Control,
+pub(crate) struct Hosts {
+    pub(crate) source: Gangway,
+    pub(crate) target: Gangway,
+    pub(crate) near: Control,
+    pub(crate) far: Control,
     address: SocketAddr,
     next: u64,
     _spool: Folder,
@@ -181,10 +181,16 @@ struct Hosts {
 }
 
 impl Hosts {
-    fn start(plan: &Plan, spool: impl Fn(&Path) -> String, ports: usize) -> Result<Hosts> {
-        let common = &plan.common;
+    /// Their spools lie below `base`; `sections` are the lines for a spool in a folder, and what else follows: the source's, and
+    /// the target's, if it is to have other than few.
+    pub(crate) fn start(
+        common: &Common,
+        base: &Path,
+        sections: [Option<&dyn Fn(&Path) -> String>; 2],
+        ports: usize,
+    ) -> Result<Hosts> {
         let ground = Ground::take(common, pvp::hugepages(ports))?;
-        let folder = Folder::below(&plan.spool)?;
+        let folder = Folder::below(base)?;
         let dir = ground.dir().to_owned();
         let certificates = dir.join("pki");
         let failed = |f: gangway::exit::Failure| anyhow!(f.message);
@@ -205,9 +211,13 @@ impl Hosts {
             Ok((setup, address))
         };
         let (mut a, _) = setup("source")?;
-        a.spool = spool(&folder.path().join("spool"));
         let (mut b, address) = setup("target")?;
         b.sleeps = true;
+        for (s, sections) in [&mut a, &mut b].into_iter().zip(sections) {
+            if let Some(sections) = sections {
+                s.spool = sections(&folder.path().join(&s.host));
+            }
+        }
         let source = Gangway::start(&common.switch, &dir, &a, size, &[common.worker_cpu])?;
         let target = Gangway::start(&common.switch, &dir, &b, size, &[common.guest_cpu])?;
         host::pin(common.guest_cpu)?;
@@ -224,7 +234,7 @@ impl Hosts {
     }
 
     /// Opens a hold on the VM of a port; the target stands still then. Both must run.
-    fn open(&mut self, port: usize) -> Result<HoldId> {
+    pub(crate) fn open(&mut self, port: usize) -> Result<HoldId> {
         let hold = HoldId(self.next);
         self.next += 1;
         let (vm, ticket) = (Setup::port(port), [7; 32]);
@@ -251,7 +261,7 @@ impl Hosts {
         Ok(hold)
     }
 
-    fn freeze(&mut self, hold: HoldId) -> Result<()> {
+    pub(crate) fn freeze(&mut self, hold: HoldId) -> Result<()> {
         let scope = Scope::All;
         match self.near.call(&Request::Freeze { hold, scope })? {
             Reply::Frozen { .. } => Ok(()),
@@ -290,7 +300,8 @@ pub fn measure(plan: &Plan, results: &mut Results) -> Result<()> {
             true => segments.spool(dir),
             false => segments.spool(dir) + "[ledger]\nkeep_days = 0\n",
         };
-        let mut hosts = Hosts::start(plan, sections, 2)?;
+        let sections = [Some(&sections as &dyn Fn(&Path) -> String), None];
+        let mut hosts = Hosts::start(&plan.common, &plan.spool, sections, 2)?;
         for &frame in &plan.frames {
             let streams = hosts.source.connect()?;
             let guest = guest::start(plan.ring, streams, frame, plan.habits, Pattern::One)?;
@@ -329,7 +340,7 @@ pub fn measure(plan: &Plan, results: &mut Results) -> Result<()> {
 }
 
 /// Runs the guest in stretches until nothing moves any more.
-fn run_on(
+pub(crate) fn run_on(
     guest: &mut dyn Drive,
     tsc_hz: f64,
     what: &str,
@@ -352,7 +363,7 @@ fn run_on(
     }
 }
 
-fn stretch(guest: &mut dyn Drive, time: Duration, tsc_hz: f64) -> Seen {
+pub(crate) fn stretch(guest: &mut dyn Drive, time: Duration, tsc_hz: f64) -> Seen {
     let cycles = (time.as_secs_f64() * tsc_hz) as u64;
     guest.run(cycles, (tsc_hz / SLICES_HZ) as u64)
 }
@@ -460,7 +471,9 @@ fn rate(slices: &[u32], want: f64) -> f64 {
 pub fn measure_gates(plan: &Plan, results: &mut Results) -> Result<()> {
     results.tsc_hz = tsc_hz();
     // Ready segments are large, and many lanes need one each.
-    let mut hosts = Hosts::start(plan, |dir| Segments::Made.spool(dir), 4)?;
+    let made = |dir: &Path| Segments::Made.spool(dir);
+    let sections = [Some(&made as &dyn Fn(&Path) -> String), None];
+    let mut hosts = Hosts::start(&plan.common, &plan.spool, sections, 4)?;
     for &frame in &plan.frames {
         let mut streams = hosts.source.connect()?;
         let others = streams.split_off(2);

@@ -420,6 +420,7 @@ mod tests {
                 mergeable: true,
                 pauses: 1,
                 full: false,
+                gather: false,
             },
         };
         let cells = cells(

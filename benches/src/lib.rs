@@ -40,6 +40,7 @@ pub mod pvp;
 pub mod report;
 pub mod rig;
 pub mod ring;
+pub mod ship;
 pub mod sys;
 pub mod tap;
 pub mod testpmd;

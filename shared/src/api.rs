@@ -475,7 +475,9 @@ pub enum Role {
 
 /// Where a hold stands. Source: open, frozen_inside, frozen, sealed, departing, departed. Target: prepared, restored,
 /// draining, live. Both: aborting, aborted, released.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, SchemaRead, SchemaWrite)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, SchemaRead, SchemaWrite,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum HoldState {
     /// Source: spool reserved, nothing held.
