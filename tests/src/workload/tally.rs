@@ -116,7 +116,7 @@ mod tests {
         tally.take(Some(3), 55);
         assert_eq!(tally.late, [(2, 3, 5)]);
         tally.take(Some(2), 60);
-        assert_eq!((tally.received, tally.duplicated), (5, 1));
+        assert_eq!((tally.received, tally.duplicated), (6, 1));
     }
 
     #[test]
