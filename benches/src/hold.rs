@@ -213,6 +213,8 @@ impl Hosts {
         let (mut a, _) = setup("source")?;
         let (mut b, address) = setup("target")?;
         b.sleeps = true;
+        // A target that works, too, needs a CPU for it.
+        a.sleeps = sections[1].is_some();
         for (s, sections) in [&mut a, &mut b].into_iter().zip(sections) {
             if let Some(sections) = sections {
                 s.spool = sections(&folder.path().join(&s.host));
