@@ -30,6 +30,7 @@ use crate::plot::{Bars, Panel, draw};
 use crate::report::{Figure, one, table};
 use crate::rig::{Common, tsc_hz};
 use crate::ring::Layout;
+use crate::sys;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 /// For all that depends on how much there is.
@@ -232,6 +233,7 @@ fn ship(plan: &Plan, round: usize) -> Result<Shipped> {
         if held(&status(&mut hosts.near, hold)?)[1] >= plan.bytes {
             break;
         }
+        ensure!(!sys::is_interrupted(), "interrupted");
         ensure!(
             since.elapsed() < LONG,
             "no {} bytes held after {LONG:?}",
@@ -283,6 +285,8 @@ fn ship(plan: &Plan, round: usize) -> Result<Shipped> {
     let dial = |s: &PathBuf| std::os::unix::net::UnixStream::connect(s);
     let two: std::io::Result<Vec<_>> = two.map(dial).collect();
     let mut guest = start(plan, two?.into_iter().enumerate().collect(), false)?;
+    // The target's worker has the other CPU; the source's sleeps.
+    host::pin(plan.common.worker_cpu)?;
     let begin = Instant::now();
     far.call(&Request::Commit { hold })?;
     let (mut arrived, mut wrong, mut flush_s) = (0, 0, 0.0);
@@ -294,6 +298,7 @@ fn ship(plan: &Plan, round: usize) -> Result<Shipped> {
             flush_s = begin.elapsed().as_secs_f64();
         }
         look()?;
+        ensure!(!sys::is_interrupted(), "interrupted");
         ensure!(
             begin.elapsed() < LONG,
             "{arrived} of {} frames arrived in {LONG:?}",
