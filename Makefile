@@ -5,7 +5,7 @@ FREEZE ?= switchover
 BASELINE ?=
 RUNS ?= 5
 CASE ?=
-BENCHES ?= bound pvp testpmd growth hold latency idle
+BENCHES ?= bound pvp testpmd growth hold ship latency idle
 
 FUZZ ?= vhost_user keeper split_ring packed_ring packet codec shipment spool_scan spool_open ledger config qmp
 FUZZ_S ?= 120
@@ -29,7 +29,7 @@ bench-moves: lab
 	target/release/gangway-series --runs $(RUNS) --out target/bench/moves
 
 # The switch beside OVS-DPDK and with DPDK guests, what holds and idle ports cost, and its stages one by one: about an hour
-# on two idle processors, more on busy ones. JSON, tables and pictures: target/bench. BENCHES="pvp hold" for some of it
+# on two idle processors, two on busy ones. JSON, tables and pictures: target/bench. BENCHES="pvp hold" for some of it
 bench:
 	cargo build --release -q -p gangway-switch -p gangway-benches
 	for b in $(BENCHES); do target/release/gangway-$$b || exit 1; done

@@ -168,6 +168,9 @@ pub struct Results {
     pub tsc_hz: f64,
 }
 
+/// Lines of a configuration, `[spool]` first, for a spool in a folder.
+pub(crate) type Sections<'a> = &'a dyn Fn(&Path) -> String;
+
 /// A source and a target. Processes drop before what they use.
 pub(crate) struct Hosts {
     pub(crate) source: Gangway,
@@ -186,7 +189,7 @@ impl Hosts {
     pub(crate) fn start(
         common: &Common,
         base: &Path,
-        sections: [Option<&dyn Fn(&Path) -> String>; 2],
+        sections: [Option<Sections<'_>>; 2],
         ports: usize,
     ) -> Result<Hosts> {
         let ground = Ground::take(common, pvp::hugepages(ports))?;
@@ -302,7 +305,7 @@ pub fn measure(plan: &Plan, results: &mut Results) -> Result<()> {
             true => segments.spool(dir),
             false => segments.spool(dir) + "[ledger]\nkeep_days = 0\n",
         };
-        let sections = [Some(&sections as &dyn Fn(&Path) -> String), None];
+        let sections = [Some(&sections as Sections<'_>), None];
         let mut hosts = Hosts::start(&plan.common, &plan.spool, sections, 2)?;
         for &frame in &plan.frames {
             let streams = hosts.source.connect()?;
@@ -474,7 +477,7 @@ pub fn measure_gates(plan: &Plan, results: &mut Results) -> Result<()> {
     results.tsc_hz = tsc_hz();
     // Ready segments are large, and many lanes need one each.
     let made = |dir: &Path| Segments::Made.spool(dir);
-    let sections = [Some(&made as &dyn Fn(&Path) -> String), None];
+    let sections = [Some(&made as Sections<'_>), None];
     let mut hosts = Hosts::start(&plan.common, &plan.spool, sections, 4)?;
     for &frame in &plan.frames {
         let mut streams = hosts.source.connect()?;

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use crate::control::Control;
 use crate::frames::Pattern;
 use crate::guest::{self, Drive, Habits};
-use crate::hold::{Hosts, run_on, stretch};
+use crate::hold::{Hosts, Sections, run_on, stretch};
 use crate::host::{self, Folder, Process, run, until};
 use crate::peer::Switch;
 use crate::plot::{Bars, Panel, draw};
@@ -190,6 +190,8 @@ fn start(
     let habits = Habits {
         full,
         gather: true,
+        // Who counts to the last frame takes each one.
+        batch: if full { plan.habits.batch } else { 1 },
         ..plan.habits
     };
     guest::start_as(Layout::Split, ports, plan.frame, habits, Pattern::One)?
@@ -207,7 +209,7 @@ fn ship(plan: &Plan, round: usize) -> Result<Shipped> {
             dir.display()
         )
     };
-    let sections = [Some(&sections as &dyn Fn(&Path) -> String); 2];
+    let sections = [Some(&sections as Sections<'_>); 2];
     let mut hosts = Hosts::start(&plan.common, &plan.spool, sections, ports)?;
     let streams = hosts.source.connect()?.into_iter().enumerate().collect();
     let mut guest = start(plan, streams, true)?;

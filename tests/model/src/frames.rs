@@ -141,10 +141,9 @@ impl Move {
         let state = s.switches[h].state;
         let l = &mut s.lanes[n];
         match (h, state) {
-            (A, Some(H::Aborting)) if s.switches[A].lanes[n] => {
-                if !l.source.deliver(&mut l.got) {
-                    s.switches[A].lanes[n] = false;
-                }
+            (A, Some(H::Aborting)) => {
+                let holds = &mut s.switches[A].lanes[n];
+                *holds = *holds && l.source.deliver(&mut l.got);
             }
             (B, Some(H::Draining)) if !s.switches[B].lanes[n] => {
                 if l.shipped.deliver(&mut l.got) || !l.shipped.sealed {

@@ -239,18 +239,12 @@ impl State {
 
     /// The spool of a host is freed.
     fn free(&mut self, h: usize) {
-        for l in &mut self.lanes {
-            match h {
-                A => {
-                    if l.source.delivered < l.source.frames.len()
-                        && l.shipped.frames.len() < l.source.frames.len()
-                    {
-                        self.wrong
-                            .get_or_insert("frames are thrown away at the source");
-                    }
-                }
-                _ => {}
-            }
+        let waits = |l: &crate::Lane| {
+            let all = l.source.frames.len();
+            l.source.delivered < all && l.shipped.frames.len() < all
+        };
+        if h == A && self.lanes.iter().any(waits) {
+            self.violated("frames are thrown away at the source");
         }
     }
 }
