@@ -109,7 +109,7 @@ impl Port {
         self.tx[queue % QUEUES].0.lock()
     }
 
-    /// Where its transmit queues are, those of which the guest tells how far it has read.
+    /// Where its transmit queues are, those of which it can be known whether the guest has read them.
     pub(super) fn marks(&self) -> Vec<(usize, Mark)> {
         let mark = |q| Some((q, self.tx(q).as_mut()?.mark()?));
         (0..QUEUES).filter_map(mark).collect()
@@ -251,7 +251,7 @@ pub struct Engine {
     unread: AtomicU32,
 }
 
-/// How long a queue that moves is not served until all guests have read what is in theirs.
+/// How long a queue that moves waits until all guests have read what is in theirs.
 const SOON: Duration = Duration::from_millis(20);
 /// How often that is tried.
 const TRIES: u32 = 50;
@@ -374,15 +374,30 @@ impl Engine {
     /// have sent still waits, or a guest with several queues has not read what is in them (ADR-0027). True if one has moved.
     pub fn rebalance(&self) -> bool {
         let mut seating = lock(&self.seating);
-        for (id, from, to) in seating.moves() {
+        let moves = seating.moves();
+        // One that reads nothing must not keep queues where they are for ever.
+        let is_late = self.unread.load(Ordering::Relaxed) >= TRIES;
+        let is_read = || {
+            let is_read = is_late || self.is_read();
+            if !is_read {
+                self.unread.fetch_add(1, Ordering::Relaxed);
+            }
+            is_read
+        };
+        // While the queue is served: what nobody reads must not cost its sender a pause each time.
+        if moves.is_empty() || !is_read() {
+            return false;
+        }
+        for (id, from, to) in moves {
             let Some(queue) = self.one(from, Order::Leave(id)) else {
                 continue;
             };
             // Behind this its flows take other queues of guests that have several.
-            if !self.is_read() {
+            if !is_read() {
                 self.one(from, Order::Attach(id, queue));
                 return false;
             }
+            self.unread.store(0, Ordering::Relaxed);
             seating.moved(id, to);
             self.one(to, Order::Attach(id, queue));
             let port = &self.shared.ports[id.port].name;
@@ -395,8 +410,7 @@ impl Engine {
         false
     }
 
-    /// Whether all guests with several queues read what is in them now within [`SOON`]; true after [`TRIES`] times at which they
-    /// did not: one that reads nothing must not keep queues where they are for ever.
+    /// Whether all guests with several queues read what is in them now within [`SOON`].
     fn is_read(&self) -> bool {
         let begin = Instant::now();
         let wide = self.shared.ports.iter().filter(|p| p.steering.is_wide());
@@ -407,14 +421,8 @@ impl Engine {
                 reading.begin(now, || port.marks());
                 !reading.is_over(now, |q, mark| port.has_read(q, mark))
             });
-            let is_read = waits.is_empty();
-            if is_read || self.unread.load(Ordering::Relaxed) >= TRIES {
-                self.unread.store(0, Ordering::Relaxed);
-                return true;
-            }
-            if begin.elapsed() >= SOON {
-                self.unread.fetch_add(1, Ordering::Relaxed);
-                return false;
+            if waits.is_empty() || begin.elapsed() >= SOON {
+                return waits.is_empty();
             }
             std::thread::sleep(LOOK);
         }
