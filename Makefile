@@ -10,13 +10,14 @@ BENCHES ?= bound pvp testpmd growth hold ship latency idle
 FUZZ ?= vhost_user keeper split_ring packed_ring packet codec shipment spool_scan spool_open ledger config qmp
 FUZZ_S ?= 120
 SEEDS ?= 100000
+MINUTES ?= 30
 # As cargo-fuzz builds: libFuzzer's counters in all of it, and AddressSanitizer.
 FUZZ_FLAGS := --cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
 	-Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions -Coverflow-checks -Zsanitizer=address
 FUZZ_HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 
-.PHONY: demo bench bench-moves chaos test soak check fuzz audit lab clean
+.PHONY: demo bench bench-moves chaos test soak soak-moves check fuzz audit lab clean
 
 # A group of real VMs moves between two hosts. PORTS=vhost-user|tap FREEZE=switchover|early BASELINE=1
 demo: lab
@@ -57,6 +58,12 @@ test: lab
 soak:
 	SEEDS=$(SEEDS) cargo test -q -p gangway-sim --test seeds no_world -- --nocapture
 	MODEL=all cargo test -q -p gangway-model --test all the_contract -- --nocapture
+
+# A group of real VMs moves back and forth under traffic for so long: nothing may be lost, and no process or folder of the hosts may
+# grow. All figures are in target/soak. MINUTES=30
+soak-moves: lab
+	cargo build --release -q --workspace --bins
+	target/release/gangway-soak --minutes $(MINUTES) --out target/soak
 
 # What a commit must pass
 check:

@@ -68,6 +68,8 @@ pub struct Setup {
     pub vms: bool,
     /// Where other switches reach it, and the folder with its certificate.
     pub listen: Option<(SocketAddr, PathBuf)>,
+    /// A keeper serves its ports' sockets.
+    pub kept: bool,
 }
 
 impl Default for Setup {
@@ -78,6 +80,7 @@ impl Default for Setup {
             spool: "quota_bytes = 67108864\nsync = \"none\"\n".to_owned(),
             vms: false,
             listen: None,
+            kept: false,
         }
     }
 }
@@ -93,11 +96,19 @@ impl Setup {
         dir.join(format!("{}.sock", self.host))
     }
 
+    /// Writes its configuration file: the path of it.
+    pub fn write(&self, dir: &Path, size: Size, cpus: &[usize]) -> Result<PathBuf> {
+        std::fs::create_dir_all(dir.join(&self.host))?;
+        let file = dir.join(format!("{}.toml", self.host));
+        std::fs::write(&file, self.config(dir, size, cpus))?;
+        Ok(file)
+    }
+
     fn socket(&self, dir: &Path, port: usize) -> PathBuf {
         dir.join(format!("{}-{}.sock", self.host, Setup::port(port)))
     }
 
-    /// Its configuration file.
+    /// What stands in its configuration file.
     fn config(&self, dir: &Path, size: Size, cpus: &[usize]) -> String {
         let (d, host) = (dir.display(), &self.host);
         let poll = if self.sleeps { "adaptive" } else { "busy" };
@@ -114,6 +125,9 @@ impl Setup {
             cpus.len(),
             self.spool
         );
+        if self.kept {
+            config += &format!("[keeper]\ndir = \"{d}/{host}/kept\"\n");
+        }
         if let Some(addresses) = size.addresses {
             // Buckets of eight: some of them fill up before the others.
             config += &format!("[fdb]\ncapacity = {}\n", (2 * addresses).max(65_536));
@@ -152,7 +166,7 @@ pub struct Gangway {
 }
 
 impl Gangway {
-    /// Starts it.
+    /// Starts it, also where one has ended.
     pub fn start(
         binary: &Path,
         dir: &Path,
@@ -166,9 +180,7 @@ impl Gangway {
             binary.display()
         );
         let host = &setup.host;
-        std::fs::create_dir(dir.join(host))?;
-        let file = dir.join(format!("{host}.toml"));
-        std::fs::write(&file, setup.config(dir, size, cpus))?;
+        let file = setup.write(dir, size, cpus)?;
         let mut command = Command::new(binary);
         command.arg("--config").arg(&file);
         let log = dir.join(format!("{host}.log"));

@@ -228,6 +228,20 @@ fn a_moved_vm_has_the_memory_that_it_had() {
     assert!(seen.is_empty(), "{rounds} rounds of 3 VMs: {seen:#?}");
 }
 
+/// What a move leaves behind at its source is not in the way of the move back, nor that of the next one.
+#[test]
+fn a_group_moves_there_and_back_and_there_again_without_losing_a_frame() {
+    in_a_world(Ports::VhostUser, "back", 0, |world| {
+        for host in ["b", "a"] {
+            world
+                .move_to(host)
+                .unwrap_or_else(|e| panic!("to {host}: {e:#}"));
+            eprintln!("to {host}: {:?}", world.verify("moved").unwrap());
+            thread::sleep(Duration::from_secs(1));
+        }
+    });
+}
+
 #[test]
 fn on_tap_ports_aborts_lose_nothing() {
     in_a_world(Ports::Tap, "tap-aborts", 0, |world| {

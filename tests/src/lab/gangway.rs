@@ -169,13 +169,18 @@ impl Coordinator {
 
     /// The command that moves the group to B and writes its report to [`Coordinator::report_file`].
     pub fn migrate(&self, group: &Group, freeze: Freeze) -> Command {
+        self.move_to(group, "b", freeze)
+    }
+
+    /// The same to either host.
+    pub fn move_to(&self, group: &Group, host: &str, freeze: Freeze) -> Command {
         let report = self.report_file();
         let (vms, report) = (group.order().join(","), report.to_string_lossy());
         self.command(&[
             "migrate",
             &vms,
             "--to",
-            "b",
+            host,
             "--freeze",
             freeze.name(),
             "--report",
@@ -211,6 +216,8 @@ pub struct CoordinatorReport {
     pub vms: Vec<CoordinatorVm>,
     /// Per lane.
     pub links: Vec<LinkFigures>,
+    /// From the first stop to the last resume.
+    pub blackout_ms: Option<f64>,
     /// From the freeze to the thaw.
     pub freeze_to_thaw_ms: Option<f64>,
 }

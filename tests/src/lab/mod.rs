@@ -29,6 +29,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod report;
 pub mod series;
+pub mod soak;
 mod sys;
 pub mod table;
 pub mod traffic;

@@ -14,7 +14,7 @@ use super::gangway::{Coordinator, CoordinatorReport, Programs, host_config, nic}
 use super::group::Group;
 use super::host::Host;
 use super::process::{Process, until};
-use super::qemu::{Files, Incoming, Vm};
+use super::qemu::{self, Files, Incoming, Vm};
 use super::qmp::Qmp;
 use super::report::{Mode, Run, VmFigures};
 use super::traffic::Traffic;
@@ -150,6 +150,40 @@ impl World {
     /// The product's own proof, of the youngest migration, which came to `outcome`: every frame that was held was delivered.
     pub fn verify(&self, outcome: &str) -> Result<Verified> {
         verify(&self.coordinator, outcome, self.lab.dir())
+    }
+
+    /// Moves the group to a host, as often as one likes, and waits for the end: an error if it is not there then. What it has been
+    /// moved to is ready to be moved on.
+    pub fn move_to(&self, name: &str) -> Result<CoordinatorReport> {
+        let host = [&self.lab.a, &self.lab.b]
+            .into_iter()
+            .find(|host| host.name == name)
+            .with_context(|| format!("there is no host {name}"))?;
+        let mut command = self
+            .coordinator
+            .move_to(&self.group, name, Freeze::Switchover);
+        command.arg("--quiet");
+        let log = self.lab.dir().join("move.log");
+        // Of an earlier move.
+        let _ = std::fs::remove_file(&log);
+        let status = Process::start("gangway migrate", command, &log)?.wait(PATIENCE)?;
+        if !status.success() {
+            let said = std::fs::read_to_string(&log).unwrap_or_default();
+            bail!("gangway migrate --to {name} ended with {status}: {said}");
+        }
+        let path = self.coordinator.report_file();
+        let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let report: CoordinatorReport =
+            serde_json::from_str(&text).context("the coordinator's report")?;
+        if report.outcome != "moved" {
+            bail!("the coordinator's report says {:?}", report.outcome);
+        }
+        for vm in &self.group.vms {
+            let pid = qemu::process_at(&Files::new(&host.dir, &vm.name));
+            let pid = pid.with_context(|| format!("{} has no QEMU on {name}", vm.name))?;
+            qemu::do_not_preempt(pid).with_context(|| vm.name.clone())?;
+        }
+        Ok(report)
     }
 
     /// Watches the QEMUs that B's switch will start.

@@ -241,38 +241,38 @@ impl Vm {
                 .contains("is ready")
                 .then_some(()))
         })?;
-        self.do_not_preempt()
+        do_not_preempt(self.process.pid() as i32).with_context(|| self.name.clone())
     }
+}
 
-    /// Takes the processors of the VM out of the competition for the host's.
-    ///
-    /// QEMU's emulated processor notes a first write to a page in two steps: it sets the page's dirty bit, and then lets later
-    /// writes through unnoticed (`notdirty_write` in accel/tcg/cputlb.c). A migration that collects the bit and sends the page
-    /// between the two never hears of these writes. That takes a processor that is suspended just there, which a busy host does:
-    /// with builds beside the lab 20 pages in 96 moves of a VM were not those of the source (all written by its kernel,
-    /// none by the switch); with this none in 18. Real guests (KVM) have no such steps. `GANGWAY_LAB_PREEMPT=1` is without.
-    fn do_not_preempt(&self) -> Result<()> {
-        if std::env::var_os("GANGWAY_LAB_PREEMPT").is_some() {
-            return Ok(());
+/// Takes the processors of the VM out of the competition for the host's.
+///
+/// QEMU's emulated processor notes a first write to a page in two steps: it sets the page's dirty bit, and then lets later
+/// writes through unnoticed (`notdirty_write` in accel/tcg/cputlb.c). A migration that collects the bit and sends the page
+/// between the two never hears of these writes. That takes a processor that is suspended just there, which a busy host does:
+/// with builds beside the lab 20 pages in 96 moves of a VM were not those of the source (all written by its kernel,
+/// none by the switch); with this none in 18. Real guests (KVM) have no such steps. `GANGWAY_LAB_PREEMPT=1` is without.
+pub fn do_not_preempt(pid: i32) -> Result<()> {
+    if std::env::var_os("GANGWAY_LAB_PREEMPT").is_some() {
+        return Ok(());
+    }
+    let tasks = format!("/proc/{pid}/task");
+    let mut processors = Vec::new();
+    for task in std::fs::read_dir(&tasks).with_context(|| tasks.clone())? {
+        let task = task?;
+        let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+        if name.starts_with("CPU ") {
+            processors.push(task.file_name());
         }
-        let tasks = format!("/proc/{}/task", self.process.pid());
-        let mut processors = Vec::new();
-        for task in std::fs::read_dir(&tasks).with_context(|| tasks.clone())? {
-            let task = task?;
-            let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
-            if name.starts_with("CPU ") {
-                processors.push(task.file_name());
-            }
-        }
-        match &processors[..] {
-            [] => bail!("no thread of {} is named after a processor", self.name),
-            [one] => run(std::process::Command::new("chrt")
-                .args(["--fifo", "--pid", "1"])
-                .arg(one))
-            .map(drop),
-            // Several of each VM would leave nothing to the switches.
-            _ => Ok(()),
-        }
+    }
+    match &processors[..] {
+        [] => bail!("no thread of process {pid} is named after a processor"),
+        [one] => run(std::process::Command::new("chrt")
+            .args(["--fifo", "--pid", "1"])
+            .arg(one))
+        .map(drop),
+        // Several of each VM would leave nothing to the switches.
+        _ => Ok(()),
     }
 }
 
