@@ -19,7 +19,7 @@ use gangway_switch::datapath::flow::{Flows, Key};
 use gangway_switch::datapath::lane::Lane;
 use gangway_switch::datapath::parse;
 use gangway_switch::port::{BURST, Burst, Frame, Sent, VnetHdr};
-use gangway_switch::spool::{Kind, Spool, Writer};
+use gangway_switch::spool::{Kind, Origin, Spool, Writer};
 
 mod side;
 
@@ -172,7 +172,7 @@ fn gates(c: &mut Criterion) {
     group.bench_function("forward", |b| {
         b.iter(|| {
             assert!(lane.accepts(f.len, || false));
-            lane.take(&f, || 1, &mut |f| {
+            lane.take(&f, Origin::NONE, || 1, &mut |f| {
                 black_box(f);
                 Sent::Yes
             })
@@ -241,7 +241,7 @@ fn spool(c: &mut Criterion) {
                         writer = spooled.queue();
                     }
                     timed(|| {
-                        assert_eq!(writer.append_run(1, &burst), BURST, "room");
+                        assert_eq!(writer.append_run(1, &burst, Origin::NONE), BURST, "room");
                         writer.commit();
                     })
                 })

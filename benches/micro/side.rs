@@ -9,6 +9,7 @@ use gangway_benches::sys::Memory;
 use gangway_switch::mem::guest::{GuestMem, Region};
 use gangway_switch::port::vhost::features::{OFFERED, RING_PACKED, RingFeatures};
 use gangway_switch::port::vhost::live::{Control, Gate, Live};
+use gangway_switch::port::vhost::position::Position;
 use gangway_switch::port::vhost::ring::{packed, split};
 use gangway_switch::port::vhost::{rx::Rx, tx::Tx};
 use gangway_switch::port::{RxQueue, TxQueue};
@@ -94,10 +95,11 @@ pub fn sender<R: driver::Ring>(bytes: usize) -> Side<Box<dyn RxQueue>, R> {
         ring.place().memory.write(at, &frame(bytes, 0, 1));
     }
     ring.publish(NUM);
+    let none = Position::unknown();
     let queue: Box<dyn RxQueue> = match R::LAYOUT {
         Layout::Split => {
             let q = split::Split::new(&live, NUM, 0, &f);
-            Box::new(Rx::new(q, gate(&live, 0), 0, None, f))
+            Box::new(Rx::new(q, gate(&live, 0), 0, None, f, none))
         }
         Layout::Packed => {
             let q = packed::Packed::new(&live, NUM, packed::START, &f);
@@ -107,6 +109,7 @@ pub fn sender<R: driver::Ring>(bytes: usize) -> Side<Box<dyn RxQueue>, R> {
                 packed::START,
                 None,
                 f,
+                none,
             ))
         }
     };

@@ -22,6 +22,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::socket_peercred;
 use rustix::process::{PidfdFlags, pidfd_open};
 
+use gangway_shared::config::HostConfig;
+
 use crate::message::request::SET_PROTOCOL_FEATURES;
 use crate::transcript::Transcript;
 use crate::wire::{Message, receive, send};
@@ -104,6 +106,10 @@ enum End {
     Less(u64),
     #[error("the switch takes more than {PATIENCE:?} for an answer")]
     Slow,
+    #[error(
+        "what a switch has noted of the connection before it can't be replaced (keeper.dir must be writable): {0}"
+    )]
+    Stale(io::Error),
 }
 
 /// Which of the descriptors can be read or have hung up; `false` ones are only looked at for that.
@@ -132,7 +138,7 @@ fn waits(fds: &[(rustix::fd::BorrowedFd<'_>, bool)], timeout: Option<Duration>) 
 /// Serves a port for ever.
 pub fn serve(port: &Port) {
     let mut listener = None;
-    let mut said = None;
+    let (mut said, mut stale) = (None, None);
     loop {
         match front(port, &mut listener) {
             Ok(Some(front)) => {
@@ -140,7 +146,15 @@ pub fn serve(port: &Port) {
                 said = None;
                 match relay(&front, port) {
                     End::Usual => tracing::info!(port = port.name, "the VM's end hung up"),
-                    end => tracing::warn!(port = port.name, "connection closed: {end}"),
+                    end => {
+                        let text = end.to_string();
+                        // It goes on until the operator does something.
+                        let again = matches!(end, End::Stale(_)) && stale.as_ref() == Some(&text);
+                        if !again {
+                            tracing::warn!(port = port.name, "connection closed: {text}");
+                        }
+                        stale = Some(text);
+                    }
                 }
                 std::thread::sleep(PAUSE);
             }
@@ -192,9 +206,22 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
+/// What a switch has noted of the connection before is of other rings, and would make it skip frames of these. That it may note
+/// something of this one says an empty file.
+fn begin(positions: &Path) -> io::Result<()> {
+    match std::fs::remove_file(positions) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    std::fs::File::create(positions).map(drop)
+}
+
 /// Serves one connection of a VM to its end.
 fn relay(front: &UnixStream, port: &Port) -> End {
     let (switch, name) = (port.switch.as_path(), port.name.as_str());
+    if let Err(e) = begin(&HostConfig::kept_positions(switch)) {
+        return End::Stale(e);
+    }
     let mut transcript = Transcript::default();
     let mut asked: Option<Message> = None;
     let mut deaths = 0;

@@ -284,6 +284,29 @@ fn a_new_switch_is_told_everything_and_the_front_end_notices_nothing() {
     assert!(!third.heard().iter().any(|h| h.starts_with("12 ")));
 }
 
+/// What a switch has noted of rings is for the next switch, as long as the rings are the same.
+#[test]
+fn what_a_switch_has_noted_lasts_as_long_as_the_front_ends_connection() {
+    let w = World::new();
+    let noted = w.dir.path().join("vm.positions");
+    std::fs::write(&noted, "of another connection").unwrap();
+    let first = w.switch("");
+    let front = w.front();
+    front.begin();
+    first.hears(8);
+    let is_empty = || std::fs::read(&noted).unwrap().is_empty();
+    assert!(is_empty());
+    std::fs::write(&noted, "of this one").unwrap();
+    first.kill();
+    let second = w.switch("");
+    assert_eq!(front.ask(GET_QUEUE_NUM, 0), 0);
+    assert!(!is_empty(), "the second switch finds it");
+    drop(front);
+    w.front().begin();
+    second.hears(16);
+    assert!(is_empty());
+}
+
 #[test]
 fn a_switch_that_stops_and_takes_its_time_has_refused_nothing() {
     let w = World::new();

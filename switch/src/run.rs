@@ -140,6 +140,7 @@ impl Switch {
                     name: p.name.clone(),
                     slot,
                     server: *server || kept.is_some(),
+                    positions: kept.as_deref().map(HostConfig::kept_positions),
                     socket: kept.unwrap_or_else(|| socket.clone()),
                 };
                 let port = vhost::spawn(c, engine.clone());
@@ -172,9 +173,7 @@ impl Switch {
         self.watch.abort();
         match self.engine.rest(REST) {
             Ok(true) => {}
-            Ok(false) => tracing::warn!(
-                "receivers do not take what waits for them; it is lost, but for what is held"
-            ),
+            Ok(false) => tracing::warn!("receivers do not take what waits for them; it is lost"),
             Err(e) => tracing::warn!("{e}"),
         }
         for v in self.vhost {

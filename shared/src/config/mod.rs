@@ -80,6 +80,11 @@ impl HostConfig {
         Some(valid::kept_socket(dir, port))
     }
 
+    /// Where the switch notes how far the rings of that port are: beside its socket, for as long as the keeper has the VM's connection.
+    pub fn kept_positions(socket: &Path) -> PathBuf {
+        socket.with_extension("positions")
+    }
+
     /// Reads and checks the file.
     pub fn load(path: &Path) -> Result<HostConfig, ConfigError> {
         let failed = |reason: String| ConfigError::Read {

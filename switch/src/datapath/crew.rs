@@ -321,8 +321,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Before the switch stops: nothing more is taken from any sender, and what waits for receivers goes to them. False if they do
-    /// not take all of it in time, or it is held.
+    /// Before the switch stops: nothing more is taken from any sender, and what waits for receivers in memory goes to them. False if
+    /// they do not take all of it in time. What a spool has stays there for the next run.
     pub fn rest(&self, patience: Duration) -> Result<bool, NoAck> {
         let since = Instant::now();
         let workers = self.workers().len();
@@ -336,9 +336,8 @@ impl Engine {
             .map(|(n, id)| (n, Order::Quiet(id, true)));
         self.orders(quiet.collect())?;
         loop {
-            let out = self.orders((0..workers).map(|n| (n, Order::Idle)).collect())?;
-            // Queues that are served are told, too, as from a port to itself.
-            if out.busy.iter().all(|(from, to)| from == to) {
+            let out = self.orders((0..workers).map(|n| (n, Order::Backlogs)).collect())?;
+            if out.busy.is_empty() {
                 return Ok(true);
             }
             if since.elapsed() > patience {

@@ -29,7 +29,7 @@ use super::backlog::Backlog;
 use super::reading::Reading;
 use super::stats::{DROP_NAMES, Drop, add};
 use crate::port::{Frame, Sent};
-use crate::spool::{Owed, Queue, Reader, Writer};
+use crate::spool::{Origin, Owed, Queue, Reader, Writer};
 
 /// What a drain has delivered of one queue; written by the worker, read by control.
 #[derive(Debug, Default)]
@@ -290,6 +290,11 @@ impl Lane {
         matches!(self.gate, Gate::Forward) && self.backlog.is_empty()
     }
 
+    /// Frames wait in memory, and not in a spool.
+    pub fn has_backlog(&self) -> bool {
+        !self.backlog.is_empty()
+    }
+
     /// True if what comes goes into a spool queue.
     #[inline]
     pub fn spools(&self) -> bool {
@@ -300,9 +305,11 @@ impl Lane {
         }
     }
 
-    /// Takes frames that came together into the spool queue, as many as it has room for; none if there is no queue.
-    pub fn take_run(&mut self, frames: &[Frame<'_>], now_ns: u64) -> usize {
-        self.writer().map_or(0, |w| w.append_run(now_ns, frames))
+    /// Takes frames that came together, behind `from`, into the spool queue, as many as it has room for; none if there is no
+    /// queue.
+    pub fn take_run(&mut self, frames: &[Frame<'_>], now_ns: u64, from: Origin) -> usize {
+        self.writer()
+            .map_or(0, |w| w.append_run(now_ns, frames, from))
     }
 
     fn writer(&mut self) -> Option<&mut Writer> {
@@ -325,10 +332,11 @@ impl Lane {
         }
     }
 
-    /// Takes a frame that [`Lane::accepts`] has agreed to. `Err` counts as dropped.
+    /// Takes a frame that [`Lane::accepts`] has agreed to, and that came in behind `from`. `Err` counts as dropped.
     pub fn take(
         &mut self,
         frame: &Frame<'_>,
+        from: Origin,
         now_ns: impl FnOnce() -> u64,
         send: &mut Send<'_>,
     ) -> Result<(), Drop> {
@@ -356,10 +364,7 @@ impl Lane {
                 None => return Err(Drop::Full),
             },
         };
-        writer
-            .append(now_ns(), frame)
-            .map(drop)
-            .map_err(|_| Drop::Full)
+        writer.append(now_ns(), frame, from).map_err(|_| Drop::Full)
     }
 
     /// Publishes what was taken into a spool. Once per burst, before the frames are released to their sender.
@@ -429,7 +434,7 @@ impl Lane {
         let mut lost = 0;
         while !self.backlog.is_empty() {
             let run = self.backlog.oldest();
-            let (done, all) = (writer.append_run(now_ns, &run), run.len());
+            let (done, all) = (writer.append_run(now_ns, &run, Origin::NONE), run.len());
             drop(run);
             let no_room = usize::from(done < all);
             (0..done + no_room).for_each(|_| self.backlog.pop());
@@ -664,7 +669,7 @@ mod tests {
                     if !lane.accepts(f.len, || true) {
                         break;
                     }
-                    assert_eq!(lane.take(&f, || 1, &mut full), Ok(()));
+                    assert_eq!(lane.take(&f, Origin::NONE, || 1, &mut full), Ok(()));
                     n += 1;
                 }
                 // The keeper is gone: what was reserved is all there is.
@@ -689,7 +694,7 @@ mod tests {
         let mut n = 0;
         while lane.accepts(f.len, || true) {
             assert_eq!(
-                lane.take(&f, || 1, &mut full),
+                lane.take(&f, Origin::NONE, || 1, &mut full),
                 Ok(()),
                 "what it accepts it keeps"
             );
@@ -697,7 +702,10 @@ mod tests {
         }
         assert!(n > 500);
         assert!(lane.accepts(f.len, || false));
-        assert_eq!(lane.take(&f, || 1, &mut full), Err(Drop::Full));
+        assert_eq!(
+            lane.take(&f, Origin::NONE, || 1, &mut full),
+            Err(Drop::Full)
+        );
         let mut out = 0;
         let mut send = |_: &Frame<'_>| {
             out += 1;
@@ -741,13 +749,13 @@ mod tests {
                         next += u64::from(n);
                         let bytes: Vec<Vec<u8>> = numbers.iter().map(|n| frame(*n, usize::from(len))).collect();
                         let frames: Vec<Frame<'_>> = bytes.iter().map(|b| Frame::from_slice(VnetHdr::default(), b)).collect();
-                        accepted.extend(&numbers[..lane.take_run(&frames, 1)]);
+                        accepted.extend(&numbers[..lane.take_run(&frames, 1, Origin::NONE)]);
                     }
                     Op::Frames(n, len) => for _ in 0..n {
                         next += 1;
                         let bytes = frame(next, usize::from(len));
                         if !lane.accepts(bytes.len() as u32, || false) { continue; }
-                        if lane.take(&Frame::from_slice(VnetHdr::default(), &bytes), || 1, &mut send).is_ok() {
+                        if lane.take(&Frame::from_slice(VnetHdr::default(), &bytes), Origin::NONE, || 1, &mut send).is_ok() {
                             accepted.push(next);
                         } else { dropped += 1; }
                     },

@@ -1,6 +1,6 @@
 //! A worker: owns receive queues and lanes, runs every burst to completion.
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -20,7 +20,7 @@ use super::stats::{Drop, Run, Traffic, add};
 use super::stuck::{self, Stuck};
 use super::targets::Targets;
 use crate::port::{BURST, Burst, Frame, RxErrors, RxQueue};
-use crate::spool::{Owed, Writer};
+use crate::spool::{Origin, Owed, Writer};
 use crate::sys::{self, Affinity};
 
 /// Empty rounds before an adaptive worker sleeps. Each costs a system call per device queue: with 32 of them a switch at
@@ -94,6 +94,8 @@ pub enum Order {
     Run(Place),
     /// Says what waits here, and what it serves.
     Idle,
+    /// Says what waits here and would be lost with this process.
+    Backlogs,
     /// Ends.
     Retire,
     /// Something about a lane.
@@ -376,6 +378,11 @@ impl Worker {
                         .extend(sides.filter_map(|(n, s)| Some((n, s.busy()?))));
                     out.busy.extend(served);
                 }
+                Order::Backlogs => {
+                    let sides = self.sides.iter().enumerate();
+                    out.busy
+                        .extend(sides.filter_map(|(n, s)| Some((n, s.backlog()?))));
+                }
                 Order::Retire => self.retired = true,
                 Order::Lane(c) => self.lane(c, &mut out),
             }
@@ -501,6 +508,10 @@ impl Rx {
         }
         let port = self.id.port;
         let from = &shared.ports[port];
+        let before = queue.position().map_or(Origin::NONE, |position| Origin {
+            queue: self.id.queue,
+            position,
+        });
         let mut burst = Burst::new();
         queue.burst(&mut burst);
         let generation = shared.fdb.generation();
@@ -513,18 +524,27 @@ impl Rx {
             keys.push(key);
         }
         let slots = flows.locate(&keys, port);
-        let look_up = |at: usize| look_up(burst.get(at)?, keys.get(at)?, port, round, generation);
+        let find = |at: usize| flows.find(keys.get(at)?, *slots.get(at)?, port, generation, now_s);
+        // The first one that is to be looked up asks for what the others of the burst will need, too.
+        let asked = Cell::new(false);
+        let look_up = |at: usize| {
+            if !asked.replace(true) {
+                let all = burst.iter().enumerate().skip(at);
+                let unknown = all.filter(|(i, _)| find(*i).is_none());
+                for e in unknown.filter_map(|(_, f)| parse::ether(f.head())) {
+                    shared.fdb.prefetch(e.src);
+                    shared.fdb.prefetch(e.dst);
+                }
+            }
+            look_up(burst.get(at)?, keys.get(at)?, port, round, generation)
+        };
         let mut egress = Egress::new(round, out);
         let (mut done, mut bytes) = (0, 0);
         let mut run = (usize::MAX, Run::default());
         self.touched.clear();
         while done < burst.len() {
             // What most frames are: several of flows that are known, to one lane that forwards or is held.
-            let known = |at: usize| {
-                flows
-                    .find(keys.get(at)?, *slots.get(at)?, port, generation, now_s)
-                    .or_else(|| look_up(at))
-            };
+            let known = |at: usize| find(at).or_else(|| look_up(at));
             if let Some(first) = known(done)
                 && let to = first.to()
                 && let plain = side.lanes[to].is_plain()
@@ -549,7 +569,7 @@ impl Rx {
                         self.touched.push(to);
                     }
                     let now_ns = *now_ns.get_or_init(self::now_ns);
-                    side.lanes[to].take_run(frames, now_ns)
+                    side.lanes[to].take_run(frames, now_ns, before.behind(done))
                 };
                 if run.0 != to {
                     run = traffic.next(port, run, to, now_s);
@@ -596,7 +616,8 @@ impl Rx {
             }
             for &to in &self.targets {
                 let lane = &mut side.lanes[to];
-                match lane.take(frame, || *now_ns.get_or_init(self::now_ns), &mut |f| {
+                let now_ns = || *now_ns.get_or_init(self::now_ns);
+                match lane.take(frame, before.behind(done), now_ns, &mut |f| {
                     egress.send(to, f)
                 }) {
                     Ok(()) => {}
@@ -669,6 +690,11 @@ impl Side {
     /// A lane that does not simply forward: what came in here waits, or is held.
     fn busy(&self) -> Option<usize> {
         self.lanes.iter().position(|l| !l.is_plain())
+    }
+
+    /// A lane of which something waits in memory.
+    fn backlog(&self) -> Option<usize> {
+        self.lanes.iter().position(Lane::has_backlog)
     }
 
     fn is_pending(&mut self, to: usize) {

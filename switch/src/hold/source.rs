@@ -24,7 +24,7 @@ use crate::datapath::worker::{Command, Seat, now_ns};
 use crate::ledger::{Book, counted};
 use crate::port::{FRAME_MAX, Frame};
 use crate::ship::{Lanes, Outgoing};
-use crate::spool::{Kind, Queue, Writer, sync_all};
+use crate::spool::{Kind, Origin, Queue, Writer, sync_all};
 
 /// How long a TAP's queue may take to run empty after the cut.
 const TAP_EMPTY: Duration = Duration::from_millis(50);
@@ -628,7 +628,7 @@ fn read_back(host: &Host, hold: HoldId, l: &mut Lane, until: Instant) -> Result<
             break;
         };
         let frame = Frame::from_slice(vnet, &bytes);
-        if writer.append(now_ns(), &frame).is_err() {
+        if writer.append(now_ns(), &frame, Origin::NONE).is_err() {
             let what = format!(
                 "a frame from the TAP queue of port {} is lost: the spool refuses it although it has room",
                 l.key.to

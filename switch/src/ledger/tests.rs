@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::port::{Frame, VnetHdr};
 use crate::spool::tests::{HOLD, bytes, lane, open, put, tmp};
-use crate::spool::{Kind, Spool, Writer};
+use crate::spool::{Kind, Origin, Spool, Writer};
 
 /// Format v1 as docs/formats/ledger.md shows it. If this fails the format has changed: that needs a new version.
 const LEDGER_V1: &str = include_str!("ledger-v1.hex");
@@ -90,7 +90,7 @@ fn version_1_is_written_as_ever_and_read() {
         let two = two
             .each_ref()
             .map(|b| Frame::from_slice(VnetHdr::default(), b));
-        assert_eq!(w.append_run(0x0506_0708, &two), 2);
+        assert_eq!(w.append_run(0x0506_0708, &two, Origin::NONE), 2);
     });
     let cfg = config(&dir, 1 << 20);
     let path = write(&cfg, &ledger(), books(&q)).unwrap().unwrap();

@@ -187,6 +187,12 @@ pub trait RxQueue: Send {
     /// After sleeping: clears the signal and asks the peer not to signal while we poll.
     fn disarm(&mut self);
 
+    /// How many frames were given back, on a count that goes on where an earlier run of the switch was killed: the first frame of
+    /// the next burst is the one behind so many. None if the next run could not know.
+    fn position(&self) -> Option<u64> {
+        None
+    }
+
     /// Counters since creation: (reason, frames) of what was consumed without being a frame.
     fn errors(&self) -> RxErrors {
         RxErrors::default()

@@ -68,12 +68,13 @@ pub fn salt(hold: HoldId, lane: &LaneKey) -> u32 {
     crc32c(&b)
 }
 
-/// Where a batch came in: after it, the receive queue of the sending port goes on there.
+/// Where a batch came in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Origin {
-    /// The receive queue; `u16::MAX` if it is not known.
+    /// The receive queue of the sending port; `u16::MAX` if it is not known.
     pub queue: u16,
-    /// The ring's position behind the batch's last frame, counted on beyond the ring's end.
+    /// The number of the batch's last frame among those that the queue has given back, from a random start
+    /// ([`crate::port::RxQueue::position`]).
     pub position: u64,
 }
 
@@ -83,6 +84,23 @@ impl Origin {
         queue: u16::MAX,
         position: 0,
     };
+
+    /// Is it known?
+    pub fn is_known(&self) -> bool {
+        self.queue != u16::MAX
+    }
+
+    /// So many frames behind it.
+    #[must_use]
+    pub fn behind(self, frames: usize) -> Origin {
+        match self.is_known() {
+            true => Origin {
+                position: self.position.wrapping_add(frames as u64),
+                ..self
+            },
+            false => self,
+        }
+    }
 }
 
 /// The fields of a batch's header that its frames do not give.

@@ -263,9 +263,9 @@ impl Tail {
     }
 }
 
-/// A queue's metadata file: a header, and words that change in place.
+/// A file of one page: a header, and words that change in place.
 #[derive(Debug)]
-pub(super) struct Page {
+pub(crate) struct Page {
     map: MmapRaw,
 }
 
@@ -274,7 +274,7 @@ pub(super) const PAGE: u64 = 4096;
 
 impl Page {
     /// Creates the file with this content at its start. It appears under its name complete or not at all.
-    pub(super) fn create(path: &Path, start: &[u8]) -> io::Result<Page> {
+    pub(crate) fn create(path: &Path, start: &[u8]) -> io::Result<Page> {
         use std::os::unix::fs::FileExt;
         let tmp = path.with_extension("new");
         let file = File::options()
@@ -290,7 +290,7 @@ impl Page {
     }
 
     /// Maps an existing one.
-    pub(super) fn open(path: &Path) -> io::Result<Page> {
+    pub(crate) fn open(path: &Path) -> io::Result<Page> {
         let file = File::options().read(true).write(true).open(path)?;
         if file.metadata()?.len() != PAGE {
             return Err(io::Error::new(
@@ -309,7 +309,7 @@ impl Page {
     }
 
     /// The word at byte `256 + 8 * n`.
-    pub(super) fn word(&self, n: usize) -> &AtomicU64 {
+    pub(crate) fn word(&self, n: usize) -> &AtomicU64 {
         assert!(n < 400);
         // SAFETY: inside the page (asserted), aligned (a mapping starts at a page), live as long as `self`; only
         // touched as an atomic.

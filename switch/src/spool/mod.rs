@@ -31,7 +31,8 @@ mod writer;
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub use format::{Batch, Record};
+pub use format::{Batch, Origin, Record};
+pub(crate) use map::Page;
 pub use queue::{Queue, sync_all};
 pub use reader::{Damaged, RUN, Reader, Run};
 pub use store::Spool;

@@ -158,13 +158,18 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
         segments,
     }));
     let last_seq = scan.next_seq() - 1;
+    // What was shipped here has come in elsewhere.
+    let had = match header.kind {
+        Kind::Incoming => Vec::new(),
+        Kind::Source | Kind::Local => scan.origins().to_vec(),
+    };
     queue.set_recovered(last_seq, &scan.tally(), sealed);
     let writer = if sealed {
         None
     } else {
         tail_segment
             .tail()
-            .map(|tail| Writer::new(queue.clone(), tail, last_seq, scan.tally()))
+            .map(|tail| Writer::new(queue.clone(), tail, last_seq, scan.tally(), had))
     };
     let damaged = scan
         .damaged()

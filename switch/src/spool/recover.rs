@@ -6,9 +6,10 @@
 use gangway_shared::api::Tally;
 
 use super::format::{
-    ALIGN, BATCH_HEADER, EPOCH, FILE_HEADER, FileHeader, Marker, SEGMENT_MAGIC, SEQ_MAX, Step,
-    le64, step,
+    ALIGN, BATCH_HEADER, EPOCH, FILE_HEADER, FileHeader, Marker, Origin, SEGMENT_MAGIC, SEQ_MAX,
+    Step, le64, step,
 };
+use crate::port::QUEUES;
 
 /// Where a lane goes on behind bytes that are no batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,6 +96,7 @@ pub struct Scanner {
     next_seq: u64,
     tally: Tally,
     damaged: Vec<(u64, u64)>,
+    origins: Vec<Origin>,
 }
 
 impl Scanner {
@@ -105,6 +107,7 @@ impl Scanner {
             next_seq: 1,
             tally: Tally::default(),
             damaged: Vec::new(),
+            origins: Vec::new(),
         }
     }
 
@@ -116,6 +119,22 @@ impl Scanner {
     /// Over the intact records.
     pub fn tally(&self) -> Tally {
         self.tally
+    }
+
+    /// Of each receive queue that is known, the last frame.
+    pub fn origins(&self) -> &[Origin] {
+        &self.origins
+    }
+
+    fn note(&mut self, origin: Origin) {
+        match self.origins.iter_mut().find(|o| o.queue == origin.queue) {
+            Some(o) => *o = origin,
+            // Foreign bytes may name any number of queues.
+            None if origin.is_known() && usize::from(origin.queue) < QUEUES => {
+                self.origins.push(origin);
+            }
+            None => {}
+        }
     }
 
     /// First and last number of each run of records that is not intact.
@@ -142,6 +161,7 @@ impl Scanner {
                     self.tally.count(u64::from(b.count), b.bytes);
                     self.tally.mix(b.first_seq, b.crc);
                     self.next_seq = b.last_seq() + 1;
+                    self.note(b.origin);
                     at += b.span();
                     records += u64::from(b.count);
                 }

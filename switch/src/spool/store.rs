@@ -148,7 +148,7 @@ impl Spool {
                 page,
                 segments: vec![seg],
             }));
-            let writer = Writer::new(queue.clone(), tail, 0, Tally::default());
+            let writer = Writer::new(queue.clone(), tail, 0, Tally::default(), Vec::new());
             Ok((writer, queue))
         })();
         match made {

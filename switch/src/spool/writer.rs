@@ -8,7 +8,10 @@ use super::format::{self, BATCH_HEADER, EPOCH, FILE_HEADER, Fields, FileHeader, 
 use super::map::{Segment, Tail};
 use super::queue::Queue;
 use super::syncer::Owed;
-use crate::port::{FRAME_MAX, Frame};
+use crate::port::{BURST, FRAME_MAX, Frame};
+
+/// Frames that a switch has accepted and not given back when it dies, at most.
+const AHEAD_MAX: u64 = BURST as u64;
 
 /// Appends to a queue. Owned by one thread at a time.
 #[derive(Debug)]
@@ -21,6 +24,8 @@ pub struct Writer {
     tally: Tally,
     dirty: bool,
     sealed: bool,
+    /// Of each receive queue the last frame that an earlier run of the switch has put here.
+    had: Vec<Origin>,
 }
 
 /// There is no room for this frame now: the quota is used up, the disk is full, or the next segment is not ready yet.
@@ -53,8 +58,14 @@ pub enum RejectedBatch {
 
 impl Writer {
     /// Behind record `last_seq`, in the queue's segment of this tail; writes and publishes the segment's header if it is
-    /// empty.
-    pub(super) fn new(queue: Arc<Queue>, tail: Tail, last_seq: u64, tally: Tally) -> Writer {
+    /// empty. Frames up to those that are `had` do not come in again.
+    pub(super) fn new(
+        queue: Arc<Queue>,
+        tail: Tail,
+        last_seq: u64,
+        tally: Tally,
+        had: Vec<Origin>,
+    ) -> Writer {
         let mut w = Writer {
             queue,
             tail,
@@ -63,6 +74,7 @@ impl Writer {
             tally,
             dirty: false,
             sealed: false,
+            had,
         };
         w.queue.set_writing(w.tail.segment().number());
         if w.tail.at() == 0 {
@@ -128,22 +140,25 @@ impl Writer {
         self.tail.room() >= total + BATCH_HEADER || segment.next().is_some()
     }
 
-    /// Copies the frame behind the last one. Visible to readers after [`Writer::commit`].
-    pub fn append(&mut self, time_ns: u64, frame: &Frame<'_>) -> Result<u64, NoRoom> {
-        let seq = self.next_seq;
-        match self.append_run(time_ns, std::slice::from_ref(frame)) {
+    /// Copies the frame, which came in behind `from`, behind the last one. Visible to readers after [`Writer::commit`].
+    pub fn append(&mut self, time_ns: u64, frame: &Frame<'_>, from: Origin) -> Result<(), NoRoom> {
+        match self.append_run(time_ns, std::slice::from_ref(frame), from) {
             0 => Err(NoRoom),
-            _ => Ok(seq),
+            _ => Ok(()),
         }
     }
 
-    /// The same for frames that came together, as many as there is room for: a batch, or a few.
-    pub fn append_run(&mut self, time_ns: u64, frames: &[Frame<'_>]) -> usize {
+    /// The same for frames that came together, as many as there is room for: a batch, or a few. What an earlier run of the switch
+    /// has put here and not given back to the sender is taken, and not put here again (ADR-0021).
+    pub fn append_run(&mut self, time_ns: u64, frames: &[Frame<'_>], from: Origin) -> usize {
         // Whether the queue takes anything and whether the next segment is due is asked once, and at each segment's end.
         if !self.room_for(0) {
             return 0;
         }
-        let mut done = 0;
+        let mut done = match self.had.is_empty() {
+            true => 0,
+            false => self.known(from, frames.len()),
+        };
         while let Some(rest) = frames.get(done..).filter(|rest| !rest.is_empty()) {
             let room = self.tail.room().saturating_sub(BATCH_HEADER);
             match format::fit(rest, room) {
@@ -158,7 +173,7 @@ impl Writer {
                     _ => break,
                 },
                 (n, len) => {
-                    self.put(time_ns, &rest[..n], len);
+                    self.put(time_ns, &rest[..n], len, from.behind(done + n));
                     done += n;
                 }
             }
@@ -166,13 +181,30 @@ impl Writer {
         done
     }
 
-    /// Writes a batch of `len` bytes, for which there is room.
+    /// How many of `n` frames behind `from` are here already. A lane's frames of one queue come in order, so all up to the last one
+    /// are. A number that is further ahead than a burst is of another ring, or of another time.
+    #[cold]
+    fn known(&mut self, from: Origin, n: usize) -> usize {
+        let Some(at) = self.had.iter().position(|h| h.queue == from.queue) else {
+            return 0;
+        };
+        let known = match self.had[at].position.wrapping_sub(from.position) {
+            ahead @ 1..=AHEAD_MAX => ahead as usize,
+            _ => 0,
+        };
+        if known <= n {
+            self.had.swap_remove(at);
+        }
+        known.min(n)
+    }
+
+    /// Writes a batch of `len` bytes, for which there is room; its last frame is `origin`.
     #[inline]
-    fn put(&mut self, time_ns: u64, frames: &[Frame<'_>], len: usize) {
+    fn put(&mut self, time_ns: u64, frames: &[Frame<'_>], len: usize, origin: Origin) {
         let fields = Fields {
             first_seq: self.next_seq,
             time_ns,
-            origin: Origin::NONE,
+            origin,
         };
         let (salt, epoch) = (self.queue.salt(), self.tail.segment().epoch());
         let Some(buf) = self.tail.buf(len) else {

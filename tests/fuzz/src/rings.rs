@@ -8,6 +8,7 @@ use gangway_switch::mem::guest::{GuestMem, Region};
 use gangway_switch::port::vhost::dirty::DirtyLog;
 use gangway_switch::port::vhost::features::{OFFERED, RING_PACKED, RingFeatures};
 use gangway_switch::port::vhost::live::{Areas, Control, Gate, Live};
+use gangway_switch::port::vhost::position::Position;
 use gangway_switch::port::vhost::ring::Ring;
 use gangway_switch::port::vhost::ring::packed::Packed;
 use gangway_switch::port::vhost::ring::split::Split;
@@ -313,7 +314,14 @@ fn receiver<R: Ring + 'static>(
     (gate, next): (Gate, u16),
     features: RingFeatures,
 ) -> Box<dyn RxQueue> {
-    Box::new(Rx::new(ring, gate, next, Some(event()), features))
+    Box::new(Rx::new(
+        ring,
+        gate,
+        next,
+        Some(event()),
+        features,
+        Position::unknown(),
+    ))
 }
 
 fn sender<R: Ring + 'static>(

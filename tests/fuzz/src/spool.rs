@@ -203,7 +203,11 @@ pub fn open(data: &[u8]) {
         let damaged = r.damaged.len();
         let last = r.queue.last_seq();
         if let Some(writer) = &mut r.writer {
-            let _ = writer.append(1, &Frame::from_slice(VnetHdr::default(), &[9; 60]));
+            let _ = writer.append(
+                1,
+                &Frame::from_slice(VnetHdr::default(), &[9; 60]),
+                Origin::NONE,
+            );
             writer.seal();
         }
         let mut reader = r.queue.reader();

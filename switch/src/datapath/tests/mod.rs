@@ -295,6 +295,26 @@ fn before_the_switch_stops_nothing_more_is_taken_and_what_waits_is_delivered() {
 }
 
 #[test]
+fn what_is_held_does_not_keep_the_switch_from_stopping() {
+    let w = world(&["a", "b"], 1);
+    w.ports["b"].push(frame(2, MacAddr::BROADCAST, 0));
+    eventually("it is learned", || numbers(&w.ports["a"], 2) == [0]);
+    let key = LaneKey {
+        from: "a".into(),
+        queue: 0,
+        to: "b".into(),
+    };
+    let (writer, q) = w.spool.create(HoldId(1), Kind::Source, &key).unwrap();
+    w.engine
+        .batch(vec![Command::Hold(w.seat(0), 1, writer)])
+        .unwrap();
+    w.ports["a"].push(frame(1, mac(2), 1));
+    eventually("it is held", || q.last_seq() == 1);
+    assert!(w.engine.rest(Duration::ZERO).unwrap());
+    w.engine.stop();
+}
+
+#[test]
 fn a_receiver_that_takes_nothing_is_not_tried_in_every_round() {
     let names = ["stuck", "b", "c", "d", "e", "f"];
     let w = world(&names, 1);

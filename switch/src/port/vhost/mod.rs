@@ -7,6 +7,7 @@
 //! - [`live`]: what changes under a running ring (memory, log, call) without stopping it
 //! - [`rx`], [`tx`]: the loops, which a worker runs; [`ring`]: the layout they run on
 //! - [`dirty`]: the log for live migration
+//! - [`position`]: how far a ring was, for the next run of the switch
 //! - `watchdog`: gets a worker out of a descriptor that a front-end has made blocking
 //!
 //! Invariant: nothing here waits for a guest, and nothing a guest writes makes the data path panic, log or run long.
@@ -29,6 +30,7 @@ pub mod dirty;
 mod early;
 pub mod features;
 pub mod live;
+pub mod position;
 pub mod ring;
 pub mod rx;
 pub mod session;
@@ -49,6 +51,8 @@ pub struct VhostConfig {
     pub socket: PathBuf,
     /// We listen and QEMU dials (`reconnect=1`); otherwise QEMU listens.
     pub server: bool,
+    /// Where the rings' positions are kept for the next run of the switch, if the connection outlives this one.
+    pub positions: Option<PathBuf>,
 }
 
 /// What a port's guest and front-end are up to.
@@ -84,6 +88,7 @@ pub struct VhostState {
 pub struct Shared {
     name: String,
     slot: usize,
+    positions: Option<PathBuf>,
     attach: Arc<dyn Attach>,
     /// Wakes the thread: to stop, or for a broken ring.
     alarm: Arc<File>,
@@ -98,12 +103,18 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    fn new(name: &str, slot: usize, attach: Arc<dyn Attach>) -> std::io::Result<Arc<Shared>> {
+    fn new(
+        name: &str,
+        slot: usize,
+        positions: Option<PathBuf>,
+        attach: Arc<dyn Attach>,
+    ) -> std::io::Result<Arc<Shared>> {
         use rustix::event::{EventfdFlags, eventfd};
         let alarm = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Arc::new(Shared {
             name: name.to_owned(),
             slot,
+            positions,
             attach,
             alarm: Arc::new(File::from(alarm)),
             stop: AtomicBool::new(false),
@@ -151,7 +162,7 @@ pub struct VhostPort {
 /// # Errors
 /// If the kernel gives no eventfd or thread.
 pub fn spawn(cfg: VhostConfig, attach: Arc<dyn Attach>) -> std::io::Result<VhostPort> {
-    let shared = Shared::new(&cfg.name, cfg.slot, attach)?;
+    let shared = Shared::new(&cfg.name, cfg.slot, cfg.positions.clone(), attach)?;
     let thread = std::thread::Builder::new()
         .name(format!("vhost-{}", cfg.name))
         .spawn({
@@ -174,7 +185,7 @@ pub fn serve_one(
     slot: usize,
     attach: Arc<dyn Attach>,
 ) -> std::io::Result<Option<String>> {
-    let shared = Shared::new("one", slot, attach)?;
+    let shared = Shared::new("one", slot, None, attach)?;
     conn::session(stream, &shared);
     Ok(shared.state(|s| s.last_error.take()))
 }

@@ -1,6 +1,7 @@
 //! The guest's transmit ring: frames into the switch. A burst looks at waiting chains without consuming them; a chain
 //! is given back only when the switch says that its frame is safe. So a switch that dies in between finds the frame in
-//! guest memory again, and so does the target of a migration.
+//! guest memory again, and so does the target of a migration. What is given back is noted ([`Position`]), so that the next run of
+//! the switch knows which of these frames a spool has already.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -13,6 +14,7 @@ use arrayvec::ArrayVec;
 
 use super::features::RingFeatures;
 use super::live::{Gate, clear};
+use super::position::Position;
 use super::ring::{Broken, Chain, Direction, Pieces, Plain, Plains, Pos, Ring};
 use crate::mem::Seg;
 use crate::mem::copy::{LINE, copy_short};
@@ -113,6 +115,8 @@ pub struct Rx<R: Ring> {
     taken: u64,
     /// The last of them, which a driver that polls is not shown yet.
     unshown: usize,
+    /// What the next run of the switch finds of it.
+    position: Position,
     /// Looks in a row behind which nothing was given back, while there are such.
     lingers: u32,
     /// `taken` at the last of these.
@@ -142,13 +146,15 @@ enum Parsed {
 }
 
 impl<R: Ring> Rx<R> {
-    /// A queue on a ring that starts at `next`.
+    /// A queue on a ring that starts at `next`; of the chains before it the driver has not been shown the last ones, if `position`
+    /// says so.
     pub fn new(
         ring: R,
         gate: Gate,
         next: u16,
         kick: Option<Arc<File>>,
         features: RingFeatures,
+        position: Position,
     ) -> Rx<R> {
         Rx {
             ring,
@@ -160,7 +166,8 @@ impl<R: Ring> Rx<R> {
             seen: ArrayVec::new(),
             given: 0,
             taken: 0,
-            unshown: 0,
+            unshown: usize::from(position.start().1),
+            position,
             lingers: 0,
             looked_at: 0,
             counted: 0,
@@ -227,19 +234,21 @@ impl<R: Ring> Rx<R> {
     }
 
     /// Gives back `frames` frames, and what was no frame before them, or was seen right behind them.
-    fn give_back(&mut self, mut frames: usize) {
+    fn give_back(&mut self, frames: usize) {
+        let mut left = frames;
         let (n, slots) = if self.easy > 0 {
             let n = frames.min(self.easy);
             let plains = self.plains.waiting();
             self.ring.complete_run(n, |i| (plains[i].chain(), 0));
             self.plains.take(n);
             self.easy -= n;
+            left -= n;
             (n, n as u16)
         } else {
             let waiting = &self.seen[self.given..];
             let stays = |s: &Seen| {
-                let stays = s.is_frame && frames == 0;
-                frames -= usize::from(s.is_frame && !stays);
+                let stays = s.is_frame && left == 0;
+                left -= usize::from(s.is_frame && !stays);
                 stays
             };
             let n = waiting.iter().position(stays).unwrap_or(waiting.len());
@@ -254,6 +263,7 @@ impl<R: Ring> Rx<R> {
         self.next = self.ring.after(self.next, slots);
         self.taken += n as u64;
         self.unshown += n;
+        self.position.set((frames - left) as u64, self.next.0);
         let stays = if self.ring.is_polled() { self.lag() } else { 0 };
         self.publish(stays);
         self.gate.set_next(self.next.0);
@@ -280,7 +290,7 @@ impl<R: Ring> Rx<R> {
     }
 
     /// Before `found` more chains are taken, so that together with those that the driver does not know to be back they are no more
-    /// than a burst: a switch that is killed sends no more than that again. If nothing is given back for a while, because nothing comes
+    /// than a burst: the next run of a switch that is killed takes no more than that again, or has to show no more. If nothing is given back for a while, because nothing comes
     /// or the next frame has no place, what is left is shown.
     #[inline]
     fn make_way(&mut self, found: usize) {
@@ -724,6 +734,10 @@ impl<R: Ring> RxQueue for Rx<R> {
             }
             self.gate.leave();
         }
+    }
+
+    fn position(&self) -> Option<u64> {
+        self.position.count()
     }
 
     fn errors(&self) -> RxErrors {

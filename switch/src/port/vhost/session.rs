@@ -37,6 +37,7 @@ use super::Shared;
 use super::dirty::DirtyLog;
 use super::features::{self, LOG_ALL, MQ, OFFERED, PROTOCOL_FEATURES, RING_PACKED, RingFeatures};
 use super::live::{Control, Gate, Live};
+use super::position::{Position, Positions};
 use super::ring::packed::Packed;
 use super::ring::split::Split;
 use super::ring::{Broken, Ring};
@@ -86,6 +87,8 @@ pub struct Session {
     vrings: [Vring; RINGS],
     /// Transmit queues that wait for the others.
     waiting: Vec<(u16, Box<dyn TxQueue>)>,
+    /// Of the guest's transmit rings, if the connection outlives the switch.
+    positions: Option<Positions>,
 }
 
 /// We receive by this ring; else we transmit.
@@ -109,7 +112,12 @@ fn refuse_mem(e: GuestMemError) -> Error {
 impl Session {
     /// Of a new connection.
     pub fn new(shared: Arc<Shared>) -> Session {
+        let positions = shared.positions.as_deref().and_then(|path| {
+            let no = |e| tracing::warn!(port = %shared.name, "{}: {e}; if the switch is killed, a burst may come twice", path.display());
+            Positions::open(path).map_err(no).ok().flatten()
+        });
         Session {
+            positions,
             shared,
             features: None,
             mem: None,
@@ -178,6 +186,7 @@ impl Session {
             return;
         };
         let packed = self.is_packed();
+        let mut position = Position::unknown();
         let v = &mut self.vrings[i];
         let next = if packed {
             // The ring itself does not tell how far it is; what the front-end says must at least lie in it.
@@ -192,8 +201,17 @@ impl Session {
             v.base
         } else {
             // What lies between the used index and the front-end's idea of our position was taken by somebody who never
-            // gave it back (a back-end that was killed). We take it again: rather twice than never.
-            Split::used_idx(&live.areas)
+            // gave it back (a back-end that was killed). We take it again, rather twice than never, but for what our own note
+            // says that it was given back.
+            let used = Split::used_idx(&live.areas);
+            match &self.positions {
+                Some(all) if is_rx(i) => {
+                    let ahead = Split::ahead(&live.areas, used).min(v.num);
+                    position = all.split(pair(i), used, ahead);
+                    position.start().0
+                }
+                _ => used,
+            }
         };
         if next != v.base {
             // After a crash of ours, as it should be. After a migration it would mean that a page of the ring stayed behind.
@@ -211,10 +229,10 @@ impl Session {
         let features = RingFeatures::new(features);
         let control = if packed {
             let ring = Packed::new(&live, v.num, next, &features);
-            self.attach(i, ring, live, kick, features)
+            self.attach(i, ring, live, kick, features, position)
         } else {
-            let ring = Split::new(&live, v.num, next, &features);
-            self.attach(i, ring, live, kick, features)
+            let ring = Split::new(&live, v.num, next, &features).not_shown(position.start().1);
+            self.attach(i, ring, live, kick, features, position)
         };
         self.vrings[i].running = Some(control.clone());
         self.shared.set_control(i, Some(control));
@@ -249,13 +267,14 @@ impl Session {
         live: Live,
         kick: Option<Arc<File>>,
         features: RingFeatures,
+        position: Position,
     ) -> Arc<Control> {
         let v = &self.vrings[i];
         let control = Control::new(live, v.base, self.shared.alarm.clone());
         let gate = Gate::new(control.clone());
         let (attach, slot) = (&self.shared.attach, self.shared.slot);
         if is_rx(i) {
-            let rx = Rx::new(ring, gate, v.base, kick.clone(), features);
+            let rx = Rx::new(ring, gate, v.base, kick.clone(), features, position);
             attach.attach_rx(slot, pair(i), Box::new(rx));
             // The guest may have kicked long before, or may never.
             if let Some(kick) = kick {
@@ -287,9 +306,20 @@ impl Session {
         // Whoever might still hold the queue finds it closed.
         if !control.swap(None) {
             tracing::warn!(port = %self.shared.name, ring = i, "a worker does not let go of a stopped ring");
+            if let Some(all) = self.positions.take() {
+                all.give_up();
+            }
         }
+        self.note_stopped(i);
         self.vrings[i].base = control.next();
         self.shared.set_control(i, None);
+    }
+
+    /// A ring does not run, whatever an earlier run of the switch has noted of it.
+    fn note_stopped(&self, i: usize) {
+        if let Some(all) = self.positions.as_ref().filter(|_| is_rx(i)) {
+            all.stopped(pair(i));
+        }
     }
 
     /// Stops everything, for the end of the connection.
@@ -327,6 +357,7 @@ impl Session {
     fn reset(&mut self) {
         self.stop_all();
         self.vrings = Default::default();
+        (0..RINGS).for_each(|i| self.note_stopped(i));
         self.features = None;
         self.log = None;
         self.shared.state(|s| {
@@ -515,6 +546,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         self.vring(index)?;
         self.stop(index as usize);
+        self.note_stopped(index as usize);
         let packed = self.is_packed();
         // One that was stopped in an earlier run of the switch: what the keeper was told of its position is old.
         if !packed && let Some(live) = self.live(index as usize) {
@@ -583,6 +615,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             self.start(index as usize);
         } else {
             self.stop(index as usize);
+            self.note_stopped(index as usize);
         }
         Ok(())
     }

@@ -30,7 +30,7 @@ fn version_2_is_written_as_ever() {
         Frame::from_slice(VnetHdr::default(), &all[0]),
         Frame::from_slice(vnet(0x0506_0708), &all[1]),
     ];
-    assert_eq!(w.append_run(0x0506_0708, &frames), 2);
+    assert_eq!(w.append_run(0x0506_0708, &frames, Origin::NONE), 2);
     w.seal();
     let mut b = std::fs::read(segment(dir.path())).unwrap();
     // The epoch is another one each time: that of the file, and all that follows from it.
@@ -143,7 +143,7 @@ fn checksum_and_digest_are_what_the_document_says() {
         Frame::from_slice(VnetHdr::default(), &all[0]),
         Frame::from_slice(vnet(0x0506_0708), &all[1]),
     ];
-    w.append_run(0x0506_0708, &frames);
+    w.append_run(0x0506_0708, &frames, Origin::NONE);
     let t = w.tally();
     assert_eq!((t.frames, t.bytes, t.digest), (3, 67, digest));
 }

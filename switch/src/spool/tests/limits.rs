@@ -25,7 +25,7 @@ fn at_the_quota_the_writer_waits_until_another_hold_is_gone() {
     let n2 = full(&mut w2);
     let frame = bytes(0, 1500);
     let frame = Frame::from_slice(vnet(0), &frame);
-    assert_eq!(w2.append(0, &frame), Err(NoRoom));
+    assert_eq!(w2.append(0, &frame, Origin::NONE), Err(NoRoom));
     assert!(spool.used_bytes() <= cfg.quota_bytes);
     let on_disk = disk_bytes(dir.path());
     assert!(on_disk <= cfg.quota_bytes + (64 << 10), "{on_disk}");

@@ -56,7 +56,8 @@ pub(crate) fn vnet(n: u64) -> VnetHdr {
 pub(crate) fn put(w: &mut Writer, n: u64, len: usize) {
     let b = bytes(n, len);
     until(|| w.has_room(len as u32));
-    w.append(n, &Frame::from_slice(vnet(n), &b)).unwrap();
+    w.append(n, &Frame::from_slice(vnet(n), &b), Origin::NONE)
+        .unwrap();
 }
 
 pub(crate) fn until(mut f: impl FnMut() -> bool) {

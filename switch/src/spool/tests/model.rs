@@ -61,10 +61,10 @@ proptest! {
                         frames = (0..n).map(|i| Frame::with_prefix(VnetHdr::default(), all[i].len() as u32, &plain[i], std::slice::from_ref(&rest[i]))).collect();
                     }
                     let mut done = 0;
-                    until(|| { done += w.append_run(time, &frames[done..]); done == n });
+                    until(|| { done += w.append_run(time, &frames[done..], Origin::NONE); done == n });
                     model.extend(frames.iter().map(|f| (f.len as usize, time, f.vnet)));
                 }
-                Op::Run(..) => prop_assert_eq!(w.append_run(0, &[Frame::from_slice(vnet(0), &[0; 60])]), 0),
+                Op::Run(..) => prop_assert_eq!(w.append_run(0, &[Frame::from_slice(vnet(0), &[0; 60])], Origin::NONE), 0),
                 Op::Commit => {
                     w.commit();
                     committed = model.len();
@@ -168,7 +168,7 @@ fn a_reader_in_another_thread_sees_everything_in_order() {
         let frames: Vec<_> = all.iter().map(|b| Frame::from_slice(vnet(n), b)).collect();
         let mut done = 0;
         until(|| {
-            done += w.append_run(n, &frames[done..]);
+            done += w.append_run(n, &frames[done..], Origin::NONE);
             done == frames.len()
         });
         if n % 7 < 3 {

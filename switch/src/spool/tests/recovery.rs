@@ -253,7 +253,7 @@ fn a_flipped_bit_costs_its_batch_and_no_other() {
         for n in [0, 10, 20] {
             let all: Vec<_> = (0..10).map(|_| bytes(n, 100)).collect();
             let frames: Vec<_> = all.iter().map(|b| Frame::from_slice(vnet(n), b)).collect();
-            assert_eq!(w.append_run(n, &frames), 10);
+            assert_eq!(w.append_run(n, &frames, Origin::NONE), 10);
         }
         w.commit();
     }
@@ -487,4 +487,71 @@ fn a_killed_process_loses_nothing_it_committed() {
         );
         assert!(f.writer.is_some());
     }
+}
+
+/// Frames that the run before has accepted and not given back come again, with the numbers that they had (ADR-0021).
+#[test]
+fn what_the_run_before_has_put_here_is_not_put_here_again() {
+    let dir = tmp();
+    let all: Vec<Vec<u8>> = (0..40).map(|n| bytes(n, 60)).collect();
+    let frames: Vec<Frame<'_>> = all
+        .iter()
+        .map(|b| Frame::from_slice(VnetHdr::default(), b))
+        .collect();
+    let from = |queue, position| Origin { queue, position };
+    {
+        let (spool, _) = open(dir.path());
+        let (mut w, _q) = spool.create(HOLD, Kind::Source, &lane(0)).unwrap();
+        assert_eq!(w.append_run(1, &frames[..10], from(1, 100)), 10);
+        assert_eq!(w.append_run(1, &frames[10..13], from(2, 7)), 3);
+        assert_eq!(w.append_run(1, &frames[13..14], from(1, 110)), 1);
+        assert_eq!(w.append_run(1, &frames[14..15], from(3, 1000)), 1);
+        w.commit();
+        // Nobody knows where these came in.
+        assert_eq!(w.append_run(1, &frames[15..16], Origin::NONE), 1);
+        w.commit();
+    }
+    let (_spool, mut found) = open(dir.path());
+    let mut r = found.pop().unwrap();
+    let w = r.writer.as_mut().unwrap();
+    let last = |w: &Writer| w.next_seq() - 1;
+    assert_eq!(last(w), 16);
+    // Some of them, one more, and then others.
+    assert_eq!(w.append_run(2, &frames[5..8], from(1, 105)), 3);
+    assert_eq!(w.append_run(2, &frames[8..10], from(1, 108)), 2);
+    assert_eq!(last(w), 16, "all of that was there");
+    assert_eq!(w.append_run(2, &frames[13..20], from(1, 110)), 7);
+    assert_eq!(last(w), 22, "six behind the one that was there");
+    // A count that begins anew, and is by chance one that was there: the queue is past what it had.
+    assert_eq!(w.append_run(2, &frames[20..21], from(1, 105)), 1);
+    assert_eq!(last(w), 23);
+    assert_eq!(w.append(2, &frames[12], from(2, 9)), Ok(()));
+    assert_eq!(last(w), 23);
+    assert_eq!(w.append_run(2, &frames[20..22], from(2, 10)), 2);
+    // Further ahead than a burst: of another time.
+    assert_eq!(w.append_run(2, &frames[22..23], from(3, 1001 - 33)), 1);
+    assert_eq!(w.append_run(2, &frames[23..24], Origin::NONE), 1);
+    assert_eq!(last(w), 27);
+}
+
+/// What was shipped here has come in at another host's queues.
+#[test]
+fn what_was_shipped_here_says_nothing_of_our_queues() {
+    let dir = tmp();
+    let b = bytes(1, 60);
+    let f = [Frame::from_slice(VnetHdr::default(), &b)];
+    let here = Origin {
+        queue: 0,
+        position: 5,
+    };
+    {
+        let (spool, _) = open(dir.path());
+        let (mut w, _q) = spool.create(HOLD, Kind::Incoming, &lane(0)).unwrap();
+        assert_eq!(w.append_run(1, &f, here), 1);
+        w.commit();
+    }
+    let (_spool, mut found) = open(dir.path());
+    let w = found[0].writer.as_mut().unwrap();
+    assert_eq!(w.append_run(1, &f, here), 1);
+    assert_eq!(w.next_seq(), 3);
 }

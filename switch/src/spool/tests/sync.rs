@@ -65,7 +65,7 @@ fn a_disk_that_is_behind_is_backpressure_at_the_bound() {
         assert!(n <= limit && n > limit - 50, "{sync:?}: {n}");
         let frame = bytes(0, 1500);
         assert_eq!(
-            w.append(0, &Frame::from_slice(vnet(0), &frame)),
+            w.append(0, &Frame::from_slice(vnet(0), &frame), Origin::NONE),
             Err(NoRoom)
         );
         drop(slow);

@@ -96,13 +96,28 @@ impl Split {
             flags: None,
         };
         ring.rebind(live);
+        // A run that was killed may have written entries and not said so.
+        let _ = ring.mark(0, sizes(num)[2] as usize);
         ring
+    }
+
+    /// The driver has not been shown the last `unshown` of what was given back; their entries are written.
+    pub fn not_shown(mut self, unshown: u16) -> Split {
+        self.published = self.published.wrapping_sub(unshown);
+        self
     }
 
     /// The used index in guest memory: everything before it was given back.
     pub fn used_idx(areas: &Areas) -> u16 {
         // SAFETY: the used area has at least 4 bytes, is aligned to 4 and mapped (checked at set-up).
         unsafe { atomic(areas.used, 2) }.load(Ordering::Acquire)
+    }
+
+    /// How many chains the driver has made available beyond that position; more than `num` in a ring that is broken.
+    pub fn ahead(areas: &Areas, used: u16) -> u16 {
+        // SAFETY: the available area has at least 4 bytes, is aligned to 2 and mapped (checked at set-up).
+        let avail = unsafe { atomic(areas.avail, 2) }.load(Ordering::Acquire);
+        avail.wrapping_sub(used)
     }
 
     /// Checks a ring's areas once: in one region each, aligned.

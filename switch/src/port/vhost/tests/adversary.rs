@@ -89,6 +89,7 @@ impl Switch {
             slot: 2,
             socket: dir.path().join("s"),
             server: true,
+            positions: None,
         };
         let socket = cfg.socket.clone();
         let evil = spawn(cfg, engine.clone()).unwrap();

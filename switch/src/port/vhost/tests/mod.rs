@@ -2,6 +2,7 @@
 
 mod adversary;
 mod claims;
+mod crash;
 mod driver;
 mod log;
 mod model;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use super::dirty::DirtyLog;
 use super::features::RingFeatures;
 use super::live::{Control, Gate, Live};
+use super::position::Position;
 use super::ring::packed::{self, Packed};
 use super::ring::split::Split;
 use super::rx::Rx;
@@ -148,10 +150,24 @@ impl World {
         let (gate, kick) = (Gate::new(control.clone()), Some(event()));
         let queue: Box<dyn RxQueue> = if packed {
             let ring = Packed::new(&live, NUM, next, &features);
-            Box::new(Rx::new(ring, gate, next, kick, features))
+            Box::new(Rx::new(
+                ring,
+                gate,
+                next,
+                kick,
+                features,
+                Position::unknown(),
+            ))
         } else {
             let ring = Split::new(&live, NUM, next, &features);
-            Box::new(Rx::new(ring, gate, next, kick, features))
+            Box::new(Rx::new(
+                ring,
+                gate,
+                next,
+                kick,
+                features,
+                Position::unknown(),
+            ))
         };
         let rx = Side {
             driver,

@@ -267,6 +267,7 @@ impl Setup {
             slot: 0,
             socket: dir.path().join("s"),
             server: true,
+            positions: None,
         };
         let port = spawn(cfg, engine.clone()).unwrap();
         Setup {
@@ -656,6 +657,7 @@ fn a_dialling_port_dials_again_and_stops_in_the_middle_of_a_message() {
         slot: 0,
         socket: socket.clone(),
         server: false,
+        positions: None,
     };
     let port = spawn(cfg, engine).unwrap();
     std::thread::sleep(Duration::from_millis(30));
