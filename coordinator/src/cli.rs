@@ -68,7 +68,7 @@ pub enum Command {
 /// See [`Command::Pki`].
 #[derive(Debug, Subcommand)]
 pub enum Pki {
-    /// Makes an authority: DIR/ca.pem and DIR/ca.key.
+    /// Makes an authority: DIR/ca.pem, DIR/ca.key, and its list of revoked certificates, DIR/ca.crl.
     Init {
         /// The folder.
         dir: PathBuf,
@@ -92,6 +92,13 @@ pub enum Pki {
         /// An IP address that also goes into the certificate; may be repeated.
         #[arg(long, value_name = "IP")]
         address: Vec<IpAddr>,
+    },
+    /// Takes a certificate back: it goes to DIR/revoked and into DIR/ca.crl, which every host and coordinator needs then (tls.crl).
+    Revoke {
+        /// The authority's folder.
+        dir: PathBuf,
+        /// The host's or coordinator's name.
+        name: String,
     },
 }
 

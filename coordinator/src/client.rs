@@ -40,6 +40,16 @@ pub enum ClientError {
         /// What went wrong.
         why: String,
     },
+    /// The switch is there and wants no connection of ours.
+    #[error("switch of host '{host}' at {at} does not let us in: {why}")]
+    Denied {
+        /// The host.
+        host: String,
+        /// Where it is.
+        at: String,
+        /// What it says.
+        why: String,
+    },
     /// The connection broke, or the answer took too long: the switch may or may not have done it.
     #[error("switch of host '{host}': {what} {why}")]
     Lost {
@@ -84,6 +94,7 @@ impl ClientError {
             self,
             ClientError::Refused { .. }
                 | ClientError::Unreachable { .. }
+                | ClientError::Denied { .. }
                 | ClientError::Settings(_)
         )
     }
@@ -358,9 +369,12 @@ impl Switch {
                     .await
                     .map_err(|_| self.unreachable("no answer"))?
                     .map_err(|e| self.unreachable(explain(&e, &name)))?;
-                let (send, recv) = c.open_bi().await.map_err(|e| self.unreachable(e))?;
-                let mut stream = QuicStream { send, recv };
-                self.hello(&mut stream).await?;
+                if let Err(e) = self.greet(&c).await {
+                    return Err(match (e, c.close_reason()) {
+                        (ClientError::Unreachable { .. }, Some(why)) => self.closed(&why, &name),
+                        (e, _) => e,
+                    });
+                }
                 *slot = Some(c.clone());
                 c
             }
@@ -372,6 +386,33 @@ impl Switch {
             why: format!("was not sent: {e}"),
         })?;
         Ok(QuicStream { send, recv })
+    }
+
+    /// The first call of a QUIC connection.
+    async fn greet(&self, connection: &quinn::Connection) -> Result<(), ClientError> {
+        let opened = connection.open_bi().await;
+        let (send, recv) = opened.map_err(|e| self.unreachable(e))?;
+        self.hello(&mut QuicStream { send, recv }).await
+    }
+
+    /// The error for a connection that ended before the greeting: a switch that does not want our certificate says so behind
+    /// the handshake (TLS 1.3).
+    fn closed(&self, why: &quinn::ConnectionError, name: &str) -> ClientError {
+        use quinn::ConnectionError as C;
+        let denied = match why {
+            C::ConnectionClosed(_) => true,
+            C::ApplicationClosed(close) => close.error_code.into_inner() != 0,
+            _ => false,
+        };
+        let why = explain(why, name);
+        if !denied {
+            return self.unreachable(why);
+        }
+        ClientError::Denied {
+            host: self.host().to_owned(),
+            at: self.0.host.way.to_string(),
+            why,
+        }
     }
 
     async fn hello(&self, stream: &mut (impl Duplex + ?Sized)) -> Result<(), ClientError> {
@@ -406,19 +447,26 @@ impl Switch {
 /// What a failed handshake means for the operator.
 fn explain(e: &quinn::ConnectionError, name: &str) -> String {
     let text = e.to_string();
-    let hint = if text.contains("NotValidForName") {
+    // Each side says what is wrong with the other's certificate.
+    let whose = match e {
+        quinn::ConnectionError::ConnectionClosed(_) => "our certificate",
+        _ => "its certificate",
+    };
+    let has = |words: &str| text.contains(words);
+    let hint = if has("not valid for name") {
         format!(
             ": its certificate is not for '{name}', issue one with `gangway pki issue DIR NAME --host`"
         )
-    } else if ["UnknownIssuer", "BadSignature"]
-        .iter()
-        .any(|e| text.contains(e))
-        || text.contains("UnknownCa")
-        || text.contains("unknown ca")
-    {
+    } else if has("UnknownIssuer") || has("BadSignature") {
         ": the two sides do not have the same authority (ca)".to_owned()
-    } else if text.contains("xpired") {
-        ": the certificate has expired, issue a new one".to_owned()
+    } else if has("UnknownRevocationStatus") {
+        format!(": {whose} is of an authority of which tls.crl has no list")
+    } else if has("Revoked") {
+        format!(": {whose} was revoked, issue a new one")
+    } else if has("certificate expired") {
+        format!(": {whose} has expired, issue a new one")
+    } else if has("not valid yet") {
+        format!(": {whose} is not valid yet, compare the clocks of both sides")
     } else {
         String::new()
     };
@@ -541,34 +589,7 @@ impl AsyncWrite for QuicStream {
 
 /// The request's name, for messages.
 pub fn verb(request: &Request) -> &'static str {
-    match request {
-        Request::Hello { .. } => "Hello",
-        Request::HostShow => "HostShow",
-        Request::PortList => "PortList",
-        Request::VmList => "VmList",
-        Request::LinkList => "LinkList",
-        Request::FdbList => "FdbList",
-        Request::VmmOpen { .. } => "VmmOpen",
-        Request::VmmStart { .. } => "VmmStart",
-        Request::VmmStop { .. } => "VmmStop",
-        Request::HoldOpen(_) => "HoldOpen",
-        Request::Freeze { .. } => "Freeze",
-        Request::Seal { .. } => "Seal",
-        Request::Depart { .. } => "Depart",
-        Request::IncomingPrepare(_) => "IncomingPrepare",
-        Request::IncomingRestore { .. } => "IncomingRestore",
-        Request::Commit { .. } => "Commit",
-        Request::Announce { .. } => "Announce",
-        Request::HoldStatus { .. } => "HoldStatus",
-        Request::HoldList => "HoldList",
-        Request::HoldAbort { .. } => "HoldAbort",
-        Request::HoldRelease { .. } => "HoldRelease",
-        Request::WorkerList => "WorkerList",
-        Request::WorkersSet(_) => "WorkersSet",
-        Request::LedgerShow { .. } => "LedgerShow",
-        Request::LedgerIndex(_) => "LedgerIndex",
-        Request::LedgerFrames(_) => "LedgerFrames",
-    }
+    request.name()
 }
 
 /// Switches of all hosts, by name.

@@ -79,7 +79,8 @@ impl std::error::Error for Failure {}
 impl From<crate::client::ClientError> for Failure {
     fn from(e: crate::client::ClientError) -> Failure {
         let code = match &e {
-            crate::client::ClientError::Refused { .. } => Code::Refused,
+            crate::client::ClientError::Refused { .. }
+            | crate::client::ClientError::Denied { .. } => Code::Refused,
             crate::client::ClientError::Settings(_) => Code::Usage,
             _ => Code::Unreachable,
         };

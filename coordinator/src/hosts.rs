@@ -63,7 +63,7 @@ pub struct Group {
 
 const TOP: &[&str] = &["host", "tls", "group"];
 const HOST: &[&str] = &["name", "address", "socket"];
-const TLS: &[&str] = &["cert", "key", "ca"];
+const TLS: &[&str] = &["cert", "key", "ca", "crl"];
 const GROUP: &[&str] = &["name", "vms"];
 
 impl Hosts {
@@ -139,6 +139,7 @@ impl Hosts {
             cert: folder.join(t.cert),
             key: folder.join(t.key),
             ca: folder.join(t.ca),
+            crl: t.crl.map(|c| folder.join(c)),
         });
         out.groups = raw.group;
         for g in &out.groups {
@@ -205,6 +206,7 @@ struct RawTls {
     cert: PathBuf,
     key: PathBuf,
     ca: PathBuf,
+    crl: Option<PathBuf>,
 }
 
 fn groups<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Vec<Group>, D::Error> {
@@ -236,11 +238,13 @@ mod tests {
     fn a_good_file() {
         let h = parse(
             "[[host]]\nname = \"a\"\naddress = \"10.0.0.1:7600\"\n[[host]]\nname = \"b\"\nsocket = \"b.sock\"\n\
-             [tls]\ncert = \"c.pem\"\nkey = \"/k\"\nca = \"ca\"\n[[group]]\nname = \"g\"\nvms = [\"x\"]\n",
+             [tls]\ncert = \"c.pem\"\nkey = \"/k\"\nca = \"ca\"\ncrl = \"ca.crl\"\n[[group]]\nname = \"g\"\nvms = [\"x\"]\n",
         )
         .expect("good");
         assert_eq!(h.hosts[1].way, Way::Unix("/etc/gangway/b.sock".into()));
-        assert_eq!(h.tls.as_ref().expect("tls").key, PathBuf::from("/k"));
+        let tls = h.tls.as_ref().expect("tls");
+        assert_eq!(tls.key, PathBuf::from("/k"));
+        assert_eq!(tls.crl, Some("/etc/gangway/ca.crl".into()));
         assert!(
             h.find("aa")
                 .expect_err("unknown")

@@ -140,6 +140,40 @@ pub enum Request {
     LedgerFrames(LedgerPage),
 }
 
+impl Request {
+    /// Its name, for messages: what it carries may be long, or secret.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Request::Hello { .. } => "Hello",
+            Request::HostShow => "HostShow",
+            Request::PortList => "PortList",
+            Request::VmList => "VmList",
+            Request::LinkList => "LinkList",
+            Request::FdbList => "FdbList",
+            Request::VmmOpen { .. } => "VmmOpen",
+            Request::VmmStart { .. } => "VmmStart",
+            Request::VmmStop { .. } => "VmmStop",
+            Request::HoldOpen(_) => "HoldOpen",
+            Request::Freeze { .. } => "Freeze",
+            Request::Seal { .. } => "Seal",
+            Request::Depart { .. } => "Depart",
+            Request::IncomingPrepare(_) => "IncomingPrepare",
+            Request::IncomingRestore { .. } => "IncomingRestore",
+            Request::Commit { .. } => "Commit",
+            Request::Announce { .. } => "Announce",
+            Request::HoldStatus { .. } => "HoldStatus",
+            Request::HoldList => "HoldList",
+            Request::HoldAbort { .. } => "HoldAbort",
+            Request::HoldRelease { .. } => "HoldRelease",
+            Request::WorkerList => "WorkerList",
+            Request::WorkersSet(_) => "WorkersSet",
+            Request::LedgerShow { .. } => "LedgerShow",
+            Request::LedgerIndex(_) => "LedgerIndex",
+            Request::LedgerFrames(_) => "LedgerFrames",
+        }
+    }
+}
+
 /// A part of a lane's record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, SchemaRead, SchemaWrite)]
 pub struct LedgerPage {

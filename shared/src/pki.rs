@@ -2,7 +2,8 @@
 //!
 //! Every host and every coordinator has a certificate from one authority. Who a peer is stands in its certificate's
 //! subject alternative name and nowhere else: `NAME.host.gangway` or `NAME.coordinator.gangway`. Both sides show
-//! theirs (mutual TLS 1.3, provider *ring*, ADR-0004).
+//! theirs (mutual TLS 1.3, provider *ring*, ADR-0004). What the authority has revoked stands in a list that it has signed
+//! (RFC 5280, section 5); who has the list believes neither a peer on it nor one of whose authority it has none.
 //!
 //! Invariant: no process-wide crypto provider is installed or used; no clock in here, `now` is a parameter.
 
@@ -10,14 +11,17 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::ServerCertVerifier;
 use rustls::crypto::CryptoProvider;
-use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls::{CertificateError, ClientConfig, RootCertStore, ServerConfig};
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls_pki_types::{
+    CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime,
+};
 use x509_parser::extensions::GeneralName;
 
 use crate::config::valid::TlsFiles;
@@ -107,9 +111,7 @@ pub enum PkiError {
         reason: String,
     },
     /// The operator's: the file has other contents.
-    #[error(
-        "no {what} in '{path}': {reason}; it must be a PEM file as `gangway pki issue` writes it"
-    )]
+    #[error("no {what} in '{path}': {reason}; it must be a PEM file as `gangway pki` writes it")]
     NotPem {
         /// What was looked for.
         what: &'static str,
@@ -153,6 +155,26 @@ pub enum PkiError {
     NotIssuedBy {
         /// The certificate's file.
         cert: PathBuf,
+        /// The authority's file.
+        ca: PathBuf,
+        /// As rustls puts it.
+        reason: String,
+    },
+    /// The operator's: the authority has taken it back.
+    #[error("certificate '{cert}' is revoked in '{crl}'; issue a new one with `gangway pki issue`")]
+    Revoked {
+        /// The certificate's file.
+        cert: PathBuf,
+        /// The list's file.
+        crl: PathBuf,
+    },
+    /// The operator's: another authority's list, or none.
+    #[error(
+        "'{crl}' is no list of what the authority in '{ca}' has revoked ({reason}); take both from the same folder of `gangway pki`"
+    )]
+    ForeignList {
+        /// The list's file.
+        crl: PathBuf,
         /// The authority's file.
         ca: PathBuf,
         /// As rustls puts it.
@@ -208,6 +230,13 @@ pub fn peer_identity(cert: &CertificateDer<'_>) -> Result<Identity, PkiError> {
     }
 }
 
+/// The number by which a list of revoked certificates names this one.
+pub fn serial(cert: &CertificateDer<'_>) -> Result<Vec<u8>, PkiError> {
+    let (_, parsed) = x509_parser::parse_x509_certificate(cert)
+        .map_err(|e| PkiError::BadCertificate(e.to_string()))?;
+    Ok(parsed.raw_serial().to_vec())
+}
+
 /// The name to ask for when dialling `host`: the handshake fails unless its certificate is that host's.
 pub fn host_server_name(host: &str) -> Result<String, PkiError> {
     if !is_name(host) {
@@ -216,21 +245,53 @@ pub fn host_server_name(host: &str) -> Result<String, PkiError> {
     Ok(format!("{host}{}", Role::Host.suffix()))
 }
 
+/// Whom to believe.
+#[derive(Debug, Clone)]
+struct Trust {
+    provider: Arc<CryptoProvider>,
+    roots: Arc<RootCertStore>,
+    /// None: nothing is revoked.
+    crls: Vec<CertificateRevocationListDer<'static>>,
+}
+
+impl Trust {
+    /// Peers that dial us.
+    fn clients(&self) -> Result<Arc<dyn ClientCertVerifier>, VerifierBuilderError> {
+        let (roots, provider) = (Arc::clone(&self.roots), Arc::clone(&self.provider));
+        WebPkiClientVerifier::builder_with_provider(roots, provider)
+            .with_crls(self.crls.iter().cloned())
+            .build()
+    }
+
+    /// Peers that we dial.
+    fn servers(&self) -> Result<Arc<WebPkiServerVerifier>, VerifierBuilderError> {
+        let (roots, provider) = (Arc::clone(&self.roots), Arc::clone(&self.provider));
+        WebPkiServerVerifier::builder_with_provider(roots, provider)
+            .with_crls(self.crls.iter().cloned())
+            .build()
+    }
+}
+
 /// A certificate, its key and the authority, checked against each other.
 #[derive(Debug, Clone)]
 pub struct Credentials {
     identity: Identity,
-    provider: Arc<CryptoProvider>,
-    roots: Arc<RootCertStore>,
+    trust: Trust,
     certified: Arc<CertifiedKey>,
 }
 
 impl Credentials {
-    /// Reads the three files and checks that they fit together at `now`.
+    /// Reads the files and checks that they fit together at `now`.
     pub fn load(files: &TlsFiles, now: UnixTime) -> Result<Credentials, PkiError> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let chain = read_certs("certificate", &files.cert)?;
-        let authority = read_certs("authority's certificate", &files.ca)?;
+        let chain: Vec<CertificateDer<'static>> =
+            read_pem("certificate", "CERTIFICATE", &files.cert)?;
+        let authority: Vec<CertificateDer<'static>> =
+            read_pem("authority's certificate", "CERTIFICATE", &files.ca)?;
+        let crls: Vec<CertificateRevocationListDer<'static>> = match &files.crl {
+            Some(crl) => read_pem("list of revoked certificates", "X509 CRL", crl)?,
+            None => Vec::new(),
+        };
         let key = PrivateKeyDer::from_pem_file(&files.key)
             .map_err(|e| pem_error("private key", &files.key, e))?;
 
@@ -242,27 +303,31 @@ impl Credentials {
                 reason: e.to_string(),
             })?;
         }
-        let roots = Arc::new(roots);
+        let trust = Trust {
+            provider,
+            roots: Arc::new(roots),
+            crls,
+        };
         let leaf = chain.first().ok_or(PkiError::NoCertificate)?;
         check_dates(leaf, &files.cert, now)?;
         let identity = peer_identity(leaf)?;
-        check_issuer(&chain, &identity, &roots, &provider, files, now)?;
+        check_issuer(&chain, &identity, &trust, files, now)?;
 
-        let certified = CertifiedKey::from_der(chain, key, &provider).map_err(|e| match e {
-            rustls::Error::InconsistentKeys(_) => PkiError::KeyMismatch {
-                cert: files.cert.clone(),
-                key: files.key.clone(),
-            },
-            e => PkiError::NotPem {
-                what: "usable private key",
-                path: files.key.clone(),
-                reason: e.to_string(),
-            },
-        })?;
+        let certified =
+            CertifiedKey::from_der(chain, key, &trust.provider).map_err(|e| match e {
+                rustls::Error::InconsistentKeys(_) => PkiError::KeyMismatch {
+                    cert: files.cert.clone(),
+                    key: files.key.clone(),
+                },
+                e => PkiError::NotPem {
+                    what: "usable private key",
+                    path: files.key.clone(),
+                    reason: e.to_string(),
+                },
+            })?;
         Ok(Credentials {
             identity,
-            provider,
-            roots,
+            trust,
             certified: Arc::new(certified),
         })
     }
@@ -274,10 +339,9 @@ impl Credentials {
 
     /// For the accepting side: TLS 1.3, a certificate of our authority is demanded from the peer.
     pub fn server_config(&self, alpns: &[&[u8]]) -> Result<ServerConfig, PkiError> {
-        let verifier = client_verifier(&self.roots, &self.provider)?;
-        let mut config = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
+        let mut config = ServerConfig::builder_with_provider(Arc::clone(&self.trust.provider))
             .with_protocol_versions(&[&rustls::version::TLS13])?
-            .with_client_cert_verifier(verifier)
+            .with_client_cert_verifier(self.trust.clients().map_err(not_set_up)?)
             .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(Arc::clone(
                 &self.certified,
             ))));
@@ -289,9 +353,9 @@ impl Credentials {
 
     /// For the dialling side. The peer's name is checked against what the dialler asks for: [`host_server_name`].
     pub fn client_config(&self, alpn: &[u8]) -> Result<ClientConfig, PkiError> {
-        let mut config = ClientConfig::builder_with_provider(Arc::clone(&self.provider))
+        let mut config = ClientConfig::builder_with_provider(Arc::clone(&self.trust.provider))
             .with_protocol_versions(&[&rustls::version::TLS13])?
-            .with_root_certificates(Arc::clone(&self.roots))
+            .with_webpki_verifier(self.trust.servers().map_err(not_set_up)?)
             .with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(Arc::clone(
                 &self.certified,
             ))));
@@ -319,27 +383,27 @@ pub fn client_config(
     Credentials::load(files, now)?.client_config(alpn)
 }
 
-fn client_verifier(
-    roots: &Arc<RootCertStore>,
-    provider: &Arc<CryptoProvider>,
-) -> Result<Arc<dyn ClientCertVerifier>, PkiError> {
-    WebPkiClientVerifier::builder_with_provider(Arc::clone(roots), Arc::clone(provider))
-        .build()
-        .map_err(|e| PkiError::Tls(rustls::Error::General(e.to_string())))
+fn not_set_up(e: VerifierBuilderError) -> PkiError {
+    PkiError::Tls(rustls::Error::General(e.to_string()))
 }
 
-fn read_certs(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, PkiError> {
-    let certs = CertificateDer::pem_file_iter(path)
+/// All `label`s of a file; at least one.
+fn read_pem<T: PemObject>(
+    what: &'static str,
+    label: &str,
+    path: &Path,
+) -> Result<Vec<T>, PkiError> {
+    let found = T::pem_file_iter(path)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
         .map_err(|e| pem_error(what, path, e))?;
-    if certs.is_empty() {
+    if found.is_empty() {
         return Err(PkiError::NotPem {
             what,
             path: path.to_owned(),
-            reason: "no BEGIN CERTIFICATE line".to_owned(),
+            reason: format!("no BEGIN {label} line"),
         });
     }
-    Ok(certs)
+    Ok(found)
 }
 
 fn pem_error(what: &'static str, path: &Path, e: rustls_pki_types::pem::Error) -> PkiError {
@@ -382,33 +446,49 @@ fn check_dates(leaf: &CertificateDer<'_>, path: &Path, now: UnixTime) -> Result<
 fn check_issuer(
     chain: &[CertificateDer<'static>],
     identity: &Identity,
-    roots: &Arc<RootCertStore>,
-    provider: &Arc<CryptoProvider>,
+    trust: &Trust,
     files: &TlsFiles,
     now: UnixTime,
 ) -> Result<(), PkiError> {
-    let wrong = |e: rustls::Error| PkiError::NotIssuedBy {
-        cert: files.cert.clone(),
-        ca: files.ca.clone(),
-        reason: e.to_string(),
+    use rustls::Error as E;
+    let no_list = |reason: String| match &files.crl {
+        Some(crl) => PkiError::ForeignList {
+            crl: crl.clone(),
+            ca: files.ca.clone(),
+            reason,
+        },
+        None => PkiError::Tls(E::General(reason)),
+    };
+    let wrong = |e: E| match (e, &files.crl) {
+        (E::InvalidCertificate(CertificateError::Revoked), Some(crl)) => PkiError::Revoked {
+            cert: files.cert.clone(),
+            crl: crl.clone(),
+        },
+        (
+            e @ (E::InvalidCertificate(CertificateError::UnknownRevocationStatus)
+            | E::InvalidCertRevocationList(_)),
+            _,
+        ) => no_list(e.to_string()),
+        (e, _) => PkiError::NotIssuedBy {
+            cert: files.cert.clone(),
+            ca: files.ca.clone(),
+            reason: e.to_string(),
+        },
     };
     let Some((leaf, between)) = chain.split_first() else {
         return Err(PkiError::NoCertificate);
     };
-    client_verifier(roots, provider)?
+    let clients = trust.clients().map_err(|e| no_list(e.to_string()))?;
+    clients
         .verify_client_cert(leaf, between, now)
         .map_err(wrong)?;
     if identity.role == Role::Host {
         let name = ServerName::try_from(identity.dns_name())
             .map_err(|_| PkiError::BadName(identity.name.clone()))?;
-        rustls::client::WebPkiServerVerifier::builder_with_provider(
-            Arc::clone(roots),
-            Arc::clone(provider),
-        )
-        .build()
-        .map_err(|e| PkiError::Tls(rustls::Error::General(e.to_string())))?
-        .verify_server_cert(leaf, between, &name, &[], now)
-        .map_err(wrong)?;
+        let servers = trust.servers().map_err(|e| no_list(e.to_string()))?;
+        servers
+            .verify_server_cert(leaf, between, &name, &[], now)
+            .map_err(wrong)?;
     }
     Ok(())
 }

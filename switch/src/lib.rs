@@ -9,6 +9,7 @@ pub mod ledger;
 pub mod mem;
 pub mod port;
 pub mod run;
+pub mod said;
 pub mod ship;
 pub mod spool;
 pub mod sys;

@@ -4,7 +4,7 @@ use gangway_shared::pki::Role;
 
 use crate::cli::Pki;
 use crate::exit::Failure;
-use crate::pki::{init, issue};
+use crate::pki::{init, issue, revoke};
 
 pub fn exec(command: Pki) -> Result<(), Failure> {
     let files = match command {
@@ -19,6 +19,7 @@ pub fn exec(command: Pki) -> Result<(), Failure> {
             let role = if host { Role::Host } else { Role::Coordinator };
             issue(&dir, &name, role, &address)?
         }
+        Pki::Revoke { dir, name } => revoke(&dir, &name)?,
     };
     for f in files {
         anstream::println!("{}", f.display());

@@ -161,11 +161,14 @@ impl<'n> Check<'n> {
             Some(check.path(&t, key, at))
         };
         let (cert, key, ca) = (file(self, "cert"), file(self, "key"), file(self, "ca"));
+        let crl = t.string(self.notes, "crl");
+        let crl = crl.map(|c| self.path(&t, "crl", c));
         t.finish(self.notes);
         Some(TlsFiles {
             cert: cert?,
             key: key?,
             ca: ca?,
+            crl,
         })
     }
 

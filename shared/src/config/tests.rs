@@ -134,6 +134,16 @@ const BAD: &[(&str, &str, &str)] = &[
         "host.toml:6: tls.cert: missing; name the PEM file",
     ),
     (
+        "ca = \"/etc/gangway/ca.pem\"",
+        "ca = \"/etc/gangway/ca.pem\"\ncrl = \"ca.crl\"",
+        "host.toml:10: tls.crl: 'ca.crl' is not an absolute path",
+    ),
+    (
+        "ca = \"/etc/gangway/ca.pem\"",
+        "ca = \"/etc/gangway/ca.pem\"\ncrl = [\"/etc/gangway/ca.crl\"]",
+        "host.toml:10: tls.crl: must be a string in quotes, not an array",
+    ),
+    (
         "[migration]\naddress = \"192.0.2.1\"\n",
         "",
         "host.toml:13: vm.incoming: no VM can arrive here without [migration]",
@@ -412,7 +422,8 @@ fn a_file_that_cannot_be_read_says_why() {
 fn the_example_of_deploy_is_valid() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples/host.toml");
     let config = HostConfig::load(&path).unwrap_or_else(|e| panic!("{e}"));
-    assert!(config.tls.is_some() && !config.vms.is_empty() && config.ports.len() >= 3);
+    assert!(config.tls.as_ref().is_some_and(|t| t.crl.is_some()));
+    assert!(!config.vms.is_empty() && config.ports.len() >= 3);
     // What is commented out shows its default.
     let text = std::fs::read_to_string(&path).expect("read");
     let is_key = |line: &str| {

@@ -50,6 +50,8 @@ pub struct TlsFiles {
     pub key: PathBuf,
     /// The authority that all hosts and coordinators are issued by.
     pub ca: PathBuf,
+    /// Which of its certificates count no more (none), as `gangway pki revoke` writes it.
+    pub crl: Option<PathBuf>,
 }
 
 /// Workers that a switch may have.

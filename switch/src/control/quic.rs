@@ -14,9 +14,8 @@ use quinn::{
 };
 use rustls::pki_types::{CertificateDer, UnixTime};
 
-/// Largest packet that is tried. quinn hands up to 10 packets to the kernel at once, and more than 64 KiB is lost
-/// without an error.
-const MTU_MAX: u16 = 6550;
+use crate::ship::PACKET_MAX;
+
 /// What may be under way: 10 Gbit/s for 13 ms.
 const WINDOW_BYTES: u32 = 16 << 20;
 const STREAM_WINDOW_BYTES: u32 = 8 << 20;
@@ -127,7 +126,12 @@ pub fn endpoint(cfg: &HostConfig) -> Result<Option<Quic>, QuicError> {
         .and_then(|s| {
             let runtime = quinn::default_runtime()
                 .ok_or_else(|| io::Error::other("no tokio runtime on this thread"))?;
-            Endpoint::new(EndpointConfig::default(), Some(server), s, runtime)
+            // What we do not offer nobody sends us: by itself quinn offers 1,472 bytes.
+            let mut config = EndpointConfig::default();
+            config
+                .max_udp_payload_size(PACKET_MAX)
+                .map_err(io::Error::other)?;
+            Endpoint::new(config, Some(server), s, runtime)
         })
         .map_err(|source| QuicError::Bind { address, source })?;
     Ok(Some(Quic {
@@ -141,7 +145,7 @@ pub fn endpoint(cfg: &HostConfig) -> Result<Option<Quic>, QuicError> {
 fn transport() -> TransportConfig {
     let mut t = TransportConfig::default();
     let mut mtu = quinn::MtuDiscoveryConfig::default();
-    mtu.upper_bound(MTU_MAX);
+    mtu.upper_bound(PACKET_MAX);
     t.mtu_discovery_config(Some(mtu));
     t.stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES));
     t.receive_window(VarInt::from_u32(WINDOW_BYTES));
@@ -157,10 +161,15 @@ fn transport() -> TransportConfig {
 
 fn socket(address: SocketAddr) -> io::Result<UdpSocket> {
     let socket = UdpSocket::bind(address)?;
-    // As much as the administrator allows (net.core.rmem_max); less is slower, not wrong.
+    // With CAP_NET_ADMIN; without it as much as the administrator allows (net.core.rmem_max). Less is slower, not wrong.
+    use rustix::net::sockopt as opt;
     let bytes = 4 << 20;
-    let _ = rustix::net::sockopt::set_socket_recv_buffer_size(&socket, bytes);
-    let _ = rustix::net::sockopt::set_socket_send_buffer_size(&socket, bytes);
+    if opt::set_socket_recv_buffer_size_force(&socket, bytes).is_err() {
+        let _ = opt::set_socket_recv_buffer_size(&socket, bytes);
+    }
+    if opt::set_socket_send_buffer_size_force(&socket, bytes).is_err() {
+        let _ = opt::set_socket_send_buffer_size(&socket, bytes);
+    }
     Ok(socket)
 }
 

@@ -195,16 +195,12 @@ async fn accept_unix(control: Arc<Control>, listener: UnixListener) {
 }
 
 async fn serve_unix(control: Arc<Control>, mut stream: UnixStream, _room: OwnedSemaphorePermit) {
-    let session = Session::default();
+    let session = Session::new("control.socket");
     loop {
         // A local coordinator may keep its connection for as long as it likes.
         match control.call(&session, &mut stream, None).await {
             Ok(After::Next) => {}
-            Ok(After::Closed) => return,
-            Ok(After::Misbehaved) => {
-                tracing::warn!("control.socket: a client broke the protocol");
-                return;
-            }
+            Ok(After::Closed | After::Misbehaved) => return,
             Err(e) => {
                 tracing::debug!("control.socket: {e}");
                 return;
@@ -233,20 +229,36 @@ async fn accept_quic(
             continue;
         }
         let Ok(permit) = Arc::clone(&room).try_acquire_owned() else {
-            tracing::warn!(peer = %incoming.remote_address(), "refused: {CONNECTIONS_MAX} connections are open already");
+            let why = format!("refused: {CONNECTIONS_MAX} connections are open already");
+            control.said.warn(incoming.remote_address().ip(), why);
             incoming.refuse();
             continue;
         };
         let (control, ship) = (Arc::clone(&control), Arc::clone(&ship));
         open.spawn(async move {
-            let address = incoming.remote_address();
+            // Without its port, which is another one the next time.
+            let peer = incoming.remote_address().ip();
             match timeout(HANDSHAKE, async { incoming.accept()?.await }).await {
                 Ok(Ok(conn)) => admit(control, conn, ship, permit).await,
-                Ok(Err(e)) => tracing::warn!(peer = %address, "no control connection: {e}"),
-                Err(_) => tracing::warn!(peer = %address, "no control connection: the handshake took too long"),
+                Ok(Err(e)) => control.said.warn(peer, not_admitted(&e)),
+                Err(_) => control
+                    .said
+                    .warn(peer, "refused: the handshake took too long"),
             }
         });
     }
+}
+
+/// What was wrong with a handshake, and what would not be. The same text whenever it is tried again: without rustls' seconds
+/// since a certificate has expired.
+fn not_admitted(e: &quinn::ConnectionError) -> String {
+    let text = e.to_string();
+    let text = text.split(": verification time").next().unwrap_or(&text);
+    format!(
+        "refused: {text}; wanted: {} or {}, with a valid certificate of the authority in tls.ca that is not in tls.crl",
+        String::from_utf8_lossy(api::ALPN),
+        String::from_utf8_lossy(ship::ALPN),
+    )
 }
 
 /// The handshake has proven that our authority issued the peer's certificate; here it is decided what it is good for.
@@ -256,9 +268,9 @@ async fn admit(
     ship: Arc<dyn ShipAcceptor>,
     permit: OwnedSemaphorePermit,
 ) {
-    let address = conn.remote_address();
+    let address = conn.remote_address().ip();
     let deny = |why: String| {
-        tracing::warn!(peer = %address, "refused: {why}");
+        control.said.warn(address, format!("refused: {why}"));
         conn.close(VarInt::from_u32(close::ROLE), why.as_bytes());
     };
     let peer = match quic::peer(&conn) {
@@ -268,7 +280,8 @@ async fn admit(
     match (quic::protocol(&conn).as_deref(), peer.role) {
         (Some(api::ALPN), Role::Coordinator) => {
             tracing::debug!(peer = %address, "control connection of {peer}");
-            serve_quic(control, &conn, permit).await;
+            let session = Session::new(format!("{peer} at {address}"));
+            serve_quic(Arc::clone(&control), session, &conn, permit).await;
         }
         (Some(ship::ALPN), Role::Host) => {
             conn.set_max_concurrent_uni_streams(VarInt::from_u32(crate::ship::LANES_MAX as u32));
@@ -286,8 +299,13 @@ async fn admit(
     }
 }
 
-async fn serve_quic(control: Arc<Control>, conn: &Connection, _room: OwnedSemaphorePermit) {
-    let session = Arc::new(Session::default());
+async fn serve_quic(
+    control: Arc<Control>,
+    session: Session,
+    conn: &Connection,
+    _room: OwnedSemaphorePermit,
+) {
+    let session = Arc::new(session);
     let mut calls = JoinSet::new();
     loop {
         let stream = tokio::select! {
@@ -309,7 +327,6 @@ async fn serve_quic(control: Arc<Control>, conn: &Connection, _room: OwnedSemaph
                 }
                 Ok(After::Misbehaved) => {
                     let _ = timeout(LAST_WORDS, send.stopped()).await;
-                    tracing::warn!(peer = %conn.remote_address(), "a coordinator broke the protocol");
                     conn.close(VarInt::from_u32(close::MALFORMED), b"malformed");
                 }
                 Err(e) => tracing::debug!(peer = %conn.remote_address(), "control call: {e}"),

@@ -4,14 +4,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use gangway_shared::api::{RefusalCode, Reply, Request, VERSION};
+use gangway_shared::api::{Refusal, RefusalCode, Reply, Request, VERSION};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::vmm::{Relay, Vmm};
 use super::wire::{self, SLOW, WireError};
-use super::{Handler, refuse};
+use super::{Handler, refusal, refuse};
+use crate::said::Said;
 
 /// Calls that the handler may be busy with at once; each has a thread.
 const HANDLERS_MAX: usize = 64;
@@ -24,6 +25,8 @@ pub struct Control {
     handler: Arc<dyn Handler>,
     vmm: Arc<Vmm>,
     handlers: Semaphore,
+    /// Who was refused what.
+    pub(super) said: Said,
 }
 
 /// How a call left the stream.
@@ -37,9 +40,20 @@ pub enum After {
 }
 
 /// A connection's memory.
-#[derive(Default)]
 pub struct Session {
+    /// The peer, for the log.
+    who: String,
     greeted: AtomicBool,
+}
+
+impl Session {
+    /// Not greeted yet.
+    pub fn new(who: impl Into<String>) -> Session {
+        Session {
+            who: who.into(),
+            greeted: AtomicBool::new(false),
+        }
+    }
 }
 
 impl Control {
@@ -50,6 +64,7 @@ impl Control {
             handler,
             vmm,
             handlers: Semaphore::new(HANDLERS_MAX),
+            said: Said::default(),
         }
     }
 
@@ -68,8 +83,8 @@ impl Control {
             Ok(Some(request)) => request,
             Ok(None) => return Ok(After::Closed),
             Err(WireError::Malformed(e)) => {
-                wire::write(stream, &refuse(RefusalCode::Malformed, e.to_string())).await?;
-                return Ok(After::Misbehaved);
+                let r = refusal(RefusalCode::Malformed, e.to_string());
+                return self.misbehaved(session, stream, "a call", r).await;
             }
             Err(e) => return Err(e),
         };
@@ -85,13 +100,13 @@ impl Control {
                     "the coordinator speaks version {version} of the control API, this switch version {VERSION}; \
                      install the same release on both"
                 );
-                wire::write(stream, &refuse(RefusalCode::Version, message)).await?;
-                Ok(After::Misbehaved)
+                let r = refusal(RefusalCode::Version, message);
+                self.misbehaved(session, stream, "Hello", r).await
             }
-            _ if !greeted => {
+            request if !greeted => {
                 let message = "the first call of a connection must be Hello";
-                wire::write(stream, &refuse(RefusalCode::Malformed, message)).await?;
-                Ok(After::Misbehaved)
+                let r = refusal(RefusalCode::Malformed, message);
+                self.misbehaved(session, stream, request.name(), r).await
             }
             Request::VmmOpen { vm } => match self.vmm.open(&vm).await {
                 Ok(relay) => {
@@ -99,16 +114,40 @@ impl Control {
                     relay_all(relay, stream).await
                 }
                 Err(r) => {
+                    self.refused(session, "VmmOpen", &r);
                     wire::write(stream, &Reply::Refused(r)).await?;
                     Ok(After::Next)
                 }
             },
             request => {
+                let what = request.name();
                 let reply = self.answer(request).await;
+                if let Reply::Refused(r) = &reply {
+                    self.refused(session, what, r);
+                }
                 self.write(stream, &reply).await?;
                 Ok(After::Next)
             }
         }
+    }
+
+    /// Not now, or not like this: for the log, once.
+    fn refused(&self, session: &Session, what: &str, r: &Refusal) {
+        self.said.info(&session.who, format!("refused {what}: {r}"));
+    }
+
+    /// The peer is told what is wrong, and the connection is over.
+    async fn misbehaved<S: AsyncWrite + Unpin>(
+        &self,
+        session: &Session,
+        stream: &mut S,
+        what: &str,
+        r: Refusal,
+    ) -> Result<After, WireError> {
+        let line = format!("refused {what}, and the connection: {r}");
+        self.said.warn(&session.who, line);
+        wire::write(stream, &Reply::Refused(r)).await?;
+        Ok(After::Misbehaved)
     }
 
     /// An answer that is too long is a refusal, not a lost connection.

@@ -23,6 +23,8 @@ use tokio::time::timeout;
 use super::quic::{QuicError, endpoint};
 use super::*;
 
+mod bad;
+
 /// Answers `HostShow`, panics at `LinkList`.
 struct Fake;
 
@@ -95,6 +97,7 @@ impl Authority {
             cert: cert_path,
             key: key_path,
             ca: self.dir.path().join("ca.pem"),
+            crl: None,
         }
     }
 
@@ -458,16 +461,16 @@ async fn strangers_do_not_get_in() {
     let e = ends(host.quic(&mixed, api::ALPN).await).await;
     assert!(e.contains("handshake failed"), "{e}");
     // Issued by ours, but for nobody in particular.
-    let conn = rogue(&ca, &host).await;
-    assert!(conn.contains("names neither a host"), "{conn}");
+    let files = ca.good("www.example.org");
+    let e = rogue(&host, &files, api::ALPN, "a").await;
+    assert!(e.contains("names neither a host"), "{e}");
     assert!(host.shipped.0.lock().expect("lock").is_empty());
 }
 
-/// Dials with a certificate of the right authority that names nobody of ours.
-async fn rogue(ca: &Authority, host: &Host) -> String {
+/// Dials a host of this name with a certificate that we would not use ourselves. What ended it.
+async fn rogue(host: &Host, files: &TlsFiles, alpn: &[u8], name: &str) -> String {
     use rustls::pki_types::pem::PemObject;
     use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-    let files = ca.good("www.example.org");
     let mut roots = rustls::RootCertStore::empty();
     roots
         .add(CertificateDer::from_pem_file(&files.ca).expect("ca"))
@@ -483,11 +486,12 @@ async fn rogue(ca: &Authority, host: &Host) -> String {
         PrivateKeyDer::from_pem_file(&files.key).expect("key"),
     )
     .expect("auth");
-    tls.alpn_protocols = vec![api::ALPN.to_vec()];
+    tls.alpn_protocols = vec![alpn.to_vec()];
     let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(tls).expect("quic");
     let dialer = quinn::Endpoint::client("127.0.0.1:0".parse().expect("address")).expect("dialer");
     let config = quinn::ClientConfig::new(Arc::new(crypto));
-    let dialled = dialer.connect_with(config, host.address.expect("listens"), "a.host.gangway");
+    let name = gangway_shared::pki::host_server_name(name).expect("name");
+    let dialled = dialer.connect_with(config, host.address.expect("listens"), &name);
     match dialled.expect("dial").await {
         Ok(c) => timeout(Duration::from_secs(5), c.closed())
             .await

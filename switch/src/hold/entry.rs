@@ -17,6 +17,8 @@ const QUIET: Duration = Duration::from_secs(60);
 pub(super) enum End {
     Source(SourceHold),
     Target(TargetHold),
+    /// Nothing is left to be carried out.
+    Over,
 }
 
 /// A hold: what is told of it, what carries it out, and its record.
@@ -25,7 +27,7 @@ pub(super) struct Hold {
     pub(super) end: End,
     /// Where it stands, besides what `info` says.
     pub(super) stand: Stand,
-    pub(super) file: RecordFile,
+    pub(super) file: Option<RecordFile>,
     /// When somebody last asked for it by its id.
     pub(super) asked: Instant,
     /// That nobody does was said.
@@ -38,7 +40,7 @@ impl Hold {
             info,
             end,
             stand,
-            file,
+            file: Some(file),
             asked: Instant::now(),
             said: false,
         }
@@ -65,6 +67,16 @@ impl Hold {
         matches!(self.info.state, HoldState::Released | HoldState::Aborted)
     }
 
+    /// A port of it still waits for its VM.
+    pub(super) fn is_armed(&self) -> bool {
+        matches!(&self.end, End::Source(s) if s.is_armed())
+    }
+
+    /// Only what is told of it stays: no file, and no queue.
+    pub(super) fn forget(&mut self) {
+        (self.end, self.file) = (End::Over, None);
+    }
+
     /// Writes down that it is in this state. What is over has no record.
     pub(super) fn note(&mut self, state: HoldState) -> Result<(), Refusal> {
         if matches!(state, HoldState::Released | HoldState::Aborted) {
@@ -81,7 +93,10 @@ impl Hold {
             drained_ns: i.drained_ns,
             ..self.stand
         };
-        self.file.put(&self.stand).map_err(|e| {
+        let Some(file) = &mut self.file else {
+            return Ok(());
+        };
+        file.put(&self.stand).map_err(|e| {
             let what = format!("hold {} can't be written down: {e}", self.info.hold);
             refuse(RefusalCode::Resources, what)
         })
@@ -101,6 +116,7 @@ impl Hold {
             (i.lanes, i.error) = match &self.end {
                 End::Source(s) => (s.lanes(host), s.error()),
                 End::Target(t) => (t.lanes(), t.error()),
+                End::Over => (Vec::new(), None),
             };
             if let Some(why) = host.spool.trouble(Some(i.hold)) {
                 let why = format!("senders wait: {why}");
@@ -117,6 +133,7 @@ impl Hold {
         match &self.end {
             End::Source(s) => s.group(),
             End::Target(t) => t.group(),
+            End::Over => &[],
         }
     }
 }

@@ -106,9 +106,17 @@ impl Host {
         ))
     }
 
-    /// Expects a shipment once it is registered.
-    pub(super) fn incoming(&self, hold: HoldId, ticket: [u8; 32], source: &str) -> Arc<Incoming> {
-        Incoming::new(self.spool.clone(), hold, ticket, source.to_owned())
+    /// Expects a shipment for these ports once it is registered.
+    pub(super) fn incoming(
+        &self,
+        hold: HoldId,
+        ticket: [u8; 32],
+        source: &str,
+        group: &[usize],
+    ) -> Arc<Incoming> {
+        let all = &self.engine.shared().ports;
+        let ports = group.iter().map(|&g| all[g].name.clone()).collect();
+        Incoming::new(self.spool.clone(), hold, ticket, source.to_owned(), ports)
     }
 
     /// Writes a hold's record; on the disk, if that is what `spool.sync` wants.

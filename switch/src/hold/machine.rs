@@ -62,6 +62,29 @@ pub enum Verdict {
     No,
 }
 
+/// All of both ends.
+const STATES: [HoldState; 13] = [
+    HoldState::Open,
+    HoldState::FrozenInside,
+    HoldState::Frozen,
+    HoldState::Sealed,
+    HoldState::Departing,
+    HoldState::Departed,
+    HoldState::Prepared,
+    HoldState::Restored,
+    HoldState::Draining,
+    HoldState::Live,
+    HoldState::Aborting,
+    HoldState::Aborted,
+    HoldState::Released,
+];
+
+/// In which states this event would have been right; none if it is for the other end.
+pub fn wanted(role: Role, event: Event) -> Vec<HoldState> {
+    let goes = |s: &HoldState| matches!(step(role, *s, event), Verdict::Go(..));
+    STATES.into_iter().filter(goes).collect()
+}
+
 /// The one transition table.
 pub fn step(role: Role, state: HoldState, event: Event) -> Verdict {
     use Event as E;
@@ -130,21 +153,6 @@ pub fn holds(state: HoldState, inside: bool, waits: bool) -> bool {
 mod tests {
     use super::*;
 
-    const STATES: [HoldState; 13] = [
-        HoldState::Open,
-        HoldState::FrozenInside,
-        HoldState::Frozen,
-        HoldState::Sealed,
-        HoldState::Departing,
-        HoldState::Departed,
-        HoldState::Prepared,
-        HoldState::Restored,
-        HoldState::Draining,
-        HoldState::Live,
-        HoldState::Aborting,
-        HoldState::Aborted,
-        HoldState::Released,
-    ];
     const EVENTS: [Event; 11] = [
         Event::Freeze(Scope::Inside),
         Event::Freeze(Scope::All),
@@ -191,6 +199,18 @@ mod tests {
         for s in [HoldState::Draining, HoldState::Live] {
             assert_eq!(step(Role::Target, s, Event::Abort), Verdict::No);
         }
+    }
+
+    #[test]
+    fn what_is_refused_names_what_is_wanted() {
+        let of = |role, event| wanted(role, event);
+        assert_eq!(of(Role::Source, Event::Seal), [HoldState::Frozen]);
+        assert_eq!(of(Role::Target, Event::Commit), [HoldState::Restored]);
+        assert_eq!(
+            of(Role::Target, Event::Abort),
+            [HoldState::Prepared, HoldState::Restored]
+        );
+        assert!(of(Role::Source, Event::Commit).is_empty());
     }
 
     #[test]

@@ -11,7 +11,7 @@ use gangway_shared::api::{
 use gangway_shared::id::HoldId;
 
 use super::entry::{End, Hold, info};
-use super::machine::{Event, Persist, Verdict, step};
+use super::machine::{Event, Persist, Verdict, step, wanted};
 use super::record::Stand;
 use super::restart::Left;
 use super::source::SourceHold;
@@ -134,6 +134,7 @@ impl Manager {
             match &lock(&h).end {
                 End::Source(s) => s.vanish(),
                 End::Target(_) => self.host.unexpect(id),
+                End::Over => {}
             }
         }
     }
@@ -206,17 +207,14 @@ impl Manager {
             match hold.end {
                 End::Source(mut s) => s.cancel(&self.host),
                 End::Target(mut t) => t.abort(&self.host),
+                End::Over => {}
             }
             return Err(late(id));
         }
         if holds.len() >= KEEP {
             // One that is busy at the moment, or still waits for a VM, is not over.
-            let over = |h: &Arc<Mutex<Hold>>| {
-                h.try_lock().is_ok_and(|h| {
-                    let waits = matches!(&h.end, End::Source(s) if s.is_armed());
-                    !waits && h.is_over()
-                })
-            };
+            let over =
+                |h: &Arc<Mutex<Hold>>| h.try_lock().is_ok_and(|h| h.is_over() && !h.is_armed());
             if let Some(old) = holds.iter().find(|(_, h)| over(h)).map(|(id, _)| *id) {
                 holds.remove(&old);
             }
@@ -346,8 +344,14 @@ impl Manager {
         (h.asked, h.said) = (Instant::now(), false);
         match step(h.info.role, h.info.state, event) {
             Verdict::No => {
+                let states = wanted(h.info.role, event);
+                let states: Vec<_> = states.iter().map(|s| format!("{s:?}")).collect();
+                let wanted = match states.as_slice() {
+                    [] => "that is an order for the other end".to_owned(),
+                    all => format!("it would have to be {}", all.join(" or ")),
+                };
                 let what = format!(
-                    "{event:?} is not possible: hold {id} is {:?} on the {:?}",
+                    "{event:?} is not possible: hold {id} is {:?} on the {:?}; {wanted}",
                     h.info.state, h.info.role
                 );
                 Err(refuse(RefusalCode::State, what))
@@ -375,6 +379,9 @@ impl Manager {
                         }
                         h.info.state = next;
                         tracing::info!(hold = %id, "{event:?}: {next:?}");
+                        if h.is_over() && !h.is_armed() {
+                            h.forget();
+                        }
                         Ok(reply.unwrap_or_else(|| Reply::Hold(h.snapshot(&self.host))))
                     }
                     Err(e) => {
@@ -433,7 +440,13 @@ impl Manager {
         let host = &self.host;
         let mut first = false;
         let grace_ms = u32::try_from(grace_ms).unwrap_or(u32::MAX);
-        lock(&*self.find(hold)?).stand.grace_ms = grace_ms;
+        {
+            let h = self.find(hold)?;
+            let mut h = lock(&h);
+            if let Verdict::Go(..) = step(h.info.role, h.info.state, Event::Depart) {
+                h.stand.grace_ms = grace_ms;
+            }
+        }
         let reply = self.advance(hold, Event::Depart, |end, info| {
             if let End::Source(s) = end {
                 s.depart(host);
@@ -583,6 +596,7 @@ impl Manager {
                     t.abort(host);
                     book::keep(host, info, HoldState::Aborted, books);
                 }
+                End::Over => {}
             }
             info.thawed_ns = now_ns();
             Ok(None)
@@ -600,7 +614,11 @@ impl Manager {
                 return true;
             };
             if h.info.state == HoldState::Aborted {
-                return s.disarm(host, Instant::now() > until);
+                let done = s.disarm(host, Instant::now() > until);
+                if done {
+                    h.forget();
+                }
+                return done;
             }
             if s.put_back_done(host) {
                 h.info.lanes = s.lanes(host);
@@ -628,6 +646,7 @@ impl Manager {
                     book::keep(host, info, HoldState::Released, t.books());
                     t.release(host);
                 }
+                End::Over => {}
             }
             Ok(None)
         })
@@ -652,14 +671,14 @@ impl Manager {
                     End::Source(s) => s
                         .seal(host, Duration::from_millis(timeout_ms))
                         .map(|()| None),
-                    End::Target(_) => Ok(None),
+                    End::Target(_) | End::Over => Ok(None),
                 })
             }
             Request::Depart { hold, grace_ms } => self.depart(hold, grace_ms),
             Request::IncomingRestore { hold } => {
                 self.advance(hold, Event::Restore, |end, _| match end {
                     End::Target(t) => t.restore(RESTORE).map(|()| None),
-                    End::Source(_) => Ok(None),
+                    End::Source(_) | End::Over => Ok(None),
                 })
             }
             Request::Commit { hold } => self.commit(hold),

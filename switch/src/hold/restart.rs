@@ -265,7 +265,7 @@ impl TargetHold {
         queues: Vec<Recovered>,
     ) -> Result<(TargetHold, HoldState), Refusal> {
         let places = Places::find(host, record)?;
-        let incoming = host.incoming(record.hold, record.ticket, &record.peer);
+        let incoming = host.incoming(record.hold, record.ticket, &record.peer, &places.group);
         let mut mine = BTreeMap::new();
         let (mut shipped, mut complete) = (0, true);
         for r in queues {

@@ -135,9 +135,9 @@ impl TargetHold {
             .inspect_err(|_| host.free_spool(args.hold))?;
         let hold = TargetHold {
             id: args.hold,
+            incoming: host.incoming(args.hold, args.ticket, &args.source_host, &group),
             group,
             macs,
-            incoming: host.incoming(args.hold, args.ticket, &args.source_host),
             pin: Some(pin),
             local,
             flushed: Vec::new(),

@@ -12,6 +12,7 @@ use tokio::time::timeout;
 
 use super::incoming::Incoming;
 use super::{ShipError, receive, wire};
+use crate::said::Said;
 
 /// How long a connection may take to say what it wants.
 const HELLO: Duration = Duration::from_secs(3);
@@ -20,6 +21,7 @@ const HELLO: Duration = Duration::from_secs(3);
 #[derive(Debug, Default)]
 pub struct Acceptor {
     expected: Mutex<HashMap<HoldId, Arc<Incoming>>>,
+    said: Said,
 }
 
 impl Acceptor {
@@ -53,26 +55,50 @@ impl Acceptor {
     /// Serves a connection (ALPN [`gangway_shared::ship::ALPN`]) of the host `peer_name` (as its verified certificate
     /// says, without the suffix), until it ends. To be spawned.
     pub async fn accept(self: Arc<Self>, conn: Connection, peer_name: String) {
-        if let Err(e) = self.serve(&conn, &peer_name).await {
-            tracing::info!(peer = %peer_name, "shipment: {e}");
+        let mut hold = None;
+        let end = self.serve(&conn, &peer_name, &mut hold).await;
+        let of = hold.map_or(String::new(), |h| format!(" of hold {h}"));
+        match end {
+            Ok(()) => {}
+            Err(e @ (ShipError::Connection(_) | ShipError::Closed)) => {
+                tracing::info!(peer = %peer_name, "shipment{of}: {e}");
+            }
+            Err(e) => {
+                // The error's own text is for the source: "the target refused".
+                let why = match e {
+                    ShipError::Refused(r) => r.message,
+                    e => e.to_string(),
+                };
+                let peer = format!("host '{peer_name}'");
+                self.said.warn(peer, format!("shipment{of} refused: {why}"));
+            }
         }
         conn.close(quinn::VarInt::from_u32(0), b"");
     }
 
-    async fn serve(&self, conn: &Connection, peer: &str) -> Result<(), ShipError> {
+    /// `of`: which hold the peer has named.
+    async fn serve(
+        &self,
+        conn: &Connection,
+        peer: &str,
+        of: &mut Option<HoldId>,
+    ) -> Result<(), ShipError> {
         let hello = async {
             let (mut answers, mut control) = conn.accept_bi().await.map_err(wire::lost)?;
-            match wire::from_source(&mut control).await {
-                Ok(Some(first)) => Ok((answers, control, first)),
-                Ok(None) => Err(ShipError::Protocol("no first message".into())),
-                Err(e) => {
-                    refuse(conn, &mut answers, malformed(&e)).await;
-                    Err(e)
-                }
-            }
+            let e = match wire::from_source(&mut control).await {
+                Ok(Some(first)) => return Ok((answers, control, first)),
+                Ok(None) => ShipError::Protocol("the stream ends where Hello must stand".into()),
+                Err(e) => e,
+            };
+            refuse(conn, &mut answers, malformed(&e)).await;
+            Err(e)
         };
+        let late = |_| ShipError::Timeout(Some(format!("no Hello within {HELLO:?}")));
         let hello = timeout(HELLO, hello).await;
-        let (mut answers, control, first) = hello.map_err(|_| ShipError::Timeout(None))??;
+        let (mut answers, control, first) = hello.map_err(late)??;
+        if let ToTarget::Hello { hold, .. } = &first {
+            *of = Some(*hold);
+        }
         match self.admit(&first, peer) {
             Ok(incoming) => receive::run(incoming, conn, control, answers).await,
             Err(r) => {
@@ -90,7 +116,8 @@ impl Acceptor {
             ticket,
         } = first
         else {
-            return refuse(RefusalCode::Malformed, "no hello at the start".into());
+            let m = "the first message must be Hello";
+            return refuse(RefusalCode::Malformed, m.into());
         };
         if *version != VERSION {
             let m =

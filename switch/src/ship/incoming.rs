@@ -17,6 +17,8 @@ pub struct Incoming {
     pub(super) hold: HoldId,
     pub(super) ticket: [u8; 32],
     pub(super) source_host: String,
+    /// Names of the ports that lanes may lead to.
+    pub(super) ports: Vec<String>,
     state: Mutex<State>,
     changed: Condvar,
     /// Held while a lane's queue is made.
@@ -71,18 +73,21 @@ pub struct IncomingLane {
 }
 
 impl Incoming {
-    /// Nothing happens before it is registered with an [`super::Acceptor`]. `source_host` as in its certificate.
+    /// Nothing happens before it is registered with an [`super::Acceptor`]. `source_host` as in its certificate; `ports`: to
+    /// which lanes may lead.
     pub fn new(
         spool: Arc<Spool>,
         hold: HoldId,
         ticket: [u8; 32],
         source_host: String,
+        ports: Vec<String>,
     ) -> Arc<Incoming> {
         Arc::new(Incoming {
             spool,
             hold,
             ticket,
             source_host,
+            ports,
             state: Mutex::default(),
             changed: Condvar::new(),
             making: Mutex::new(()),

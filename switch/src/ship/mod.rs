@@ -40,8 +40,7 @@ use crate::spool::Damaged;
 pub fn transport() -> quinn::TransportConfig {
     let mut t = quinn::TransportConfig::default();
     let mut mtu = quinn::MtuDiscoveryConfig::default();
-    // quinn sends 10 packets at a time; over 64 KiB that fails, silently.
-    mtu.upper_bound(6500);
+    mtu.upper_bound(PACKET_MAX);
     t.mtu_discovery_config(Some(mtu));
     t.max_concurrent_uni_streams(quinn::VarInt::from_u32(LANES_MAX as u32));
     t.stream_receive_window(quinn::VarInt::from_u32(4 << 20));
@@ -52,6 +51,10 @@ pub fn transport() -> quinn::TransportConfig {
     t.max_idle_timeout(quinn::IdleTimeout::try_from(Duration::from_secs(3)).ok());
     t
 }
+
+/// The largest packet that is tried, in bytes of UDP payload; the receiving endpoint has to offer it, too. quinn hands up to 10 packets to
+/// the kernel at once, and more than 64 KiB is lost without an error.
+pub const PACKET_MAX: u16 = 6550;
 
 /// The most lanes of one shipment.
 pub const LANES_MAX: usize = 4096;

@@ -20,8 +20,8 @@ use super::{LANES_MAX, ShipError};
 use crate::spool::format::wire_len;
 use crate::spool::{Kind, Queue, RejectedBatch, Writer, sync_all};
 
-/// Acknowledgements that nobody waits for go out together, this far apart.
-const CALM: Duration = Duration::from_millis(1);
+/// Acknowledgements that nobody waits for go out together, this far apart: each costs a sync of all lanes that got something.
+const CALM: Duration = Duration::from_millis(20);
 /// How long a lane's stream waits for the message that names the lane.
 const NAMED: Duration = Duration::from_secs(3);
 /// While the spool has no room.
@@ -173,6 +173,11 @@ async fn messages(
             Some(ToTarget::End { lane, tally }) => {
                 let place = numbers.lock().get(&lane).copied();
                 incoming.update(|s| match place.and_then(|p| s.lanes.get_mut(p)) {
+                    // It has been compared, and acknowledged.
+                    Some(l) if l.complete && tally != l.acked => Err(ShipError::Disagree {
+                        lane: l.key.clone(),
+                        what: format!("complete with {:?}, source has {tally:?} now", l.acked),
+                    }),
                     Some(l) => {
                         l.end = Some(tally);
                         Ok(())
@@ -204,8 +209,19 @@ async fn make_lane(
     // What was begun is ended even if this task is aborted meanwhile: no queue is made and then forgotten.
     let made = tokio::task::spawn_blocking(move || {
         let _one = i.making();
+        let no = |code, message: String| Err(Refusal { code, message });
         if i.lock().stopped {
-            return Err("this host takes no shipment of the hold any more".into());
+            let what = "this host takes no shipment of the hold any more";
+            return no(RefusalCode::State, what.into());
+        }
+        // Its frames would never be delivered.
+        if !i.ports.contains(&key.to) {
+            let what = format!(
+                "a lane to port '{}'; the hold's ports here are {}",
+                key.to.escape_debug(),
+                i.ports.join(", ")
+            );
+            return no(RefusalCode::Malformed, what);
         }
         let known = i.lock().lanes.iter().position(|l| l.key == key);
         if let Some(n) = known {
@@ -220,10 +236,13 @@ async fn make_lane(
             return Ok(n);
         }
         if i.lock().lanes.len() >= LANES_MAX {
-            return Err(format!("more than {LANES_MAX} lanes in one hold"));
+            let what = format!("more than {LANES_MAX} lanes in one hold");
+            return no(RefusalCode::Resources, what);
         }
-        let created = i.spool.create(i.hold, Kind::Incoming, &key);
-        let (writer, queue) = created.map_err(|e| e.to_string())?;
+        let (writer, queue) = match i.spool.create(i.hold, Kind::Incoming, &key) {
+            Ok(created) => created,
+            Err(e) => return no(RefusalCode::Resources, e.to_string()),
+        };
         queue.set_inside(inside);
         // A failure is latched in the queue, and found before anything is acknowledged.
         let _ = queue.sync();
@@ -241,13 +260,13 @@ async fn make_lane(
             s.lanes.len() - 1
         }))
     });
-    let made = made.await.map_err(|e| e.to_string());
-    made.and_then(|m| m).map_err(|message| {
-        ShipError::Refused(Refusal {
-            code: RefusalCode::Resources,
-            message,
+    let made = made.await.unwrap_or_else(|e| {
+        Err(Refusal {
+            code: RefusalCode::Internal,
+            message: format!("a lane's queue is not made: {e}"),
         })
-    })
+    });
+    made.map_err(ShipError::Refused)
 }
 
 /// A lane's writer, which goes back to the lane whatever happens.
@@ -293,8 +312,19 @@ async fn stream(
     let place = timeout(NAMED, numbers.get(lane)).await;
     let place =
         place.map_err(|_| ShipError::Protocol(format!("a stream of lane {lane}, unnamed")))?;
-    let mut b = Borrowed::take(incoming.clone(), place)
-        .ok_or_else(|| ShipError::Protocol(format!("a second stream of lane {lane}")))?;
+    let mut b = Borrowed::take(incoming.clone(), place).ok_or_else(|| {
+        let lanes = incoming.lanes();
+        let sealed = lanes.get(place).filter(|l| l.queue.is_sealed());
+        ShipError::Protocol(sealed.map_or_else(
+            || format!("a second stream of lane {lane}; a lane has one"),
+            |l| {
+                format!(
+                    "lane {lane} is complete, nothing follows record {}",
+                    l.queue.last_seq()
+                )
+            },
+        ))
+    })?;
     let Some(writer) = b.writer.as_mut() else {
         return Ok(());
     };
@@ -322,6 +352,10 @@ async fn stream(
                     writer.commit();
                     wait_for_room(writer, &incoming).await?;
                 }
+                Err(e @ RejectedBatch::Garbage) => {
+                    let next = writer.next_seq();
+                    return Err(garbage(&format!("{e} where record {next} must follow")));
+                }
                 Err(e) => return Err(garbage(&e)),
             }
         }
@@ -332,7 +366,9 @@ async fn stream(
         Ok(())
     } else {
         Err(ShipError::Protocol(format!(
-            "lane {lane} ends inside a batch"
+            "lane {lane} ends inside a batch, {} bytes behind its start, where record {} must follow",
+            buf.len(),
+            writer.next_seq()
         )))
     }
 }

@@ -68,12 +68,22 @@ fn move_all(scope_first: Option<Scope>) {
             l.lane
         );
     }
+    let queues: Vec<_> = [&s.a, &s.b]
+        .iter()
+        .flat_map(|h| h.spool().queues(ID))
+        .map(|q| std::sync::Arc::downgrade(&q))
+        .collect();
+    assert!(!queues.is_empty());
     s.a.ask(Request::HoldRelease { hold: ID });
     s.b.ask(Request::HoldRelease { hold: ID });
     // What was reserved for an abort, too, although the account is kept.
     eventually("nothing of it is in the spools", || {
         s.a.spool().used_bytes() + s.b.spool().used_bytes() == 0
     });
+    eventually("no queue of it is in memory", || {
+        queues.iter().all(|q| q.upgrade().is_none())
+    });
+    assert!(!s.a.status().lanes.is_empty(), "what became of it is told");
     the_ledgers_agree(&s);
     s.verdict();
 }
@@ -184,24 +194,47 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
         ),
         RefusalCode::Busy
     );
-    assert_eq!(
-        refused(
-            &s.a,
-            Request::Seal {
-                hold: ID,
-                timeout_ms: 1
-            }
+    let stands = |site: &Site| {
+        let i = site.status();
+        (i.state, i.frozen_ns, i.thawed_ns, i.drained_ns)
+    };
+    let before = [stands(&s.a), stands(&s.b)];
+    let seal = Request::Seal {
+        hold: ID,
+        timeout_ms: 1,
+    };
+    let depart = Request::Depart {
+        hold: ID,
+        grace_ms: 1,
+    };
+    let freeze = Request::Freeze {
+        hold: ID,
+        scope: Scope::All,
+    };
+    let (release, commit) = (
+        Request::HoldRelease { hold: ID },
+        Request::Commit { hold: ID },
+    );
+    for (site, order, is, wanted) in [
+        (&s.a, seal, "Open", "have to be Frozen"),
+        (&s.a, depart, "Open", "have to be Sealed"),
+        (&s.a, release.clone(), "Open", "have to be Departed"),
+        (&s.a, commit.clone(), "Open", "for the other end"),
+        (&s.b, commit, "Prepared", "have to be Restored"),
+        (
+            &s.b,
+            Request::Announce { hold: ID },
+            "Prepared",
+            "have to be Draining or Live",
         ),
-        RefusalCode::State
-    );
-    assert_eq!(
-        refused(&s.a, Request::HoldRelease { hold: ID }),
-        RefusalCode::State
-    );
-    assert_eq!(
-        refused(&s.b, Request::Commit { hold: ID }),
-        RefusalCode::State
-    );
+        (&s.b, release, "Prepared", "have to be Live"),
+        (&s.b, freeze, "Prepared", "for the other end"),
+    ] {
+        let (code, what) = refusal(site, order);
+        assert_eq!(code, RefusalCode::State, "{what}");
+        assert!(what.contains(is) && what.contains(wanted), "{what}");
+    }
+    assert_eq!([stands(&s.a), stands(&s.b)], before);
     s.more();
     s.a.ask(Request::HoldAbort { hold: ID });
     s.a.ask(Request::HoldAbort { hold: ID });

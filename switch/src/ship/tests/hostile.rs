@@ -1,10 +1,11 @@
-use gangway_shared::api::{RefusalCode, Tally, VERSION};
+use gangway_shared::api::{Refusal, RefusalCode, Tally, VERSION};
 use gangway_shared::ship::{LaneOpen, ToSource, ToTarget};
 
 use super::*;
+use crate::said::tests::{listen, logged};
 use crate::ship::wire;
 
-fn refusal(w: &World, args: OutgoingArgs) -> gangway_shared::api::Refusal {
+fn refusal(w: &World, args: OutgoingArgs) -> Refusal {
     let out = w.ship(args);
     match out.wait_connected(LONG) {
         Err(ShipError::Refused(r)) => r,
@@ -37,7 +38,7 @@ fn only_the_expected_shipment_is_welcome() {
     assert!(r.message.contains("0000000000000005"), "{r}");
     // The right ticket, from another host.
     w.acceptor.unregister(HOLD);
-    let other = Incoming::new(w.target.clone(), HOLD, TICKET, "gamma".into());
+    let other = w.incoming(HOLD, TICKET, "gamma");
     w.acceptor.register(other.clone());
     let r = refusal(&w, w.args());
     assert!(r.message.contains("gamma"), "{r}");
@@ -122,11 +123,15 @@ impl Rogue {
         s
     }
 
-    async fn refused(mut self) -> RefusalCode {
+    async fn refused(self) -> RefusalCode {
+        self.refusal().await.code
+    }
+
+    async fn refusal(mut self) -> Refusal {
         loop {
             let m = tokio::time::timeout(LONG, wire::from_target(&mut self.answers)).await;
             match m.unwrap().unwrap() {
-                Some(ToSource::Refused(r)) => return r.code,
+                Some(ToSource::Refused(r)) => return r,
                 Some(ToSource::Ack { .. }) => {}
                 other => panic!("{other:?}"),
             }
@@ -144,11 +149,19 @@ fn hello() -> ToTarget {
 
 /// The batches of a lane with three frames, each alone.
 fn records(w: &World) -> Vec<Vec<u8>> {
-    let (mut writer, q) = w.queue(0);
+    records_of(w, HOLD, &key(0))
+}
+
+fn records_of(w: &World, hold: HoldId, key: &LaneKey) -> Vec<Vec<u8>> {
+    let (mut writer, q) = w.source.create(hold, Kind::Source, key).unwrap();
     for n in 0..3 {
         put(&mut writer, n, 100);
     }
     writer.commit();
+    batches(&q)
+}
+
+fn batches(q: &Arc<Queue>) -> Vec<Vec<u8>> {
     let mut r = q.reader();
     let mut out = Vec::new();
     while let Some(b) = r.peek_batch().unwrap() {
@@ -241,7 +254,10 @@ fn what_is_not_the_protocol_is_refused_and_changes_nothing() {
             ticket: TICKET,
         })
         .await;
-        assert_eq!(r.refused().await, RefusalCode::Version);
+        let no = r.refusal().await;
+        assert_eq!(no.code, RefusalCode::Version);
+        let both = format!("version {VERSION}, the peer {}", VERSION + 1);
+        assert!(no.message.contains(&both), "{no}");
         let mut r = Rogue::new(&w).await;
         r.say(&ToTarget::Abort).await;
         assert_eq!(r.refused().await, RefusalCode::Malformed);
@@ -323,4 +339,203 @@ fn a_connection_that_ends_while_its_lane_is_made_leaves_the_lane_usable() {
     out.add_lane(key(0), true, q.clone());
     assert!(out.wait_complete(Lanes::All, LONG), "{:?}", out.error());
     check(&out, &into, &q, 1);
+}
+
+/// It was refused so, and the text names all this.
+fn is_malformed(no: &Refusal, words: &[&str]) {
+    assert_eq!(no.code, RefusalCode::Malformed, "{no}");
+    for word in words {
+        assert!(no.message.contains(word), "no {word:?} in: {no}");
+    }
+}
+
+#[test]
+fn a_ticket_of_another_hold_opens_neither_and_the_log_says_so_once() {
+    listen();
+    let w = World::new(Sync::None);
+    let other = HoldId(0xb0d1_e5b0_d1e5_0001);
+    let (mine, its) = (w.expect(), w.incoming(other, [9; 32], "alpha"));
+    w.acceptor.register(its.clone());
+    for _ in 0..3 {
+        for (hold, ticket) in [(HOLD, [9; 32]), (other, TICKET)] {
+            let no = w.rt.block_on(async {
+                let mut r = Rogue::new(&w).await;
+                let version = VERSION;
+                r.say(&ToTarget::Hello {
+                    version,
+                    hold,
+                    ticket,
+                })
+                .await;
+                r.refusal().await
+            });
+            assert_eq!(no.code, RefusalCode::Unknown);
+            assert_eq!(no.message, format!("the ticket is not that of hold {hold}"));
+        }
+    }
+    for i in [&mine, &its] {
+        assert!(i.lanes().is_empty() && !i.is_connected());
+        assert_eq!(i.error(), None);
+    }
+    assert_eq!(w.target.used_bytes(), 0);
+    let id = other.to_string();
+    let words = ["host 'alpha': shipment of hold", id.as_str(), "ticket"];
+    until(|| !logged(&words).is_empty());
+    // The last one may take a moment.
+    std::thread::sleep(Duration::from_millis(300));
+    let lines = logged(&words);
+    assert_eq!(lines.len(), 1, "{lines:#?}");
+}
+
+#[test]
+fn a_lane_that_is_complete_takes_nothing_more() {
+    let w = World::new(Sync::None);
+    let into = w.expect();
+    let (mut writer, q) = w.queue(0);
+    for n in 0..3 {
+        put(&mut writer, n, 100);
+    }
+    writer.seal();
+    let out = w.ship(w.args());
+    out.add_lane(key(0), true, q.clone());
+    assert!(out.wait_complete(Lanes::All, LONG), "{:?}", out.error());
+    out.close();
+    until(|| !into.is_connected());
+    let rec = batches(&q);
+    w.rt.block_on(async {
+        // All of it once more; the same frames as if they were new ones; another end.
+        for (first_seq, bytes) in [(1, rec.concat()), (4, rec[0].clone())] {
+            let (mut r, marks) = Rogue::welcome(&w).await;
+            assert_eq!(marks, [(key(0), 3)]);
+            r.lane(0).await;
+            let _s = r.stream(0, first_seq, &bytes).await;
+            let no = r.refusal().await;
+            is_malformed(&no, &["lane 0 is complete", "nothing follows record 3"]);
+        }
+        let (mut r, _) = Rogue::welcome(&w).await;
+        r.lane(0).await;
+        let tally = Tally {
+            frames: 2,
+            ..q.tally()
+        };
+        r.say(&ToTarget::End { lane: 0, tally }).await;
+        is_malformed(&r.refusal().await, &["complete with", "frames: 3"]);
+    });
+    let l = into.lanes().remove(0);
+    assert!(l.complete && l.queue.is_sealed());
+    assert_eq!(l.mismatch, None);
+    assert_eq!((l.acked, l.queue.tally()), (q.tally(), q.tally()));
+    // And when the hold is over, nobody knows of it.
+    drop(l);
+    w.acceptor.unregister(HOLD);
+    let r = refusal(&w, w.args());
+    assert_eq!(r.code, RefusalCode::Unknown);
+    assert!(r.message.contains("no shipment of hold"), "{r}");
+}
+
+#[test]
+fn what_ends_inside_of_something_is_refused_and_what_was_whole_stays() {
+    let w = World::new(Sync::None);
+    let into = w.expect();
+    let rec = records(&w);
+    w.rt.block_on(async {
+        // A lane inside its second batch.
+        let (mut r, _) = Rogue::welcome(&w).await;
+        r.lane(0).await;
+        let half = &rec[1][..rec[1].len() / 2];
+        let mut s = r.stream(0, 1, &[&rec[0][..], half].concat()).await;
+        s.finish().unwrap();
+        let words = ["lane 0 ends inside a batch", "record 2 must follow"];
+        is_malformed(&r.refusal().await, &words);
+
+        // A lane inside its first message.
+        let (mut r, _) = Rogue::welcome(&w).await;
+        r.lane(0).await;
+        let mut s = r.conn.open_uni().await.unwrap();
+        s.write_all(&[9, 0, 0, 0, 1]).await.unwrap();
+        s.finish().unwrap();
+        is_malformed(&r.refusal().await, &["1 bytes where 9 must stand"]);
+
+        // The control stream, before and behind Hello, and without a word.
+        for greeted in [false, true] {
+            let mut r = match greeted {
+                true => Rogue::welcome(&w).await.0,
+                false => Rogue::new(&w).await,
+            };
+            let _ = r.control.write_all(&[20, 0, 0, 0, 1, 2, 3]).await;
+            r.control.finish().unwrap();
+            is_malformed(&r.refusal().await, &["3 bytes where 20 must stand"]);
+        }
+        let mut r = Rogue::new(&w).await;
+        r.control.finish().unwrap();
+        is_malformed(&r.refusal().await, &["where Hello must stand"]);
+    });
+    let lanes = into.lanes();
+    assert_eq!((lanes.len(), lanes[0].queue.tally().frames), (1, 1));
+    assert!(!lanes[0].complete);
+}
+
+#[test]
+fn frames_of_another_lane_or_hold_and_lanes_to_other_ports_are_refused() {
+    let w = World::new(Sync::None);
+    let into = w.expect();
+    let other = HoldId(0xb0d1_e5b0_d1e5_0002);
+    let foreign = [
+        records_of(&w, HOLD, &key(1)),
+        records_of(&w, other, &key(0)),
+    ];
+    w.rt.block_on(async {
+        for rec in &foreign {
+            let (mut r, _) = Rogue::welcome(&w).await;
+            r.lane(0).await;
+            let _s = r.stream(0, 1, &rec[0]).await;
+            let words = [
+                "lane 0: no intact batch of this lane",
+                "record 1 must follow",
+            ];
+            is_malformed(&r.refusal().await, &words);
+        }
+        let (mut r, _) = Rogue::welcome(&w).await;
+        let key = LaneKey {
+            to: "web9".into(),
+            ..key(0)
+        };
+        r.say(&ToTarget::Lane {
+            lane: 0,
+            key,
+            inside: true,
+        })
+        .await;
+        is_malformed(&r.refusal().await, &["port 'web9'", "are db0, db1"]);
+    });
+    let lanes = into.lanes();
+    assert_eq!((lanes.len(), lanes[0].queue.tally().frames), (1, 0));
+    assert!(!into.is_named() && !lanes[0].complete);
+}
+
+#[test]
+fn a_source_that_is_not_let_in_says_why() {
+    let w = World::new(Sync::None);
+    let into = w.expect();
+    let other = tempfile::tempdir().unwrap();
+    let d = other.path();
+    gangway::pki::init(d).unwrap();
+    gangway::pki::issue(d, "alpha", pki::Role::Host, &[]).unwrap();
+    let ca = |dir: &std::path::Path| std::fs::read_to_string(dir.join("ca.pem")).unwrap();
+    std::fs::write(d.join("both.pem"), ca(w.dir.path()) + &ca(d)).unwrap();
+    let files = TlsFiles {
+        cert: d.join("alpha.pem"),
+        key: d.join("alpha.key"),
+        ca: d.join("both.pem"),
+        crl: None,
+    };
+    let stranger = client(&Credentials::load(&files, UnixTime::now()).unwrap());
+    let rt = w.rt.handle().clone();
+    let out = Outgoing::start(rt, w.endpoint.clone(), stranger, w.args());
+    let e = out.wait_connected(Duration::from_secs(1)).unwrap_err();
+    assert!(matches!(e, ShipError::Timeout(Some(_))), "{e}");
+    let why = "invalid peer certificate: UnknownIssuer";
+    assert!(e.to_string().contains(why), "{e}");
+    out.close();
+    assert!(into.lanes().is_empty() && !into.is_connected());
 }

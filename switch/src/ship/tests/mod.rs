@@ -4,14 +4,13 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use gangway_shared::config::valid::{SpoolConfig, SpoolLimits, Sync, TlsFiles};
 use gangway_shared::id::{HoldId, LaneKey};
 use gangway_shared::pki::{self, Credentials};
 use gangway_shared::ship::ALPN;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::pki_types::UnixTime;
 use tempfile::TempDir;
 
@@ -50,31 +49,20 @@ fn spool_config(dir: PathBuf, sync: Sync) -> SpoolConfig {
     }
 }
 
-/// An authority and certificates for these names, as the real thing reads them.
+/// An authority and certificates for these hosts, by `gangway pki`.
 fn credentials(dir: &std::path::Path, names: &[&str]) -> Vec<Credentials> {
-    let ca_key = KeyPair::generate().unwrap();
-    let mut ca = CertificateParams::new(Vec::<String>::new()).unwrap();
-    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let ca_pem = ca.self_signed(&ca_key).unwrap().pem();
-    std::fs::write(dir.join("ca.pem"), ca_pem).unwrap();
-    let issuer = Issuer::new(ca, ca_key);
-    names
-        .iter()
-        .map(|name| {
-            let key = KeyPair::generate().unwrap();
-            let p = CertificateParams::new(vec![format!("{name}.host.gangway")]).unwrap();
-            let cert = p.signed_by(&key, &issuer).unwrap();
-            let files = TlsFiles {
-                cert: dir.join(format!("{name}.pem")),
-                key: dir.join(format!("{name}.key")),
-                ca: dir.join("ca.pem"),
-            };
-            std::fs::write(&files.cert, cert.pem()).unwrap();
-            std::fs::write(&files.key, key.serialize_pem()).unwrap();
-            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-            Credentials::load(&files, UnixTime::since_unix_epoch(now.unwrap())).unwrap()
-        })
-        .collect()
+    gangway::pki::init(dir).unwrap();
+    let issue = |name: &&str| {
+        gangway::pki::issue(dir, name, pki::Role::Host, &[]).unwrap();
+        let files = TlsFiles {
+            cert: dir.join(format!("{name}.pem")),
+            key: dir.join(format!("{name}.key")),
+            ca: dir.join("ca.pem"),
+            crl: Some(dir.join("ca.crl")),
+        };
+        Credentials::load(&files, UnixTime::now()).unwrap()
+    };
+    names.iter().map(issue).collect()
 }
 
 fn client(c: &Credentials) -> quinn::ClientConfig {
@@ -141,9 +129,14 @@ impl World {
     }
 
     fn expect(&self) -> Arc<Incoming> {
-        let i = Incoming::new(self.target.clone(), HOLD, TICKET, "alpha".into());
+        let i = self.incoming(HOLD, TICKET, "alpha");
         self.acceptor.register(i.clone());
         i
+    }
+
+    fn incoming(&self, hold: HoldId, ticket: [u8; 32], source: &str) -> Arc<Incoming> {
+        let ports = vec!["db0".into(), "db1".into()];
+        Incoming::new(self.target.clone(), hold, ticket, source.into(), ports)
     }
 
     fn args(&self) -> OutgoingArgs {

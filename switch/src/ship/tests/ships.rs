@@ -179,7 +179,7 @@ fn a_restarted_target_goes_on_with_what_it_had() {
     });
     assert_eq!(found.len(), 1);
     until(|| out.error().is_some_and(|e| e.contains("is expected here")));
-    let into = Incoming::new(w.target.clone(), HOLD, TICKET, "alpha".into());
+    let into = w.incoming(HOLD, TICKET, "alpha");
     found.into_iter().for_each(|f| into.adopt(f));
     w.acceptor.register(into.clone());
     for n in 5000..7000 {
