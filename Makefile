@@ -30,11 +30,12 @@ bench-moves: lab
 	target/release/gangway-series --runs $(RUNS) --out target/bench/moves
 
 # The switch beside OVS-DPDK and with DPDK guests, what holds and idle ports cost, and its stages one by one: about an hour
-# on two idle processors, two on busy ones. JSON, tables and pictures: target/bench. BENCHES="pvp hold" for some of it
+# on two idle processors, two on busy ones. JSON, tables and pictures: target/bench; docs/benchmarks.md gets the tables. BENCHES="pvp hold" for some of it
 bench:
 	cargo build --release -q -p gangway-switch -p gangway-benches
 	for b in $(BENCHES); do target/release/gangway-$$b || exit 1; done
 	cargo bench -q -p gangway-benches --bench micro
+	target/release/gangway-page
 
 # Each fault at each step of a migration, on real VMs: docs/reliability.md gets the table, target/chaos JSON and the logs of red
 # rows. All of it takes about two hours. CASE="seal kill-source-switch", CASE=seal (all faults there), CASE=cut-3s (at all steps)

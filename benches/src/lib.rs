@@ -14,6 +14,7 @@
 //! - [`peer`]: the switches that are measured: ours, OVS-DPDK
 //! - [`control`]: what a coordinator says to a switch
 //! - [`pingpong`]: how far the two CPUs are apart at the moment
+//! - [`page`]: the document with all tables
 //! - [`report`]: figures, JSON and Markdown; [`plot`]: pictures; [`hist`]: histograms
 //! - [`host`]: hugepages, processes, folders, all given back; [`cli`]: options
 //! - [`sys`]: the one module with `unsafe`
@@ -33,6 +34,7 @@ pub mod hold;
 pub mod host;
 pub mod idle;
 pub mod latency;
+pub mod page;
 pub mod peer;
 pub mod pingpong;
 pub mod plot;

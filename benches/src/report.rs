@@ -359,10 +359,23 @@ pub fn both(mpps: Option<Figure>, cycles: Option<Figure>) -> String {
     }
 }
 
-/// What a program leaves: cells as JSON at `out`, the table beside it (`.md`), the picture (`.svg`).
-pub fn save<C: Serialize + ?Sized>(out: &Path, cells: &C, markdown: &str, svg: &str) -> Result<()> {
+/// What a program leaves: cells as JSON at `out`, the table beside it (`.md`), the picture (`.svg`). `measured`: just now, and not
+/// in an earlier run, of which the table's first line tells.
+pub fn save<C: Serialize + ?Sized>(
+    out: &Path,
+    measured: bool,
+    cells: &C,
+    markdown: &str,
+    svg: &str,
+) -> Result<()> {
     put(out, &(serde_json::to_string_pretty(cells)? + "\n"))?;
-    put(&out.with_extension("md"), markdown)?;
+    let path = out.with_extension("md");
+    let old = std::fs::read_to_string(&path).unwrap_or_default();
+    let origin = match old.lines().next().filter(|_| !measured) {
+        Some(line) => line.to_owned(),
+        None => crate::page::origin(),
+    };
+    put(&path, &format!("{origin}\n\n{markdown}"))?;
     put(&out.with_extension("svg"), svg)
 }
 

@@ -49,7 +49,14 @@ fn main() -> Result<()> {
         }
     };
     let table = bound::markdown(&cells);
-    report::save(out, &cells, &table, &plot::bound(&cells)?).context("the results")?;
+    report::save(
+        out,
+        args.place.render.is_none(),
+        &cells,
+        &table,
+        &plot::bound(&cells)?,
+    )
+    .context("the results")?;
     print!("{table}");
     Ok(())
 }

@@ -98,7 +98,14 @@ fn main() -> Result<()> {
         }
     };
     let table = growth::markdown(&cells);
-    report::save(out, &cells, &table, &plot::growth(&cells)?).context("the results")?;
+    report::save(
+        out,
+        args.place.render.is_none(),
+        &cells,
+        &table,
+        &plot::growth(&cells)?,
+    )
+    .context("the results")?;
     print!("{table}");
     Ok(())
 }

@@ -79,7 +79,14 @@ fn main() -> Result<()> {
         }
     };
     let table = hold::markdown(&cells);
-    report::save(out, &cells, &table, &plot::hold(&cells)?).context("the results")?;
+    report::save(
+        out,
+        args.place.render.is_none(),
+        &cells,
+        &table,
+        &plot::hold(&cells)?,
+    )
+    .context("the results")?;
     print!("{table}");
     Ok(())
 }

@@ -54,7 +54,14 @@ fn main() -> Result<()> {
         }
     };
     let table = idle::markdown(&cells);
-    report::save(out, &cells, &table, &plot::idle(&cells)?).context("the results")?;
+    report::save(
+        out,
+        args.place.render.is_none(),
+        &cells,
+        &table,
+        &plot::idle(&cells)?,
+    )
+    .context("the results")?;
     print!("{table}");
     Ok(())
 }

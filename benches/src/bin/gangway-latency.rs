@@ -62,7 +62,14 @@ fn main() -> Result<()> {
         }
     };
     let table = latency::markdown(&cells);
-    report::save(out, &cells, &table, &plot::latency(&cells)?).context("the results")?;
+    report::save(
+        out,
+        args.place.render.is_none(),
+        &cells,
+        &table,
+        &plot::latency(&cells)?,
+    )
+    .context("the results")?;
     print!("{table}");
     Ok(())
 }

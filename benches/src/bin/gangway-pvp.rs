@@ -56,7 +56,14 @@ fn main() -> Result<()> {
         }
     };
     let table = report::markdown(&cells);
-    report::save(out, &cells, &table, &plot::pvp(&cells)?).context("the results")?;
+    report::save(
+        out,
+        args.place.render.is_none(),
+        &cells,
+        &table,
+        &plot::pvp(&cells)?,
+    )
+    .context("the results")?;
     print!("{table}");
     Ok(())
 }

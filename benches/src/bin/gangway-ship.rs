@@ -68,7 +68,14 @@ fn main() -> Result<()> {
         }
     };
     let table = ship::markdown(&cells);
-    report::save(out, &cells, &table, &ship::picture(&cells)?).context("the results")?;
+    report::save(
+        out,
+        args.place.render.is_none(),
+        &cells,
+        &table,
+        &ship::picture(&cells)?,
+    )
+    .context("the results")?;
     print!("{table}");
     Ok(())
 }

@@ -61,7 +61,7 @@ fn main() -> Result<()> {
     report::save_windows(&args.out, &windows)?;
     let cells = cells(&windows);
     let table = markdown(&cells);
-    report::save(&args.out, &cells, &table, &picture(&cells)?).context("the results")?;
+    report::save(&args.out, true, &cells, &table, &picture(&cells)?).context("the results")?;
     print!("{table}");
     Ok(())
 }

@@ -64,7 +64,14 @@ fn main() -> Result<()> {
         }
     };
     let table = testpmd::markdown(&cells);
-    report::save(out, &cells, &table, &plot::testpmd(&cells)?).context("the results")?;
+    report::save(
+        out,
+        args.place.render.is_none(),
+        &cells,
+        &table,
+        &plot::testpmd(&cells)?,
+    )
+    .context("the results")?;
     print!("{table}");
     Ok(())
 }

@@ -163,7 +163,7 @@ fn socket(address: SocketAddr) -> io::Result<UdpSocket> {
     let socket = UdpSocket::bind(address)?;
     // With CAP_NET_ADMIN; without it as much as the administrator allows (net.core.rmem_max). Less is slower, not wrong.
     use rustix::net::sockopt as opt;
-    let bytes = 4 << 20;
+    let bytes = WINDOW_BYTES as usize;
     if opt::set_socket_recv_buffer_size_force(&socket, bytes).is_err() {
         let _ = opt::set_socket_recv_buffer_size(&socket, bytes);
     }

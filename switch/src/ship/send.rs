@@ -4,7 +4,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::BytesMut;
 use gangway_shared::api::{Tally, VERSION};
 use gangway_shared::pki::host_server_name;
 use gangway_shared::ship::{LaneOpen, ToSource, ToTarget};
@@ -24,7 +23,7 @@ const BACKOFF_MAX: Duration = Duration::from_secs(1);
 const SETTLED: Duration = Duration::from_millis(500);
 /// For each step up to the welcome.
 const HANDSHAKE: Duration = Duration::from_secs(3);
-/// Batches are gathered up to this many bytes before they go to QUIC.
+/// Batches go to QUIC together, up to about so many bytes.
 const CHUNK: usize = 64 << 10;
 /// A lane that has caught up looks again after this long (or at its seal), so that a writer need not wake us for each
 /// of its bursts.
@@ -77,6 +76,18 @@ async fn session(out: &Arc<Outgoing>, backoff: &mut Duration) -> Result<(), Ship
         () = ending(out) => return Ok(()),
     };
     let r = connected(out, &conn, backoff).await;
+    let path = conn.stats().path;
+    tracing::debug!(
+        hold = %out.args.hold,
+        mtu = path.current_mtu,
+        rtt = ?path.rtt,
+        cwnd = path.cwnd,
+        sent = path.sent_packets,
+        lost = path.lost_packets,
+        lost_bytes = path.lost_bytes,
+        congested = path.congestion_events,
+        "the shipment's connection"
+    );
     conn.close(quinn::VarInt::from_u32(0), b"");
     r
 }
@@ -218,19 +229,18 @@ async fn pump(
         return Err(d.into());
     }
     let mut stream: Option<SendStream> = None;
-    let mut chunk = BytesMut::new();
+    let mut batches = Vec::new();
     while !reader.finished() {
-        while chunk.len() < CHUNK {
-            let Some(b) = reader.peek_batch()? else {
+        let mut bytes = 0;
+        while bytes < CHUNK {
+            let Some(wire) = reader.wire()? else {
                 break;
             };
-            if chunk.is_empty() {
-                chunk.reserve(CHUNK + b.wire.len());
-            }
-            chunk.extend_from_slice(b.wire);
+            bytes += wire.len();
+            batches.push(wire);
             reader.advance_batch();
         }
-        if chunk.is_empty() {
+        if batches.is_empty() {
             if queue.is_removed() {
                 return Ok(());
             }
@@ -247,7 +257,8 @@ async fn pump(
                 none.insert(s)
             }
         };
-        s.write_chunk(chunk.split().freeze()).await.map_err(lost)?;
+        s.write_all_chunks(&mut batches).await.map_err(lost)?;
+        batches.clear();
     }
     if let Some(mut s) = stream {
         // It is closed already if the connection is, and then all is done again.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use arrayvec::ArrayVec;
+use bytes::Bytes;
 use gangway_shared::api::Tally;
 use gangway_shared::id::LaneKey;
 
@@ -69,6 +70,19 @@ pub struct Run<'a> {
     pub time_ns: u64,
     /// They lie in the spool.
     pub frames: &'a [Frame<'a>],
+}
+
+/// A part of a segment that is published, and so is never written again.
+struct Wire {
+    seg: Arc<Segment>,
+    from: u32,
+    to: u32,
+}
+
+impl AsRef<[u8]> for Wire {
+    fn as_ref(&self) -> &[u8] {
+        self.seg.read(self.from, self.to)
+    }
 }
 
 impl Reader {
@@ -139,6 +153,22 @@ impl Reader {
         };
         let raw = seg.read(self.at, self.at + open.len);
         Ok(format::view(raw))
+    }
+
+    /// What of the next batch is shipped, without a copy: as long as somebody has it, its segment is not used again.
+    /// [`Reader::advance_batch`] passes it.
+    pub fn wire(&mut self) -> Result<Option<Bytes>, Damaged> {
+        if !self.find()? {
+            return Ok(None);
+        }
+        let (Some(open), Some(seg)) = (&self.open, &self.seg) else {
+            return Ok(None);
+        };
+        Ok(Some(Bytes::from_owner(Wire {
+            seg: seg.clone(),
+            from: self.at + format::EPOCH as u32,
+            to: self.at + open.len,
+        })))
     }
 
     /// Passes what [`Reader::peek_batch`] returned last, or the error; without it, nothing.
