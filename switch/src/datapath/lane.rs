@@ -305,8 +305,7 @@ impl Lane {
         }
     }
 
-    /// Takes frames that came together, behind `from`, into the spool queue, as many as it has room for; none if there is no
-    /// queue.
+    /// Takes frames that came together, behind `from`, into the spool queue, as many as it has room for; none without a queue.
     pub fn take_run(&mut self, frames: &[Frame<'_>], now_ns: u64, from: Origin) -> usize {
         self.writer()
             .map_or(0, |w| w.append_run(now_ns, frames, from))

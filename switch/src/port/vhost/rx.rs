@@ -1,7 +1,6 @@
 //! The guest's transmit ring: frames into the switch. A burst looks at waiting chains without consuming them; a chain
 //! is given back only when the switch says that its frame is safe. So a switch that dies in between finds the frame in
-//! guest memory again, and so does the target of a migration. What is given back is noted ([`Position`]), so that the next run of
-//! the switch knows which of these frames a spool has already.
+//! guest memory again, and so does the target of a migration. Which of them a spool has already, the next run learns by [`Position`].
 #![allow(unsafe_code)]
 
 use std::fs::File;
