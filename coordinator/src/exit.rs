@@ -20,6 +20,8 @@ pub enum Code {
     Refused = 5,
     /// Past the point of no return and not finished: `gangway abort ID` goes on with it.
     Unfinished = 6,
+    /// The group has moved, but for a VM that died on the target; its stopped copy on the source is kept.
+    Lost = 7,
 }
 
 /// The same, for `--help`.
@@ -30,7 +32,8 @@ pub const HELP: &str = "Exit codes:
   3  rolled back: all VMs run on the source, nothing was lost
   4  a host, switch or VMM could not be reached; nothing was changed
   5  refused: a switch or another migration does not allow it now; nothing was changed
-  6  past the point of no return and not finished: `gangway abort ID` goes on with it";
+  6  past the point of no return and not finished: `gangway abort ID` goes on with it
+  7  moved, but for a VM that died on the target; its stopped copy on the source is kept";
 
 /// An error that ends a command.
 #[derive(Debug, Clone, PartialEq, Eq)]

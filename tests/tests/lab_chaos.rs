@@ -49,3 +49,8 @@ fn a_switch_that_goes_under_running_vms_loses_nothing() {
         ],
     );
 }
+
+#[test]
+fn a_vm_that_dies_behind_the_commit_takes_nobody_with_it() {
+    all_green("chaos-vm", &["commit kill-target-qemu"]);
+}

@@ -69,6 +69,7 @@ async fn take_up(
         source,
         target,
         past.facts.clone(),
+        true,
     ));
     let (machine, first) = Machine::replay(mission.freeze, &past.steps());
     anstream::eprintln!(

@@ -52,6 +52,7 @@ pub async fn exec(cx: &Context, c: MigrateArgs) -> Result<(), Failure> {
         source,
         target,
         Facts::default(),
+        false,
     ));
     let progress = Progress::new(world.clone(), c.quiet);
     let machine = Machine::new(mission.freeze);

@@ -6,7 +6,7 @@ use gangway_shared::id::HoldId;
 
 use super::Context;
 use crate::cli::{Format, OfMigration};
-use crate::exit::Failure;
+use crate::exit::{Code, Failure};
 use crate::migration::journal::{Journal, replace};
 use crate::migration::report::Report;
 use crate::table::{bytes, json, num, show, table};
@@ -44,8 +44,17 @@ pub fn write(
     Ok(report)
 }
 
-/// An error if the group has moved and the two ends do not agree.
+/// An error if the group has moved and the two ends do not agree, or a VM has died there.
 pub fn agreement(report: &Report) -> Result<(), Failure> {
+    if !report.lost.is_empty() {
+        let (vms, from, to) = (report.lost.join(", "), &report.from, &report.to);
+        return Err(Failure::new(
+            Code::Lost,
+            format!(
+                "the group has moved, but {vms} died on host '{to}' when it was to run there: the stopped copy on host '{from}' is kept; resume it there (QMP 'cont', virsh resume) or end it ('quit'); why it died is in vm-NAME.log of host '{to}'"
+            ),
+        ));
+    }
     match report.links.iter().find(|l| !l.agree) {
         Some(l) if report.outcome == "disagree" => Err(Failure::failed(format!(
             "the group has moved, but the accounts of lane {} differ: held {} shipped {} flushed {} dropped {}; see the report",

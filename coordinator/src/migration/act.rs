@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -33,6 +34,9 @@ pub enum StepError {
     /// Both ends do not agree.
     #[error("the target's account differs from the source's: {0}")]
     Disagree(String),
+    /// A VM is not at the target any more, in time.
+    #[error("a VM has died on the target, before the commit: {0}")]
+    Died(VmmError),
     /// It does not get there.
     #[error("{0}")]
     Late(String),
@@ -46,7 +50,7 @@ impl StepError {
     pub fn unchanged(&self) -> bool {
         match self {
             StepError::Switch(e) => e.nothing_changed(),
-            StepError::Check(_) => true,
+            StepError::Check(_) | StepError::Died(_) => true,
             _ => false,
         }
     }
@@ -72,6 +76,8 @@ pub struct World {
     facts: Mutex<Facts>,
     live: Mutex<HashMap<String, Live>>,
     qemus: tokio::sync::Mutex<HashMap<(End, String), Qemu>>,
+    /// The commit was tried, or may have been, in an earlier life.
+    committing: AtomicBool,
 }
 
 /// Which end of the move.
@@ -84,9 +90,16 @@ pub enum End {
 }
 
 impl World {
-    /// Nothing is connected yet.
-    pub fn new(mission: Mission, source: Switch, target: Switch, facts: Facts) -> World {
+    /// Nothing is connected yet. `resumed`: another coordinator has begun.
+    pub fn new(
+        mission: Mission,
+        source: Switch,
+        target: Switch,
+        facts: Facts,
+        resumed: bool,
+    ) -> World {
         World {
+            committing: AtomicBool::new(resumed),
             mission,
             source,
             target,
@@ -189,12 +202,7 @@ pub async fn forward(w: &Arc<World>, step: Step) -> Result<(), StepError> {
         }
         Step::Switchover => switchover(w).await,
         Step::Restore => restore(w).await,
-        Step::Commit => w
-            .target
-            .call(&Request::Commit { hold })
-            .await
-            .map(drop)
-            .map_err(StepError::from),
+        Step::Commit => commit(w).await,
         Step::Activate => activate(w).await,
         Step::Announce => w
             .target
@@ -438,23 +446,74 @@ async fn restore(w: &Arc<World>) -> Result<(), StepError> {
     }
 }
 
-async fn activate(w: &Arc<World>) -> Result<(), StepError> {
-    for vm in w.mission.vms() {
-        w.qemu(End::Target, vm).await?.cont().await?;
+/// A VM that has died on the target by now is whole on the source, and there is still a way back. Asked once, before the first try: behind
+/// it there is none.
+async fn commit(w: &Arc<World>) -> Result<(), StepError> {
+    if !w.committing.swap(true, Ordering::Relaxed) {
+        let there = |w: Arc<World>, vm: String| async move {
+            let asked = async { w.qemu(End::Target, &vm).await?.status().await };
+            asked.await.map(drop).map_err(StepError::Died)
+        };
+        w.each(there).await?;
     }
-    for vm in w.mission.vms() {
-        let q = w.qemu(End::Target, vm).await?;
-        let status = q.status().await?;
-        if status != "running" {
-            return Err(q.trouble(format!("is '{status}' after cont")).into());
-        }
-        if let Some(e) = q.events().last("RESUME") {
-            w.facts().vms.entry(vm.clone()).or_default().resume_ns = e.at_ns;
-        }
-        w.live().entry(vm.clone()).or_default().state = "running on the target";
-    }
+    let hold = w.mission.id;
+    w.target.call(&Request::Commit { hold }).await?;
     Ok(())
 }
+
+/// Behind the commit the others do not wait for a VM that has died: it is lost there, and its copy on the source stays.
+async fn activate(w: &Arc<World>) -> Result<(), StepError> {
+    let mut failed: Vec<(&String, VmmError)> = Vec::new();
+    for vm in w.mission.vms() {
+        let run = async { w.qemu(End::Target, vm).await?.cont().await };
+        if let Err(e) = run.await {
+            failed.push((vm, e));
+        }
+    }
+    for vm in w.mission.vms() {
+        if failed.iter().any(|(f, _)| *f == vm) {
+            continue;
+        }
+        if let Err(e) = runs(w, vm).await {
+            failed.push((vm, e));
+        }
+    }
+    // Seen twice, so that one whose switch was just started is not taken for dead.
+    let mut dead: Vec<String> = failed.iter().map(|(vm, _)| (*vm).clone()).collect();
+    for _ in 0..2 {
+        if !dead.is_empty() {
+            sleep(GONE).await;
+            let there = w.target.vms().await?;
+            dead.retain(|vm| there.iter().any(|v| v.name == *vm && v.status == ABSENT));
+        }
+    }
+    match failed.into_iter().find(|(vm, _)| !dead.contains(vm)) {
+        Some((_, e)) => Err(e.into()),
+        None => {
+            w.facts().lost = dead;
+            Ok(())
+        }
+    }
+}
+
+/// That it does, and since when.
+async fn runs(w: &World, vm: &str) -> Result<(), VmmError> {
+    let q = w.qemu(End::Target, vm).await?;
+    let status = q.status().await?;
+    if status != "running" {
+        return Err(q.trouble(format!("is '{status}' after cont")));
+    }
+    if let Some(e) = q.events().last("RESUME") {
+        w.facts().vms.entry(vm.to_owned()).or_default().resume_ns = e.at_ns;
+    }
+    w.live().entry(vm.to_owned()).or_default().state = "running on the target";
+    Ok(())
+}
+
+/// Between two looks whether a VM is gone.
+const GONE: Duration = Duration::from_millis(250);
+/// What a switch says of a VM of which no process serves its QMP socket.
+const ABSENT: &str = "absent";
 
 async fn settle(w: &Arc<World>) -> Result<(), StepError> {
     let hold = w.mission.id;
@@ -491,9 +550,12 @@ async fn settle(w: &Arc<World>) -> Result<(), StepError> {
     }
 }
 
-/// Ends the source's VMs. One that runs is not ended, whatever the journal says.
+/// Ends the source's VMs. One that runs is not ended, whatever the journal says, nor one that is all that is left of a VM.
 async fn retire(w: &Arc<World>) -> Result<(), StepError> {
     w.each(|w, vm| async move {
+        if w.facts().lost.contains(&vm) {
+            return Ok(());
+        }
         let q = match w.qemu(End::Source, &vm).await {
             Ok(q) => q,
             Err(e) if absent(&e) || is_absent(&w, &vm).await => {

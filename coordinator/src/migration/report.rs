@@ -19,6 +19,9 @@ pub struct Facts {
     pub vms: BTreeMap<String, VmFacts>,
     /// VMs that QEMU stopped by itself, before the freeze.
     pub early: Vec<String>,
+    /// VMs that had died on the target when they were to run there.
+    #[serde(default)]
+    pub lost: Vec<String>,
     /// When the freeze was acknowledged, nanoseconds since the Unix epoch, the source switch's clock.
     pub frozen_ns: u64,
     /// False if a TAP's queue was not seen empty.
@@ -70,6 +73,9 @@ pub struct Report {
     /// Freeze acknowledged to lanes let go.
     pub freeze_to_thaw_ms: Option<f64>,
     pub stopped_early: Vec<String>,
+    /// Died on the target when they were to run there; their stopped copies on the source were kept.
+    #[serde(default)]
+    pub lost: Vec<String>,
     pub tap_drained: Option<bool>,
     pub steps: Vec<StepReport>,
     pub troubles: Vec<String>,
@@ -179,7 +185,8 @@ impl Report {
         };
         let first_stop = vms.iter().filter_map(|v| v.stop_ns).min().unwrap_or(0);
         let last_resume = vms.iter().filter_map(|v| v.resume_ns).max().unwrap_or(0);
-        let all_resumed = vms.iter().all(|v| v.resume_ns.is_some());
+        let resumed = |v: &VmReport| v.resume_ns.is_some() || facts.lost.contains(&v.name);
+        let all_resumed = vms.iter().all(resumed);
         let thaw = if moved {
             facts.target.as_ref()
         } else {
@@ -209,6 +216,7 @@ impl Report {
             vms,
             links,
             stopped_early: facts.early.clone(),
+            lost: facts.lost.clone(),
             tap_drained: facts.drained,
             steps: steps(entries),
             troubles: troubles.to_vec(),

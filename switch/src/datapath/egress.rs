@@ -9,13 +9,13 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::engine::{Port, TxGuard};
+use super::engine::{Mode, Port, TxGuard};
 use super::flow::Flows;
 use super::lane::Sink;
 use super::reading::Reading;
 use super::stats::{Traffic, add};
 use super::worker::Round;
-use crate::port::{Claim, Frame, Sent, TxQueue};
+use crate::port::{Claim, Frame, NeverReason, Sent, TxQueue};
 
 /// What a worker keeps from one burst to the next.
 #[derive(Default)]
@@ -93,6 +93,7 @@ impl<'a> Egress<'a> {
         });
         match sent {
             Sent::Down if self.ports[to].awaited() => Sent::Full,
+            Sent::Down if self.ports[to].mode() == Mode::Lost => Sent::Never(NeverReason::Gone),
             sent => sent,
         }
     }
@@ -190,7 +191,7 @@ impl<'a> Egress<'a> {
         let port = &self.ports[to];
         if !port.is_up() {
             reading.reset();
-            return false;
+            return port.mode() == Mode::Lost;
         }
         if !port.steering.is_wide() {
             return true;

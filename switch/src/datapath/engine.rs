@@ -31,15 +31,18 @@ pub enum Mode {
     Departing = 3,
     /// Its VM runs elsewhere; it gets nothing.
     Departed = 4,
+    /// Its VM has died while its lanes drained: what waits for it is dropped and counted, so that its senders do not wait with it.
+    Lost = 5,
 }
 
 impl Mode {
-    const ALL: [Mode; 5] = [
+    const ALL: [Mode; 6] = [
         Mode::Live,
         Mode::Held,
         Mode::Standby,
         Mode::Departing,
         Mode::Departed,
+        Mode::Lost,
     ];
 
     /// For listings.
@@ -50,6 +53,7 @@ impl Mode {
             Mode::Standby => "standby",
             Mode::Departing => "departing",
             Mode::Departed => "departed",
+            Mode::Lost => "lost",
         }
     }
 }

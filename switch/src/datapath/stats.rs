@@ -49,6 +49,7 @@ impl From<NeverReason> for Drop {
             NeverReason::TooLong => Drop::TooLong,
             NeverReason::Offload => Drop::Offload,
             NeverReason::RingBroken | NeverReason::Refused => Drop::Refused,
+            NeverReason::Gone => Drop::Down,
         }
     }
 }

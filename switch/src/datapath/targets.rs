@@ -97,6 +97,7 @@ impl Targets {
                 && (p.hears_uplink() || from_deaf)
                 && match p.mode() {
                     Mode::Live => p.is_up() || p.armed(),
+                    Mode::Lost => p.is_up(),
                     // What comes from a VM that has moved already reaches the others of its group where they are now.
                     Mode::Held | Mode::Departing => !moved,
                     Mode::Standby | Mode::Departed => false,

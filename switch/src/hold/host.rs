@@ -28,6 +28,8 @@ pub trait Vms: Send + Sync {
     fn pid(&self, vm: &str) -> Option<u32>;
     /// As QEMU has said last: `running`, `paused`, ... (qapi/run-state.json, RunState).
     fn status(&self, vm: &str) -> Option<String>;
+    /// It was started here for its arrival in this hold, its process has ended, and nobody serves its QMP socket.
+    fn has_died(&self, vm: &str, hold: HoldId) -> bool;
 }
 
 /// What holds are carried out on.

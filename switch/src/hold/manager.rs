@@ -1,6 +1,6 @@
 //! Answers the control requests that concern ports, links and holds.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,8 @@ const RESTORE: Duration = Duration::from_secs(5);
 const AWAIT_VM: Duration = Duration::from_secs(30);
 /// How long a source that was restarted behind its last acknowledgement waits for its repetition.
 const HEAR: Duration = Duration::from_secs(2);
+/// How often it is looked for VMs that have died behind their arrival.
+const DIED: Duration = Duration::from_millis(100);
 /// How often a hold that moves by itself is looked at.
 const TICK: Duration = Duration::from_millis(1);
 /// When an announcement is repeated, after the first.
@@ -224,25 +226,35 @@ impl Manager {
         Ok(reply)
     }
 
-    fn again(&self, id: HoldId, role: Role) -> Option<Answer> {
+    /// The answer to an order to open a hold that is known already: a repetition is answered as the first was, another
+    /// order under the same number is refused.
+    fn again(&self, id: HoldId, role: Role, vms: &[String], peer: &str) -> Option<Answer> {
         if lock(&self.ended).contains(&id) {
             return Some(Err(late(id)));
         }
         let h = lock(&self.holds).get(&id).cloned()?;
         let h = lock(&h);
-        Some(if h.info.role == role && !h.is_over() {
+        let i = &h.info;
+        let set = |vms: &[String]| vms.iter().cloned().collect::<BTreeSet<_>>();
+        let same = i.role == role && i.peer == peer && set(&i.vms) == set(vms);
+        Some(if same && !h.is_over() {
             Ok(Reply::Hold(h.snapshot(&self.host)))
         } else {
-            Err(refuse(
-                RefusalCode::Busy,
-                format!("hold {id} exists already, {:?}", h.info.state),
-            ))
+            let what = format!(
+                "hold {id} exists already: {:?} on the {:?}, of {}, with host {}; this order is for the {role:?}, {}, with host {peer}",
+                i.state,
+                i.role,
+                i.vms.join(", "),
+                i.peer,
+                vms.join(", "),
+            );
+            Err(refuse(RefusalCode::Busy, what))
         })
     }
 
     fn open(&self, args: HoldOpen) -> Answer {
         let _one = lock(&self.opening);
-        if let Some(a) = self.again(args.hold, Role::Source) {
+        if let Some(a) = self.again(args.hold, Role::Source, &args.vms, &args.target_host) {
             return a;
         }
         let group = self.claim(&args.vms)?;
@@ -296,7 +308,7 @@ impl Manager {
 
     fn prepare(&self, args: IncomingPrepare) -> Answer {
         let _one = lock(&self.opening);
-        if let Some(a) = self.again(args.hold, Role::Target) {
+        if let Some(a) = self.again(args.hold, Role::Target, &args.vms, &args.source_host) {
             return a;
         }
         let group = self.claim(&args.vms)?;
@@ -500,8 +512,14 @@ impl Manager {
     }
 
     fn watch_draining(&self, hold: HoldId) {
-        self.follow(hold, |host, h| {
+        let mut next = Instant::now();
+        self.follow(hold, move |host, h| {
             let End::Target(t) = &h.end else { return true };
+            let now = Instant::now();
+            if now >= next {
+                t.give_up_the_dead(host);
+                next = now + DIED;
+            }
             let done = t.drained(host);
             if done {
                 h.info.drained_ns = now_ns();

@@ -349,11 +349,24 @@ impl TargetHold {
         sent
     }
 
+    /// Behind the commit: gives up what waits for a VM that has died. With its frames the senders' would wait for ever.
+    pub fn give_up_the_dead(&self, host: &Host) {
+        let ports = &host.engine.shared().ports;
+        for p in self.group.iter().map(|&g| &ports[g]) {
+            let Some(vm) = &p.vm else { continue };
+            if p.mode() == Mode::Held && !p.is_up() && host.vms.has_died(vm, self.id) {
+                tracing::error!(hold = %self.id, vm, "has died behind its arrival: what waits for port {} is dropped", p.name);
+                p.set_mode(Mode::Lost);
+            }
+        }
+    }
+
     /// True once every lane forwards; the ports are plain ports then.
     pub fn drained(&self, host: &Host) -> bool {
         let ports = &host.engine.shared().ports;
-        let done = self.local.iter().all(|l| l.progress.finished())
-            && self.group.iter().all(|&g| ports[g].is_up());
+        let is_there = |&g: &usize| ports[g].is_up() || ports[g].mode() == Mode::Lost;
+        let done =
+            self.local.iter().all(|l| l.progress.finished()) && self.group.iter().all(is_there);
         if done {
             for &g in &self.group {
                 ports[g].set_hears_uplink(true);

@@ -234,6 +234,8 @@ pub enum NeverReason {
     RingBroken,
     /// The kernel refused the frame itself.
     Refused,
+    /// The receiving VM has died, and nothing waits for it any more.
+    Gone,
 }
 
 /// A place in a transmit queue: behind all that was sent by then.

@@ -15,6 +15,7 @@ use tokio::time::{sleep, timeout};
 use super::ShipError;
 use super::outgoing::{Ending, Outgoing};
 use super::wire::{self, lost};
+use crate::said::Said;
 use crate::spool::Queue;
 
 const BACKOFF_MIN: Duration = Duration::from_millis(20);
@@ -32,10 +33,18 @@ const CALM: Duration = Duration::from_millis(1);
 /// Until it is closed or fails for good.
 pub(super) async fn run(out: Arc<Outgoing>) {
     let mut backoff = BACKOFF_MIN;
+    let said = Said::default();
+    let me = format!("hold {} to {}", out.args.hold, out.args.target_host);
     loop {
         let r = session(&out, &mut backoff).await;
         let e = r.err().unwrap_or(ShipError::Closed);
-        tracing::debug!(hold = %out.args.hold, "shipment: {e}");
+        match &e {
+            ShipError::Closed => {}
+            // The order to open the hold is refused, and says so.
+            e if !out.lock().welcomed => tracing::debug!("{me}: shipment: {e}"),
+            e if e.is_final() => said.warn(&me, format_args!("shipment ended: {e}")),
+            e => said.info(&me, format_args!("shipment: {e}; trying again")),
+        }
         let over = out.update(|s| {
             s.connected = false;
             let first_refusal = !s.welcomed && matches!(e, ShipError::Refused(_));

@@ -10,11 +10,14 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::report::{Clock, Ends, Live};
 use super::wire::{CHAIN_TCP_PORT, CHAIN_UDP_PORT, CONTROL_PORT, ECHO_PORT, REQUEST_PORT};
 use super::{control, dirty, stream, udp};
+
+/// How long an order to stop waits for senders, well within the patience of who asks.
+const LAST_SEGMENT: Duration = Duration::from_secs(3);
 
 /// What the command line says.
 #[derive(Debug, PartialEq, Eq)]
@@ -285,9 +288,15 @@ impl Guest {
 
     fn stop(&mut self) {
         self.on.store(false, Ordering::Relaxed);
-        // Their sockets close with them, after their last segment.
+        // Their sockets close with them, after their last segment; but for a stream that nobody reads any more.
+        let until = Instant::now() + LAST_SEGMENT;
         for sender in self.senders.drain(..) {
-            let _ = sender.join();
+            while !sender.is_finished() && Instant::now() < until {
+                thread::sleep(Duration::from_millis(10));
+            }
+            if sender.is_finished() {
+                let _ = sender.join();
+            }
         }
     }
 }

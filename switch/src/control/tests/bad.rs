@@ -413,7 +413,51 @@ async fn an_order_that_cannot_be_now_names_what_would_have_to_be_and_changes_not
     once(&["coordinator 'me'", "refused HoldOpen", &text, "the ticket"]).await;
     once(&["host 'a': shipment of hold", &text, "the ticket"]).await;
 
-    hold(&to_a, &open([5; 32])).await;
+    // The same hold once more: as before. Another one under its number: refused.
+    for _ in 0..TIMES {
+        hold(&to_a, &open([5; 32])).await;
+        hold(&to_b, &prepare).await;
+    }
+    let other = |order: &Request| {
+        let mut order = order.clone();
+        match &mut order {
+            Request::HoldOpen(o) => o.target_host = "c".into(),
+            Request::IncomingPrepare(p) => p.vms.push("db".into()),
+            _ => {}
+        }
+        order
+    };
+    let one = format!("hold {id} exists already: ");
+    for (to, order, is, asked) in [
+        (
+            &to_a,
+            other(&open([5; 32])),
+            "Open on the Source, of web, with host b",
+            "for the Source, web, with host c",
+        ),
+        (
+            &to_b,
+            other(&prepare),
+            "Prepared on the Target, of web, with host a",
+            "for the Target, web, db, with host a",
+        ),
+        (
+            &to_b,
+            open([5; 32]),
+            "Prepared on the Target, of web, with host a",
+            "for the Source, web, with host b",
+        ),
+    ] {
+        for _ in 0..TIMES {
+            let Reply::Refused(no) = ask(to, &order).await else {
+                panic!("{order:?} is not refused")
+            };
+            assert_eq!(no.code, RefusalCode::Busy, "{no}");
+            assert!(no.message.contains(&format!("{one}{is}")), "{no}");
+            assert!(no.message.ends_with(asked), "{no}");
+        }
+        once(&["INFO", "refused", &one, asked]).await;
+    }
     let stands = |i: HoldInfo| (i.state, i.frozen_ns, i.thawed_ns, i.drained_ns);
     let before = [
         stands(hold(&to_a, &status).await),

@@ -164,6 +164,16 @@ impl crate::hold::Vms for Vmm {
     fn status(&self, vm: &str) -> Option<String> {
         self.vms.get(vm)?.seen().status
     }
+
+    fn has_died(&self, vm: &str, hold: HoldId) -> bool {
+        let Some(vm) = self.vms.get(vm) else {
+            return false;
+        };
+        // Of a command that hands the VM to somebody else (libvirt) only the first half is true.
+        let absent = [io::ErrorKind::ConnectionRefused, io::ErrorKind::NotFound];
+        let socket = process::listener_pid(vm.socket());
+        self.has_ended(vm.name(), hold) && socket.is_err_and(|e| absent.contains(&e.kind()))
+    }
 }
 
 /// Why there is no QMP connection.

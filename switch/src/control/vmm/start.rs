@@ -91,6 +91,12 @@ impl Vmm {
         ready.map(|()| started.pid)
     }
 
+    /// What `start` started for this hold has ended.
+    pub(super) fn has_ended(&self, name: &str, hold: HoldId) -> bool {
+        let started = Files::new(&self.state_dir, name).load();
+        started.is_some_and(|s| s.hold == hold && Process::find(s.pid, s.start_time).is_none())
+    }
+
     /// Ends what `start` started for this hold, and nothing else.
     pub async fn stop(&self, name: &str, hold: HoldId) -> Result<(), Refusal> {
         let vm = self.vm(name)?;

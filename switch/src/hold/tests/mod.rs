@@ -38,14 +38,19 @@ const MAC_O: u8 = 3;
 const MAC_Q: u8 = 4;
 const SENDERS: [u8; 3] = [MAC_P, MAC_O, MAC_Q];
 
-struct NoVms;
+/// Of which nothing is known but that they have died.
+#[derive(Default)]
+struct Dead(Mutex<Vec<String>>);
 
-impl Vms for NoVms {
+impl Vms for Dead {
     fn pid(&self, _: &str) -> Option<u32> {
         None
     }
     fn status(&self, _: &str) -> Option<String> {
         None
+    }
+    fn has_died(&self, vm: &str, hold: HoldId) -> bool {
+        hold == ID && self.0.lock().unwrap().iter().any(|v| v == vm)
     }
 }
 
@@ -63,6 +68,7 @@ struct Site {
     dialer: (quinn::Endpoint, quinn::ClientConfig),
     runtime: tokio::runtime::Handle,
     run: Mutex<Option<Run>>,
+    dead: Arc<Dead>,
     ports: [MemoryPort; 3],
     /// The second queue of `p`.
     second: MemoryPort,
@@ -90,6 +96,7 @@ impl Site {
             dialer: (w.endpoint.clone(), w.client.clone()),
             runtime: w.rt.handle().clone(),
             run: Mutex::default(),
+            dead: Arc::default(),
             ports: [MemoryPort::new(), MemoryPort::new(), MemoryPort::new()],
             second: MemoryPort::new(),
         };
@@ -111,7 +118,7 @@ impl Site {
             dialer: Some(self.dialer.clone()),
             runtime: self.runtime.clone(),
             taps: Default::default(),
-            vms: Arc::new(NoVms),
+            vms: self.dead.clone(),
             config,
         }));
         manager.take_up(left);
@@ -401,10 +408,7 @@ impl Scene {
             eventually("the last frame", || self.received(who) >= n);
         }
         std::thread::sleep(Duration::from_millis(50));
-        self.done.store(true, Ordering::Relaxed);
-        for t in self.threads.drain(..) {
-            t.join().unwrap();
-        }
+        self.end();
         let got = self.got.lock().unwrap();
         for (i, who) in SENDERS.into_iter().enumerate() {
             let n = self.sent[i].load(Ordering::Acquire);
@@ -421,6 +425,13 @@ impl Scene {
                 "from station {who}: {:?}",
                 wrong.map(|w| &seen[w..])
             );
+        }
+    }
+
+    fn end(&mut self) {
+        self.done.store(true, Ordering::Relaxed);
+        for t in self.threads.drain(..) {
+            t.join().unwrap();
         }
         for site in [&self.a, &self.b] {
             site.engine().stop();

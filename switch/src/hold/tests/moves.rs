@@ -537,3 +537,54 @@ fn a_hold_that_still_waits_for_its_vm_does_not_disarm_the_next_one() {
     });
     s.verdict();
 }
+
+#[test]
+fn a_vm_that_dies_behind_the_commit_holds_nobody_up() {
+    for restarted in [false, true] {
+        let mut s = Scene::new();
+        let ring = committed(&s);
+        s.b.refill(ring);
+        s.b.plug(P);
+        s.place.store(2, Ordering::Release);
+        s.a.ask(Request::Depart {
+            hold: ID,
+            grace_ms: 10_000,
+        });
+        s.b.ask(Request::Announce { hold: ID });
+        std::thread::sleep(Duration::from_millis(300));
+        assert_eq!(s.b.status().state, HoldState::Draining, "m is waited for");
+        if restarted {
+            s.b.kill();
+            s.b.start(&[UP, P]);
+            std::thread::sleep(Duration::from_millis(150));
+            assert_eq!(s.b.status().state, HoldState::Draining, "m is waited for");
+        }
+        s.b.dead.0.lock().unwrap().push("m".into());
+        eventually("nobody waits for m", || {
+            s.b.status().state == HoldState::Live
+        });
+        eventually("p does not wait for m", || {
+            s.b.ports[P].take_waiting();
+            std::thread::sleep(Duration::from_millis(50));
+            let waiting = s.b.ports[P].take_waiting().len();
+            waiting < 100
+        });
+        let lanes = s.b.status().lanes;
+        let held: u64 = lanes.iter().map(|l| l.held.frames).sum();
+        assert!(held > 0 && lanes.iter().all(|l| l.held == l.flushed));
+        eventually("the source is done", || {
+            s.a.status().state == HoldState::Departed
+        });
+        s.a.ask(Request::HoldRelease { hold: ID });
+        s.b.ask(Request::HoldRelease { hold: ID });
+        // The account says what became of them.
+        let ledger = s.b.ledger(Role::Target);
+        let lost = ledger.iter().flat_map(|l| &l.lost);
+        let lost: Vec<_> = lost.collect();
+        assert!(!lost.is_empty() && lost.iter().all(|g| g.why == "receiver_down"));
+        // It is started anew: a plain port.
+        s.b.plug(M);
+        s.more();
+        s.end();
+    }
+}
