@@ -125,7 +125,7 @@ pub fn receiver<R: driver::Ring>() -> Side<Box<dyn TxQueue>, R> {
     let queue: Box<dyn TxQueue> = match R::LAYOUT {
         Layout::Split => {
             let q = split::Split::new(&live, NUM, 0, &f);
-            Box::new(Tx::new(q, gate(&live, 0), 0, NUM, f))
+            Box::new(Tx::new(q, gate(&live, 0), 0, NUM, f, Position::unknown()))
         }
         Layout::Packed => {
             let q = packed::Packed::new(&live, NUM, packed::START, &f);
@@ -135,6 +135,7 @@ pub fn receiver<R: driver::Ring>() -> Side<Box<dyn TxQueue>, R> {
                 packed::START,
                 NUM,
                 f,
+                Position::unknown(),
             ))
         }
     };

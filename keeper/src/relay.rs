@@ -11,7 +11,7 @@
 //!
 //! A switch that is gone is waited for without an end: the VM's frames wait in its rings.
 
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -23,6 +23,7 @@ use rustix::net::sockopt::socket_peercred;
 use rustix::process::{PidfdFlags, pidfd_open};
 
 use gangway_shared::config::HostConfig;
+use gangway_shared::positions;
 
 use crate::message::request::SET_PROTOCOL_FEATURES;
 use crate::transcript::Transcript;
@@ -98,7 +99,7 @@ enum End {
     Front(io::Error),
     #[error("the switch hung up: it has refused what it was told, see its log")]
     Refused,
-    #[error("the switch is gone, and a packed ring does not show a new one where it was")]
+    #[error("the switch is gone, and it has not noted where its packed rings were")]
     Packed,
     #[error("{DEATHS} switches in a row died while they were told of this VM")]
     Deadly,
@@ -216,6 +217,14 @@ fn begin(positions: &Path) -> io::Result<()> {
     std::fs::File::create(positions).map(drop)
 }
 
+/// The switch has noted what a packed ring does not show.
+fn has_noted(positions: &Path) -> bool {
+    let mut start = Vec::new();
+    let file = std::fs::File::open(positions);
+    let read = file.and_then(|f| f.take(4096).read_to_end(&mut start));
+    read.is_ok() && positions::has_packed(&start)
+}
+
 /// Serves one connection of a VM to its end.
 fn relay(front: &UnixStream, port: &Port) -> End {
     let (switch, name) = (port.switch.as_path(), port.name.as_str());
@@ -251,7 +260,7 @@ fn relay(front: &UnixStream, port: &Port) -> End {
         if !back.is_dying(switch) {
             return End::Refused;
         }
-        if !transcript.can_be_told() {
+        if !transcript.can_be_told() && !has_noted(&HostConfig::kept_positions(switch)) {
             return End::Packed;
         }
         deaths = if lived > SOON { 0 } else { deaths + 1 };

@@ -8,8 +8,8 @@
 //!   asked and accepted features | memory | log | features | ring: size, base, addresses, call, error | enabled | kick
 //! ```
 //!
-//! Where a ring was is not told: the back-end sees in the ring what was given back (split rings), and what it has noted beside its socket. A packed ring does not show it, so
-//! connections with packed rings are not kept ([`Transcript::can_be_told`]).
+//! Where a ring was is not told: the back-end sees in the ring what was given back (split rings), and what it has noted beside its socket. A packed ring does not show it:
+//! a connection with packed rings is kept only if the back-end has noted it ([`Transcript::can_be_told`]).
 
 use std::collections::BTreeMap;
 

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use gangway_keeper::message::request::*;
 use gangway_keeper::relay::{self, Port};
 use gangway_keeper::wire::{self, Message};
+use gangway_shared::config::HostConfig;
 use rustix::event::{EventfdFlags, eventfd};
 use tempfile::TempDir;
 
@@ -390,7 +391,7 @@ fn a_switch_that_offers_less_is_not_put_in_the_place_of_another() {
 }
 
 #[test]
-fn packed_rings_end_with_their_switch() {
+fn packed_rings_end_with_a_switch_that_has_not_noted_where_they_are() {
     let w = World::new();
     let first = w.switch("");
     let front = w.front();
@@ -399,6 +400,25 @@ fn packed_rings_end_with_their_switch() {
     first.hears(9);
     first.kill();
     assert!(front.is_closed());
+}
+
+#[test]
+fn packed_rings_of_which_it_is_noted_where_they_are_go_on() {
+    let w = World::new();
+    let first = w.switch("");
+    let front = w.front();
+    front.begin();
+    front.say(SET_FEATURES, 1 << 30 | 1 << 34, &[]);
+    first.hears(9);
+    let noted = HostConfig::kept_positions(&w.dir.path().join("vm.sock"));
+    assert_eq!(std::fs::read(&noted).unwrap(), [0; 0], "the keeper's");
+    let mut file = vec![0; gangway_shared::positions::AT];
+    file.extend(gangway_shared::positions::MAGIC);
+    std::fs::write(&noted, file).unwrap();
+    first.kill();
+    let second = w.switch("");
+    assert_eq!(second.hears(8).len(), 9, "it is told everything");
+    assert_eq!(front.ask(GET_FEATURES, 0), FEATURES);
 }
 
 #[test]

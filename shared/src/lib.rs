@@ -9,5 +9,6 @@ pub mod config;
 pub mod id;
 pub mod ledger;
 pub mod pki;
+pub mod positions;
 pub mod record;
 pub mod ship;

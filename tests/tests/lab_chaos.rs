@@ -10,13 +10,19 @@ fn logs(name: &str) -> PathBuf {
 
 /// One behind the other in one world, which each leaves as it was; after a guest's own crash the case is run once more.
 fn all_green(name: &str, wishes: &[&str]) {
-    let mut stage = Some(Stage::new(None, &logs(name)).unwrap());
+    all_green_with(name, wishes, "");
+}
+
+/// With these properties of the network cards.
+fn all_green_with(name: &str, wishes: &[&str], nic: &str) {
+    let mut stage = Some(Stage::with(None, &logs(name), nic).unwrap());
     let steps = stage.as_ref().unwrap().steps().unwrap();
     let wishes: Vec<Wish> = wishes.iter().map(|w| w.parse().unwrap()).collect();
     for case in cases(&wishes, &steps).unwrap() {
         for again in [true, false] {
             let used = stage.take();
-            let mut used = used.unwrap_or_else(|| Stage::new(Some(&case), &logs(name)).unwrap());
+            let mut used =
+                used.unwrap_or_else(|| Stage::with(Some(&case), &logs(name), nic).unwrap());
             let row = used.run(&case, &steps).unwrap();
             let crashed = used.crashed();
             if row.leaves_all_as_it_was() {
@@ -47,6 +53,19 @@ fn a_switch_that_goes_under_running_vms_loses_nothing() {
             "no-migration restart-source-switch",
             "precopy kill-source-switch",
         ],
+    );
+}
+
+#[test]
+fn a_switch_that_goes_under_packed_rings_loses_nothing() {
+    all_green_with(
+        "chaos-packed",
+        &[
+            "no-migration kill-source-switch",
+            "no-migration restart-source-switch",
+            "precopy kill-source-switch",
+        ],
+        "packed=on",
     );
 }
 

@@ -14,8 +14,9 @@ use gangway_benches::frames::{HEADER, frame, mac};
 use gangway_benches::front::Front;
 use gangway_benches::host::Process;
 use gangway_benches::peer::{Gangway, Setup, Size, Switch};
+use gangway_benches::ring::packed::Packed;
 use gangway_benches::ring::split::Split;
-use gangway_benches::ring::{Layout, Place, Ring};
+use gangway_benches::ring::{Place, Ring};
 use gangway_benches::sys::Memory;
 use gangway_shared::api::{
     HoldOpen, HoldState, IncomingPort, IncomingPrepare, Reply, Request, Scope,
@@ -46,15 +47,15 @@ fn binary(name: &str) -> PathBuf {
 }
 
 /// A port's guest.
-struct Station {
+struct Station<R> {
     front: Front,
     memory: Arc<Memory>,
-    rx: Split,
-    tx: Split,
+    rx: R,
+    tx: R,
 }
 
-impl Station {
-    fn start(socket: &Path, port: usize) -> Station {
+impl<R: Ring> Station<R> {
+    fn start(socket: &Path, port: usize) -> Station<R> {
         let stream = until("the keeper", || {
             std::os::unix::net::UnixStream::connect(socket).ok()
         });
@@ -79,15 +80,17 @@ impl Station {
             len,
             device_writes,
         };
-        let mut rx = Split::new(place(rx, RX_LEN, true));
-        let tx = Split::new(place(tx, (HEADER + BYTES) as u32, false));
+        let mut rx = R::new(place(rx, RX_LEN, true));
+        let tx = R::new(place(tx, (HEADER + BYTES) as u32, false));
         for i in 0..NUM {
             memory.write(tx.place().buffer(i) + HEADER, &frame(BYTES, port, port ^ 1));
         }
         rx.publish(NUM);
-        let front = Front::start(stream, Layout::Split, true, [rx.place(), tx.place()]);
+        let front = Front::start(stream, R::LAYOUT, true, [rx.place(), tx.place()]);
         Station {
-            front: front.unwrap().unwrap_or_else(|_| panic!("split rings")),
+            front: front
+                .unwrap()
+                .unwrap_or_else(|_| panic!("{:?} rings", R::LAYOUT)),
             memory,
             rx,
             tx,
@@ -96,14 +99,14 @@ impl Station {
 }
 
 /// Two of them, and what was sent and has come.
-struct Guests {
-    from: Station,
-    to: Station,
+struct Guests<R> {
+    from: Station<R>,
+    to: Station<R>,
     sent: u64,
     came: Vec<u64>,
 }
 
-impl Guests {
+impl<R: Ring> Guests<R> {
     /// Sends as much as there is room for, up to so many on their way, and takes what has come.
     fn turn(&mut self, window: u64) {
         self.from.tx.reap(1, |_, _| {});
@@ -174,8 +177,8 @@ fn until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
 }
 
 /// A source whose switch dies, with a keeper, and a target. Processes drop before their folder.
-struct World {
-    guests: Guests,
+struct World<R> {
+    guests: Guests<R>,
     near: Option<Gangway>,
     _far: Gangway,
     _keeper: Process,
@@ -187,8 +190,8 @@ struct World {
     random: u64,
 }
 
-impl World {
-    fn new() -> World {
+impl<R: Ring> World<R> {
+    fn new() -> World<R> {
         let dir = TempDir::new().unwrap();
         let pki = dir.path().join("pki");
         let ok =
@@ -362,9 +365,8 @@ const NO_WINDOW: u64 = u64::MAX;
 /// A keeper takes a VM that several switches in a row have not lived with for 0.3 s for what kills them.
 const LIVES: Duration = Duration::from_millis(330);
 
-#[test]
-fn what_a_hold_has_accepted_is_there_once_however_often_its_switch_dies() {
-    let mut w = World::new();
+fn what_a_hold_has_accepted_is_there_once<R: Ring>() {
+    let mut w = World::<R>::new();
     w.guests.turns(Duration::from_millis(200), WINDOW);
     w.settle();
     let hold = HoldId(1);
@@ -385,9 +387,8 @@ fn what_a_hold_has_accepted_is_there_once_however_often_its_switch_dies() {
     assert_eq!((missing, twice), (Vec::new(), 0));
 }
 
-#[test]
-fn what_is_forwarded_or_put_back_is_there_and_at_most_a_burst_of_it_twice() {
-    let mut w = World::new();
+fn at_most_a_burst_comes_twice<R: Ring>() {
+    let mut w = World::<R>::new();
     let mut deaths = 0;
     for _ in 0..4 {
         w.die(WINDOW, LIVES);
@@ -411,4 +412,24 @@ fn what_is_forwarded_or_put_back_is_there_and_at_most_a_burst_of_it_twice() {
     eprintln!("{} frames, {twice} twice; 5 deaths", w.guests.sent);
     assert_eq!(missing, Vec::<u64>::new());
     assert!(twice <= 32 * (deaths + 1), "{twice} frames twice");
+}
+
+#[test]
+fn what_a_hold_has_accepted_is_there_once_however_often_its_switch_dies() {
+    what_a_hold_has_accepted_is_there_once::<Split>();
+}
+
+#[test]
+fn what_a_hold_has_accepted_from_packed_rings_is_there_once_however_often_its_switch_dies() {
+    what_a_hold_has_accepted_is_there_once::<Packed>();
+}
+
+#[test]
+fn what_is_forwarded_or_put_back_is_there_and_at_most_a_burst_of_it_twice() {
+    at_most_a_burst_comes_twice::<Split>();
+}
+
+#[test]
+fn what_is_forwarded_or_put_back_in_packed_rings_is_there_and_at_most_a_burst_of_it_twice() {
+    at_most_a_burst_comes_twice::<Packed>();
 }

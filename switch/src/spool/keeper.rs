@@ -117,6 +117,14 @@ impl Host {
     pub(super) fn take(&self, dir: &Path, number: u32) -> Result<Segment, SpoolError> {
         let to = dir.join(segment_name(number));
         let mut state = lock(&self.state);
+        let is_free = |s: &State| {
+            let room = (s.total + 1) * self.segment_bytes <= self.quota_bytes;
+            room || !(s.ready.is_empty() && s.stale.is_empty())
+        };
+        if !is_free(&state) {
+            // What was given back, and our thread has not come to yet.
+            self.collect(&mut state);
+        }
         state.held += 1;
         self.set_scarce(&state);
         let r = if let Some(p) = state.ready.pop().or_else(|| state.stale.pop()) {

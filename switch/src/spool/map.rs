@@ -263,18 +263,21 @@ impl Tail {
     }
 }
 
-/// A file of one page: a header, and words that change in place.
+/// A file of a few pages: a header, and words that change in place.
 #[derive(Debug)]
 pub(crate) struct Page {
     map: MmapRaw,
+    words: usize,
 }
 
 /// Bytes of a metadata file.
-pub(super) const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
+/// Bytes before the first word.
+const HEADER: usize = 256;
 
 impl Page {
-    /// Creates the file with this content at its start. It appears under its name complete or not at all.
-    pub(crate) fn create(path: &Path, start: &[u8]) -> io::Result<Page> {
+    /// Creates the file of `len` bytes, with this content at its start. It appears under its name complete or not at all.
+    pub(crate) fn create(path: &Path, start: &[u8], len: u64) -> io::Result<Page> {
         use std::os::unix::fs::FileExt;
         let tmp = path.with_extension("new");
         let file = File::options()
@@ -283,37 +286,47 @@ impl Page {
             .create(true)
             .truncate(true)
             .open(&tmp)?;
-        allocate(&file, PAGE)?;
+        allocate(&file, len)?;
         file.write_all_at(start, 0)?;
         std::fs::rename(&tmp, path)?;
-        Page::map(&file)
+        Page::map(&file, len)
     }
 
-    /// Maps an existing one.
-    pub(crate) fn open(path: &Path) -> io::Result<Page> {
+    /// Maps an existing one of this length.
+    pub(crate) fn open(path: &Path, len: u64) -> io::Result<Page> {
         let file = File::options().read(true).write(true).open(path)?;
-        if file.metadata()?.len() != PAGE {
+        if file.metadata()?.len() != len {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
                 "not of a metadata file's size",
             ));
         }
-        allocate(&file, PAGE)?;
-        Page::map(&file)
+        allocate(&file, len)?;
+        Page::map(&file, len)
     }
 
-    fn map(file: &File) -> io::Result<Page> {
-        let map = MmapOptions::new().len(PAGE as usize).map_raw(file)?;
+    fn map(file: &File, len: u64) -> io::Result<Page> {
+        let map = MmapOptions::new().len(len as usize).map_raw(file)?;
         populate(&map)?;
-        Ok(Page { map })
+        let words = (len as usize - HEADER) / size_of::<AtomicU64>();
+        Ok(Page { map, words })
     }
 
     /// The word at byte `256 + 8 * n`.
     pub(crate) fn word(&self, n: usize) -> &AtomicU64 {
-        assert!(n < 400);
-        // SAFETY: inside the page (asserted), aligned (a mapping starts at a page), live as long as `self`; only
-        // touched as an atomic.
-        unsafe { &*self.map.as_ptr().add(256 + 8 * n).cast::<AtomicU64>() }
+        &self.words(n, 1)[0]
+    }
+
+    /// `len` of them from there on.
+    #[inline]
+    pub(crate) fn words(&self, n: usize, len: usize) -> &[AtomicU64] {
+        assert!(n <= self.words && len <= self.words - n);
+        // SAFETY: inside the mapping (asserted), aligned (a mapping starts at a page), live as long as `self`; only
+        // touched as atomics.
+        unsafe {
+            let first = self.map.as_ptr().add(HEADER).cast::<AtomicU64>().add(n);
+            std::slice::from_raw_parts(first, len)
+        }
     }
 
     /// Forces it to the disk.

@@ -32,7 +32,7 @@ mod writer;
 pub(crate) mod tests;
 
 pub use format::{Batch, Origin, Record};
-pub(crate) use map::Page;
+pub(crate) use map::{PAGE, Page};
 pub use queue::{Queue, sync_all};
 pub use reader::{Damaged, RUN, Reader, Run};
 pub use store::Spool;

@@ -9,7 +9,7 @@ use super::format::{
     BATCH_HEADER, BadHeader, FILE_HEADER, FileHeader, QUEUE_MAGIC, SEGMENT_MAGIC, salt,
 };
 use super::keeper::{Host, segment_number};
-use super::map::{Page, Segment};
+use super::map::{PAGE, Page, Segment};
 use super::queue::{Parts, Queue, lock};
 use super::reader::Damaged;
 use super::recover::{End, Scanner, SegmentEnd, epoch_of};
@@ -59,10 +59,10 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
     if header.hold != hold || Some(header.kind) != kind_of(dir) {
         return Err(bad(BadHeader::Field("hold or kind")));
     }
-    let page = match Page::open(&meta) {
+    let page = match Page::open(&meta, PAGE) {
         Ok(p) => p,
         Err(_) => {
-            Page::create(&meta, &header.encode(QUEUE_MAGIC)).map_err(SpoolError::io(&meta))?
+            Page::create(&meta, &header.encode(QUEUE_MAGIC), PAGE).map_err(SpoolError::io(&meta))?
         }
     };
     let committed = page

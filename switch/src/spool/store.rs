@@ -15,7 +15,7 @@ use rustix::io::Errno;
 
 use super::format::{self, BATCH_HEADER, FILE_HEADER, FileHeader, NAME_MAX, QUEUE_MAGIC};
 use super::keeper::Host;
-use super::map::Page;
+use super::map::{PAGE, Page};
 use super::queue::{Parts, Queue, lock};
 use super::writer::Writer;
 use super::{Kind, Recovered, SpoolError, open};
@@ -129,8 +129,8 @@ impl Spool {
                 epoch: 0,
             };
             let meta = dir.join(META);
-            let page =
-                Page::create(&meta, &header.encode(QUEUE_MAGIC)).map_err(SpoolError::io(&meta))?;
+            let page = Page::create(&meta, &header.encode(QUEUE_MAGIC), PAGE)
+                .map_err(SpoolError::io(&meta))?;
             let seg = Arc::new(host.take(&dir, 0)?);
             let tail = seg
                 .tail()

@@ -330,5 +330,12 @@ fn sender<R: Ring + 'static>(
     num: u16,
     features: RingFeatures,
 ) -> Box<dyn TxQueue> {
-    Box::new(Tx::new(ring, gate, next, num, features))
+    Box::new(Tx::new(
+        ring,
+        gate,
+        next,
+        num,
+        features,
+        Position::unknown(),
+    ))
 }

@@ -27,6 +27,8 @@ const VICTIM: &str = "consumer";
 const PATIENCE: Duration = Duration::from_secs(240);
 /// As the unit in deploy/systemd says.
 const RESTART: Duration = Duration::from_millis(200);
+/// Memory of a VM, in megabytes, where much is held.
+const ROOMY_MB: u32 = 192;
 /// What a spool's disk has in cases that fill it, and the segment that goes with it.
 const DISK_BYTES: u64 = 24 << 20;
 
@@ -64,6 +66,7 @@ pub struct Row {
 pub struct Stage {
     world: World,
     small_disks: bool,
+    roomy: bool,
     /// Flows as they were when the last case ended.
     flows: Vec<Flow>,
     logs: PathBuf,
@@ -72,8 +75,18 @@ pub struct Stage {
 impl Stage {
     /// Boots the group on A.
     pub fn new(case: Option<&Case>, logs: &Path) -> Result<Stage> {
+        Stage::with(case, logs, "")
+    }
+
+    /// The same with these properties of all network cards, as QEMU has them: `packed=on`.
+    pub fn with(case: Option<&Case>, logs: &Path, nic: &str) -> Result<Stage> {
         let small_disks = case.is_some_and(|c| fills_a_disk(c.fault));
-        let group = Group::default();
+        let roomy = case.is_some_and(|c| is_long(c.fault));
+        let mut group = Group::default();
+        if roomy {
+            group.memory_mb = ROOMY_MB;
+        }
+        group.vms.iter_mut().for_each(|vm| vm.nic = nic.to_owned());
         let prepare = |lab: &Lab| match small_disks {
             true => [&lab.a, &lab.b].into_iter().try_for_each(small_disk),
             false => Ok(()),
@@ -92,6 +105,7 @@ impl Stage {
         Ok(Stage {
             world,
             small_disks,
+            roomy,
             flows: Vec::new(),
             logs: logs.to_owned(),
         })
@@ -99,7 +113,7 @@ impl Stage {
 
     /// Whether a case may follow in this world.
     pub fn suits(&self, case: &Case) -> bool {
-        fills_a_disk(case.fault) == self.small_disks
+        fills_a_disk(case.fault) == self.small_disks && is_long(case.fault) == self.roomy
     }
 
     /// The steps that the product has, from itself.
@@ -131,8 +145,20 @@ impl Stage {
         let row = self.run_in(case, steps);
         let row = row.unwrap_or_else(|error| Row::broken(case, &error));
         if !row.wrong.is_empty() {
-            let folder = case.to_string().replace([' ', ':'], "-");
-            self.world.lab.keep_logs(&self.logs.join(folder))?;
+            let folder = self.logs.join(case.to_string().replace([' ', ':'], "-"));
+            self.world.lab.keep_logs(&folder)?;
+            // What switches and kernels have dropped, as far as they still answer.
+            for host in ["a", "b"] {
+                let told = self
+                    .world
+                    .coordinator
+                    .ask(&["host", "show", host, "-o", "json"]);
+                std::fs::write(
+                    folder.join(format!("{host}.json")),
+                    told.unwrap_or_default(),
+                )?;
+            }
+            std::fs::write(folder.join("kernels"), self.world.traffic.kernels())?;
         }
         Ok(row)
     }
@@ -286,6 +312,11 @@ impl Row {
 fn now_s() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(0, |d| d.as_secs())
+}
+
+/// What is held meanwhile comes to the guests at once: their kernels need room for it.
+fn is_long(fault: Fault) -> bool {
+    fault == Fault::CutLong
 }
 
 fn fills_a_disk(fault: Fault) -> bool {

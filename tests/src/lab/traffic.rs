@@ -103,6 +103,8 @@ pub struct Traffic {
     commands: ChildStdin,
     answers: BufReader<ChildStdout>,
     began: Instant,
+    /// See [`QUIET`].
+    quiet: Duration,
     _outside: Process,
 }
 
@@ -127,6 +129,7 @@ impl Traffic {
             commands,
             answers: BufReader::new(answers),
             began: Instant::now(),
+            quiet: QUIET,
             _outside: outside,
         })
     }
@@ -194,9 +197,11 @@ impl Traffic {
         told.join("\n")
     }
 
-    /// A VM that is dead is not asked any more; its flows are judged by the other end alone.
+    /// A VM that is dead is not asked any more; its flows are judged by the other end alone. Who sent to it sits in its own kernel until that
+    /// has asked three times in vain where the dead one is, and reads nothing meanwhile.
     pub fn forget(&mut self, vm: &str) {
         self.group.vms.retain(|spec| spec.name != vm);
+        self.quiet = QUIET + Duration::from_secs(5);
     }
 
     /// Starts all flows, or starts them again after [`Traffic::stop`]; their counts go on.
@@ -234,7 +239,7 @@ impl Traffic {
         }
         let mut flows = self.judge()?;
         let (mut arrived, mut since) = (received(&flows), Instant::now());
-        while flows.iter().any(|flow| flow.lost > 0) && since.elapsed() < QUIET {
+        while flows.iter().any(|flow| flow.lost > 0) && since.elapsed() < self.quiet {
             thread::sleep(Duration::from_millis(100));
             flows = self.judge()?;
             if received(&flows) != arrived {

@@ -154,6 +154,9 @@ pub(super) fn session(stream: UnixStream, shared: &Arc<Shared>) -> End {
         } else {
             lock(&session).attach_waiting();
         }
+        if let Some(why) = lock(&session).is_lost() {
+            break (End::Usual, Some(why));
+        }
         let reported = lock(&session).report_broken();
         if let Err(why) = reported {
             break (End::Expelled, Some(why));

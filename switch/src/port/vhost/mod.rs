@@ -29,6 +29,7 @@ mod conn;
 pub mod dirty;
 mod early;
 pub mod features;
+pub mod given;
 pub mod live;
 pub mod position;
 pub mod ring;

@@ -14,6 +14,8 @@
 //! before it passes a new connection on. A word of another ring would skip frames.
 //! Invariant: whoever stops a ring, or is told that it is stopped, says so in its word. Then it counts only for a ring that stands
 //! exactly there, and not at the begin, where a guest's reset puts it.
+//!
+//! Packed rings, of both directions, have more to be noted, and no word: see [`super::given`].
 
 use std::hash::{BuildHasher, RandomState};
 use std::io;
@@ -21,13 +23,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use gangway_shared::positions::{AT as MAGIC_AT, MAGIC};
+
+use super::given::{self, BYTES, Element, Given, Left};
+use super::ring::{Broken, Ring};
 use crate::port::{BURST, QUEUES};
 use crate::spool::Page;
 
-/// The file's first word.
-const MAGIC: u64 = u64::from_le_bytes(*b"GWposn01");
-/// Bytes before a page's first word.
-const WORDS: usize = 256;
 /// Bits of a word that are the position.
 const AT: u32 = 16;
 /// The ring is stopped: all that was given back is shown, and the guest may reset it.
@@ -49,14 +51,15 @@ impl Positions {
         if !path.exists() {
             return Ok(None);
         }
-        let found = Page::open(path).ok();
-        let found = found.filter(|p| p.word(0).load(Ordering::Relaxed) == MAGIC);
+        let magic = u64::from_ne_bytes(MAGIC);
+        let found = Page::open(path, BYTES).ok();
+        let found = found.filter(|p| p.word(0).load(Ordering::Relaxed) == magic);
         let page = match found {
             Some(page) => page,
             None => {
-                let mut start = vec![0; WORDS];
-                start.extend(MAGIC.to_ne_bytes());
-                Page::create(path, &start).inspect_err(|_| {
+                let mut start = vec![0; MAGIC_AT];
+                start.extend(MAGIC);
+                Page::create(path, &start, BYTES).inspect_err(|_| {
                     let _ = std::fs::remove_file(path);
                 })?
             }
@@ -75,6 +78,8 @@ impl Positions {
             count: 0,
             at: used,
             unseen: 0,
+            given: Given::default(),
+            is_packed: false,
         };
         let word = p.word().map_or(0, |w| w.load(Ordering::Acquire));
         let at = word as u16;
@@ -86,10 +91,44 @@ impl Positions {
         if is_this {
             (p.count, p.at, p.unseen) = ((word & !STOPPED) >> AT, at, unseen);
         } else {
-            p.count = RandomState::new().hash_one(used) >> (AT + 1);
+            p.count = any_count();
         }
         p.set(0, p.at);
         p
+    }
+
+    /// Of a packed ring with `num` slots, guest's receive rings even, that the front-end starts at `base`: where it goes on, and what may
+    /// still have to be written. None if an earlier run was killed where that cannot be known.
+    pub fn packed(&self, ring: usize, base: u16, num: u16) -> Option<(Position, Vec<Element>)> {
+        let mut p = Position {
+            page: Some(self.page.clone()),
+            queue: (ring / 2) as u16,
+            count: 0,
+            at: base,
+            unseen: 0,
+            given: Given::new(self.page.clone(), ring),
+            is_packed: true,
+        };
+        let last = match p.given.left(base, num) {
+            Left::Unknown => return None,
+            Left::Nothing => {
+                p.count = any_count();
+                Vec::new()
+            }
+            Left::Here { at, count, last } => {
+                (p.at, p.count) = (at, count);
+                last
+            }
+        };
+        if last.is_empty() {
+            p.note(p.at, 0, |_| Element::default());
+        }
+        Some((p, last))
+    }
+
+    /// A packed ring is stopped, and its front-end knows where.
+    pub fn packed_stopped(&self, ring: usize) {
+        given::stopped(&self.page, ring);
     }
 
     /// The ring is stopped, or was not started.
@@ -109,11 +148,28 @@ impl Positions {
         }
     }
 
+    /// All that is noted of a packed ring.
+    #[cfg(test)]
+    pub fn raw_packed(&self, ring: usize) -> Vec<&AtomicU64> {
+        given::words(&self.page, ring)
+    }
+
+    /// What the next run will find of it.
+    #[cfg(test)]
+    pub fn left(&self, ring: usize, base: u16, num: u16) -> Left {
+        Given::new(self.page.clone(), ring).left(base, num)
+    }
+
     /// The word itself.
     #[cfg(test)]
     pub fn raw(&self, queue: u16) -> &AtomicU64 {
         word(&self.page, queue).expect("a queue's")
     }
+}
+
+/// Numbers of a ring that begins must not be those of another one.
+fn any_count() -> u64 {
+    RandomState::new().hash_one(0) >> (AT + 1)
 }
 
 fn word(page: &Page, queue: u16) -> Option<&AtomicU64> {
@@ -129,6 +185,8 @@ pub struct Position {
     count: u64,
     at: u16,
     unseen: u16,
+    given: Given,
+    is_packed: bool,
 }
 
 impl Position {
@@ -140,6 +198,14 @@ impl Position {
     /// Where the ring goes on, and how many chains before that the driver has not been shown.
     pub fn start(&self) -> (u16, u16) {
         (self.at, self.unseen)
+    }
+
+    /// Of a packed ring, which has found out how many.
+    pub fn with_unseen(self, unseen: usize) -> Position {
+        Position {
+            unseen: unseen as u16,
+            ..self
+        }
     }
 
     fn word(&self) -> Option<&AtomicU64> {
@@ -156,11 +222,36 @@ impl Position {
     #[inline]
     pub fn set(&mut self, frames: u64, at: u16) {
         self.count += frames;
-        if let Some(w) = self.word() {
+        if !self.is_packed
+            && let Some(w) = self.word()
+        {
             let word = self.count << AT | u64::from(at);
             w.store(word & !STOPPED, Ordering::Release);
         }
     }
+
+    /// Of a packed ring: these are about to be written, and then it stands at `at`.
+    #[inline]
+    pub fn note(&mut self, at: u16, n: usize, element: impl Fn(usize) -> Element) {
+        self.given.put(self.count, at, n, element);
+    }
+
+    /// More was written than could be noted; now the place behind it can be.
+    #[inline]
+    pub fn is_behind(&self) -> bool {
+        self.given.is_behind()
+    }
+}
+
+/// Shows the driver what was given back, the first `n` chains of it, so that the next run can do it again.
+#[inline]
+pub fn show<R: Ring>(ring: &mut R, position: &mut Position, n: usize) -> Result<bool, Broken> {
+    ring.note(n, position);
+    let shown = ring.publish(n);
+    if position.is_behind() {
+        ring.note(0, position);
+    }
+    shown
 }
 
 #[cfg(test)]

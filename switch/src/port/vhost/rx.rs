@@ -13,7 +13,7 @@ use arrayvec::ArrayVec;
 
 use super::features::RingFeatures;
 use super::live::{Gate, clear};
-use super::position::Position;
+use super::position::{Position, show};
 use super::ring::{Broken, Chain, Direction, Pieces, Plain, Plains, Pos, Ring};
 use crate::mem::Seg;
 use crate::mem::copy::{LINE, copy_short};
@@ -282,7 +282,7 @@ impl<R: Ring> Rx<R> {
             return;
         }
         self.unshown -= n;
-        match self.ring.publish(n) {
+        match show(&mut self.ring, &mut self.position, n) {
             Ok(_) => self.owes = true,
             Err(why) => self.set_broken(why),
         }

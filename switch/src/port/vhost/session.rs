@@ -87,8 +87,10 @@ pub struct Session {
     vrings: [Vring; RINGS],
     /// Transmit queues that wait for the others.
     waiting: Vec<(u16, Box<dyn TxQueue>)>,
-    /// Of the guest's transmit rings, if the connection outlives the switch.
+    /// Of the guest's transmit rings and of packed ones, if the connection outlives the switch.
     positions: Option<Positions>,
+    /// A packed ring of which it is not known where it is.
+    unknown: Option<usize>,
 }
 
 /// We receive by this ring; else we transmit.
@@ -124,6 +126,7 @@ impl Session {
             log: None,
             vrings: Default::default(),
             waiting: Vec::new(),
+            unknown: None,
         }
     }
 
@@ -186,7 +189,7 @@ impl Session {
             return;
         };
         let packed = self.is_packed();
-        let mut position = Position::unknown();
+        let (mut position, mut last) = (Position::unknown(), Vec::new());
         let v = &mut self.vrings[i];
         let next = if packed {
             // The ring itself does not tell how far it is; what the front-end says must at least lie in it.
@@ -198,7 +201,19 @@ impl Session {
                 self.shared.attach.port_error(self.shared.slot, Some(why));
                 return;
             }
-            v.base
+            match &self.positions {
+                Some(all) => match all.packed(i, v.base, v.num) {
+                    Some(left) => {
+                        (position, last) = left;
+                        position.start().0
+                    }
+                    None => {
+                        self.unknown = Some(i);
+                        return;
+                    }
+                },
+                None => v.base,
+            }
         } else {
             // What lies between the used index and the front-end's idea of our position was taken by somebody who never
             // gave it back (a back-end that was killed). We take it again, rather twice than never, but for what our own note
@@ -228,7 +243,8 @@ impl Session {
         v.reported = false;
         let features = RingFeatures::new(features);
         let control = if packed {
-            let ring = Packed::new(&live, v.num, next, &features);
+            let mut ring = Packed::new(&live, v.num, next, &features);
+            let position = position.with_unseen(ring.resume(&last));
             self.attach(i, ring, live, kick, features, position)
         } else {
             let ring = Split::new(&live, v.num, next, &features).not_shown(position.start().1);
@@ -281,7 +297,7 @@ impl Session {
                 let _ = raise(kick.as_fd());
             }
         } else {
-            let tx = Tx::new(ring, gate, v.base, v.num, features);
+            let tx = Tx::new(ring, gate, v.base, v.num, features, position);
             if self.features.is_some_and(|f| f & MQ != 0) {
                 self.waiting.push((pair(i), Box::new(tx)));
             } else {
@@ -310,16 +326,21 @@ impl Session {
                 all.give_up();
             }
         }
-        self.note_stopped(i);
+        if !self.is_packed() {
+            self.note_stopped(i);
+        }
         self.vrings[i].base = control.next();
         self.shared.set_control(i, None);
     }
 
-    /// A ring does not run, whatever an earlier run of the switch has noted of it.
+    /// A ring does not run, whatever an earlier run of the switch has noted of it. A packed one may go on all the same, where it is noted to
+    /// be, until the front-end is told where it stands, or sets that anew.
     fn note_stopped(&self, i: usize) {
-        if let Some(all) = self.positions.as_ref().filter(|_| is_rx(i)) {
+        let Some(all) = &self.positions else { return };
+        if is_rx(i) {
             all.stopped(pair(i));
         }
+        all.packed_stopped(i);
     }
 
     /// Stops everything, for the end of the connection.
@@ -379,6 +400,13 @@ impl Session {
         let text = format!("guest's {which} ring {n} is not in guest memory, or not aligned");
         self.shared.state(|s| s.broken += 1);
         self.shared.attach.port_error(self.shared.slot, Some(text));
+    }
+
+    /// Why the connection has to begin anew, if it does.
+    pub fn is_lost(&self) -> Option<String> {
+        self.unknown.map(|i| {
+            format!("ring {i}: an earlier run of the switch was killed while it gave back more at once than it could note")
+        })
     }
 
     /// Reports rings that broke since the last call. An error if the front-end is not to be served any more: with each ring that
@@ -537,7 +565,10 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
         self.vring(index)?;
-        self.stop(index as usize);
+        if self.vrings[index as usize].running.is_some() {
+            self.stop(index as usize);
+            self.note_stopped(index as usize);
+        }
         self.vrings[index as usize].base = base as u16;
         self.start(index as usize);
         Ok(())
@@ -545,9 +576,18 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         self.vring(index)?;
-        self.stop(index as usize);
-        self.note_stopped(index as usize);
         let packed = self.is_packed();
+        let i = index as usize;
+        // One that does not run, and that an earlier run of the switch had.
+        if packed && self.vrings[i].running.is_none() {
+            let (base, num) = (self.vrings[i].base, self.vrings[i].num);
+            let all = self.positions.as_ref();
+            if let Some((p, _)) = all.and_then(|all| all.packed(i, base, num)) {
+                self.vrings[i].base = p.start().0;
+            }
+        }
+        self.stop(i);
+        self.note_stopped(i);
         // One that was stopped in an earlier run of the switch: what the keeper was told of its position is old.
         if !packed && let Some(live) = self.live(index as usize) {
             self.vrings[index as usize].base = Split::used_idx(&live.areas);

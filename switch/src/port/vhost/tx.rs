@@ -12,6 +12,7 @@ use std::sync::atomic::{Ordering, fence};
 use super::claim::{Claim, Cpu, Places, Plan, is_apart};
 use super::features::RingFeatures;
 use super::live::Gate;
+use super::position::{Position, show};
 use super::ring::{Broken, Chain, Direction, Plain, Plains, Pos, Ring};
 use crate::mem::prefetch_to_write;
 use crate::port::offload::Offloads;
@@ -43,6 +44,8 @@ pub struct Tx<R: Ring> {
     cpu: Cpu,
     /// Something was flushed, and nobody has asked whether the driver wants a signal.
     owes: bool,
+    /// What the next run of the switch finds of it: of a split ring nothing, which says itself what was given back.
+    position: Position,
 }
 
 /// So much of the ring.
@@ -76,7 +79,14 @@ impl From<Broken> for Not {
 
 impl<R: Ring> Tx<R> {
     /// A queue on a ring of `num` entries that starts at `next`.
-    pub fn new(ring: R, gate: Gate, next: u16, num: u16, features: RingFeatures) -> Tx<R> {
+    pub fn new(
+        ring: R,
+        gate: Gate,
+        next: u16,
+        num: u16,
+        features: RingFeatures,
+        position: Position,
+    ) -> Tx<R> {
         let mut tx = Tx {
             ring,
             gate,
@@ -93,11 +103,18 @@ impl<R: Ring> Tx<R> {
             closing: false,
             cpu: Cpu::here(),
             owes: false,
+            position,
         };
         // Nobody listens to the kicks for new buffers: a frame that found none is tried again by the worker.
         if tx.enter() {
             if let Err(why) = tx.ring.quiet() {
                 tx.gate.set_broken(why);
+            }
+            // What the run before this one has not come to show.
+            let unseen = usize::from(tx.position.start().1);
+            match show(&mut tx.ring, &mut tx.position, unseen) {
+                Ok(was_there) => tx.owes = was_there,
+                Err(why) => tx.gate.set_broken(why),
             }
             tx.gate.leave();
         }
@@ -394,7 +411,7 @@ impl<R: Ring> Tx<R> {
     #[inline]
     fn show(&mut self, taken: Taken, end: Pos) {
         if taken.chains > 0 {
-            match self.ring.publish(taken.chains) {
+            match show(&mut self.ring, &mut self.position, taken.chains) {
                 Ok(_) => self.owes = true,
                 Err(why) => self.set_broken(why),
             }

@@ -7,6 +7,7 @@ use std::ptr::NonNull;
 use crate::mem::guest::Host;
 
 use super::live::Live;
+use super::position::Position;
 use crate::port::BURST;
 
 mod common;
@@ -191,6 +192,10 @@ pub trait Ring: Send {
     fn after(&self, at: Pos, slots: u16) -> Pos;
     /// Slots of the ring: more cannot wait in it.
     fn slots(&self) -> usize;
+    /// Notes what [`Ring::publish`] will write, where a run that is killed while it does leaves a ring that the next one cannot read.
+    fn note(&self, max: usize, position: &mut Position) {
+        let _ = (max, position);
+    }
     /// Shows the driver what was given back, the first `max` chains of it. True if there was anything.
     fn publish(&mut self, max: usize) -> Result<bool, Broken>;
     /// Whether the driver wants a signal for what was published since it was last asked. Only behind a full barrier after

@@ -22,7 +22,9 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use super::super::dirty::DirtyLog;
 use super::super::features::RingFeatures;
+use super::super::given::Element;
 use super::super::live::{Areas, Live};
+use super::super::position::Position;
 use super::common::{DESC_BYTES, atomic, buffer, words, words_aligned};
 use super::{Broken, CHAIN_MAX, Chain, Direction, Pieces, Plain, Plains, Pos, Ring};
 use crate::mem::copy::LINE;
@@ -40,6 +42,8 @@ const FLAGS: usize = 14;
 const PER_LINE: u32 = LINE as u32 / DESC_BYTES;
 
 const WRAP: u16 = 1 << 15;
+/// The slot of a position.
+pub const SLOT: u16 = !WRAP;
 /// Where a ring starts: slot 0, wrap counter 1.
 pub const START: u16 = WRAP;
 
@@ -83,6 +87,15 @@ impl Done {
             word,
             at,
             slots: chain.slots,
+        }
+    }
+
+    #[inline(always)]
+    fn element(&self) -> Element {
+        Element {
+            at: self.at,
+            id: (self.word >> 32) as u16,
+            written: self.word as u32,
         }
     }
 }
@@ -147,6 +160,21 @@ impl Packed {
         };
         ring.rebind(live);
         ring
+    }
+
+    /// Takes up what an earlier run was giving back before the ring's position, unless the driver has seen it: to be published once more.
+    /// How many chains that is. A burst's first element is written last, so it tells.
+    pub fn resume(&mut self, last: &[Element]) -> usize {
+        if !last.first().is_some_and(|e| self.is_available(e.at)) {
+            return 0;
+        }
+        let ends = last.iter().skip(1).map(|e| e.at).chain([self.used]);
+        for (e, end) in last.iter().zip(ends) {
+            let slots = self.between(e.at, end) as u16;
+            let chain = Chain { id: e.id, slots };
+            self.done.push(Done::new(e.at, chain, e.written));
+        }
+        self.done.len()
     }
 
     /// Checks a ring's areas once: in one region each, aligned.
@@ -369,6 +397,12 @@ impl Ring for Packed {
     #[inline]
     fn slots(&self) -> usize {
         usize::from(self.num)
+    }
+
+    fn note(&self, max: usize, position: &mut Position) {
+        let done = &self.done[..max.min(self.done.len())];
+        let waiting = self.done.get(done.len()).map_or(self.used, |d| d.at);
+        position.note(waiting, done.len(), |i| done[i].element());
     }
 
     fn publish(&mut self, max: usize) -> Result<bool, Broken> {

@@ -9,6 +9,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
+use crate::port::vhost::given::Left;
 use crate::port::vhost::position::Positions;
 use crate::port::{BURST, Burst, Frame};
 use crate::spool::{Kind, Origin, Spool, Writer};
@@ -129,7 +130,8 @@ fn spool(dir: &Path) -> (Arc<Spool>, [Option<Writer>; 2]) {
 struct Switch {
     _spool: Option<Arc<Spool>>,
     lanes: [Option<Writer>; 2],
-    rx: Option<Rx<Split>>,
+    rx: Option<Box<dyn RxQueue>>,
+    control: Option<Arc<Control>>,
 }
 
 struct Crash {
@@ -138,6 +140,8 @@ struct Crash {
     driver: Driver,
     switch: Switch,
     forwarded: Vec<u64>,
+    /// Where the front-end has said that the ring is (packed).
+    base: u16,
 }
 
 impl Crash {
@@ -152,7 +156,9 @@ impl Crash {
                 _spool: Some(spool),
                 lanes,
                 rx: None,
+                control: None,
             },
+            base: packed::START,
             dir,
             memory,
             driver,
@@ -180,6 +186,23 @@ impl Crash {
     fn attach(&mut self, bits: u64) {
         let features = RingFeatures::new(bits);
         let live = live(&self.memory, &self.driver, &event(), None);
+        if bits & PACKED != 0 {
+            let (ring, position) =
+                packed_ring(&self.positions(), RING, self.base, &live, &features);
+            let next = position.start().0;
+            let control = Control::new(live, next, event());
+            let rx = Rx::new(
+                ring,
+                Gate::new(control.clone()),
+                next,
+                None,
+                features,
+                position,
+            );
+            self.switch.rx = Some(Box::new(rx));
+            self.switch.control = Some(control);
+            return;
+        }
         let used = Split::used_idx(&live.areas);
         let ahead = Split::ahead(&live.areas, used).min(NUM);
         let position = self.positions().split(0, used, ahead);
@@ -187,7 +210,7 @@ impl Crash {
         let ring = Split::new(&live, NUM, next, &features).not_shown(unshown);
         let gate = Gate::new(Control::new(live, next, event()));
         let rx = Rx::new(ring, gate, next, None, features, position);
-        self.switch.rx = Some(rx);
+        self.switch.rx = Some(Box::new(rx));
     }
 
     /// What a worker does with a burst of which `most` frames find a place, up to a step.
@@ -231,7 +254,17 @@ impl Crash {
             self.forwarded.extend(on.map(|f| number(f)));
         }
         drop(burst);
-        if until >= Until::Written {
+        if until >= Until::Written && self.driver.packed {
+            let rx = self.switch.rx.as_mut().expect("a ring");
+            let file = self.dir.path().join("p.positions");
+            let at = (&self.memory, self.driver.at[0], file.as_path(), RING);
+            let done = match until {
+                Until::Written => Shown::None,
+                Until::Noted => Shown::AllButFirst,
+                _ => Shown::All,
+            };
+            give(at, done, || rx.release(n));
+        } else if until >= Until::Written {
             let positions = self.positions();
             let index = self.driver.at[2] + 2;
             let before = (self.memory.u16(index), positions.raw(0).load(Relaxed));
@@ -248,7 +281,12 @@ impl Crash {
     /// As a session stops the ring.
     fn stop(&mut self) {
         self.switch.rx = None;
-        self.positions().stopped(0);
+        let positions = self.positions();
+        positions.stopped(0);
+        positions.packed_stopped(RING);
+        if let Some(control) = self.switch.control.take() {
+            self.base = control.next();
+        }
     }
 
     /// Nothing of it runs any more, and nothing is told to anybody.
@@ -274,9 +312,68 @@ impl Crash {
     }
 }
 
+/// The guest's transmit ring of the first pair.
+const RING: usize = 1;
+
+/// As a session begins a packed ring.
+fn packed_ring(
+    positions: &Positions,
+    ring: usize,
+    base: u16,
+    live: &Live,
+    features: &RingFeatures,
+) -> (Packed, Position) {
+    let (position, last) = positions.packed(ring, base, NUM).expect("it is known");
+    let mut packed = Packed::new(live, NUM, position.start().0, features);
+    let unseen = packed.resume(&last);
+    (packed, position.with_unseen(unseen))
+}
+
+/// How much of a burst that is given back a packed ring's driver can see when the switch dies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shown {
+    /// It is noted.
+    None,
+    /// A half of its elements is written; the first comes last.
+    Half,
+    AllButFirst,
+    All,
+}
+
+/// Lets `give` give back a burst, and then takes back what a switch that dies would not have written.
+fn give(at: (&Memory, u64, &Path, usize), shown: Shown, give: impl FnOnce()) {
+    let (memory, table, file, ring) = at;
+    let positions = Positions::open(file).expect("a file").expect("a file");
+    let state = || positions.raw_packed(ring)[0].load(Relaxed);
+    let before = (state(), memory.read(table, 16 * usize::from(NUM)));
+    give();
+    if state() == before.0 {
+        return;
+    }
+    let Left::Here { last, .. } = positions.left(ring, 0, NUM) else {
+        panic!("it is noted")
+    };
+    let hidden = match shown {
+        Shown::None => last.len(),
+        Shown::Half => last.len().div_ceil(2),
+        Shown::AllButFirst => 1,
+        Shown::All => 0,
+    };
+    // In the order in which they are written the first is the last.
+    let (first, others) = last.split_at(last.len().min(1));
+    let written = last.len() - hidden;
+    let not = first.iter().chain(&others[written.min(others.len())..]);
+    for e in not.take(hidden) {
+        let slot = 16 * u64::from(e.at & packed::SLOT);
+        let was = &before.1[slot as usize..][..16];
+        memory.write(table + slot, was);
+    }
+}
+
 fn bits() -> impl Strategy<Value = u64> {
-    (0u64..4).prop_map(|i| {
-        VERSION_1 | [0, EVENT_IDX][i as usize & 1] | [0, INDIRECT][i as usize >> 1 & 1]
+    (0u64..8).prop_map(|i| {
+        let one = |n: u64, bit| if i >> n & 1 == 1 { bit } else { 0 };
+        VERSION_1 | one(0, EVENT_IDX) | one(1, INDIRECT) | one(2, PACKED)
     })
 }
 
@@ -316,15 +413,19 @@ proptest! {
                     c.attach(bits);
                 }
                 Op::Reset(n) => {
-                    c.memory.write(c.driver.at[1], &0u16.to_le_bytes());
+                    if !c.driver.packed {
+                        c.memory.write(c.driver.at[1], &0u16.to_le_bytes());
+                    }
                     (0..8).for_each(|_| c.burst(BURST, Until::Released));
                     c.stop();
                     reaped += c.driver.reap().len();
                     prop_assert_eq!(reaped, offered, "each buffer comes back once");
                     c.memory.write(0x1000, &[0; 0x8000]);
+                    c.base = packed::START;
                     c.driver = Driver::new(&c.memory, NUM, 0x1000, 0x10_0000, bits);
                     c.begin(bits, n);
                 }
+                Op::Polls(_) if c.driver.packed => {}
                 Op::Polls(yes) => c.memory.write(c.driver.at[1], &u16::from(yes).to_le_bytes()),
                 Op::Other(lane) => {
                     // Its numbers are far beyond, and must not be taken for the ring's own.
@@ -360,5 +461,178 @@ proptest! {
         }
         reaped += c.driver.reap().len();
         prop_assert_eq!(reaped, offered, "each buffer comes back once");
+    }
+}
+
+/// What becomes of a guest's packed receive ring.
+#[derive(Debug, Clone)]
+enum Deed {
+    /// The guest offers so many buffers.
+    Offers(usize),
+    /// The guest reads.
+    Reads,
+    /// So many frames are sent and shown, and their sender has them back.
+    Sends(usize),
+    /// The same, and the switch dies when so much is written; without it: before anything is shown.
+    Dies(usize, Option<Shown>),
+    /// The front-end stops the ring and starts it again.
+    Restarts,
+}
+
+fn deed() -> impl Strategy<Value = Deed> {
+    let shown = prop_oneof![
+        Just(None),
+        Just(Some(Shown::None)),
+        Just(Some(Shown::Half)),
+        Just(Some(Shown::AllButFirst)),
+        Just(Some(Shown::All)),
+    ];
+    prop_oneof![
+        4 => (1usize..40).prop_map(Deed::Offers),
+        2 => Just(Deed::Reads),
+        4 => (1..=BURST).prop_map(Deed::Sends),
+        4 => (1..=BURST, shown).prop_map(|(n, s)| Deed::Dies(n, s)),
+        1 => Just(Deed::Restarts),
+    ]
+}
+
+struct Receiver {
+    dir: TempDir,
+    memory: Memory,
+    driver: Driver,
+    features: RingFeatures,
+    base: u16,
+    tx: Option<Tx<Packed>>,
+    control: Option<Arc<Control>>,
+}
+
+impl Receiver {
+    const RING: usize = 0;
+
+    fn new(bits: u64) -> Receiver {
+        let dir = TempDir::new().expect("a directory");
+        std::fs::write(dir.path().join("p.positions"), []).expect("as the keeper makes it");
+        let memory = Memory::new();
+        let driver = Driver::new(&memory, NUM, 0x1000, 0x10_0000, bits);
+        let mut r = Receiver {
+            dir,
+            memory,
+            driver,
+            features: RingFeatures::new(bits),
+            base: packed::START,
+            tx: None,
+            control: None,
+        };
+        r.attach();
+        r
+    }
+
+    fn file(&self) -> std::path::PathBuf {
+        self.dir.path().join("p.positions")
+    }
+
+    fn positions(&self) -> Positions {
+        Positions::open(&self.file())
+            .expect("a file")
+            .expect("a file")
+    }
+
+    fn attach(&mut self) {
+        let live = live(&self.memory, &self.driver, &event(), None);
+        let all = self.positions();
+        let (ring, position) = packed_ring(&all, Self::RING, self.base, &live, &self.features);
+        let next = position.start().0;
+        let control = Control::new(live, next, event());
+        let gate = Gate::new(control.clone());
+        self.tx = Some(Tx::new(ring, gate, next, NUM, self.features, position));
+        self.control = Some(control);
+    }
+
+    /// Sends the frames behind `last`, `n` at most, as far as there is room; how many.
+    fn send(&mut self, last: u64, n: usize, shown: Option<Shown>) -> usize {
+        let tx = self.tx.as_mut().expect("a ring");
+        let mut sent = 0;
+        for number in (last + 1..).take(n) {
+            let b = received(number);
+            let f = Frame::from_slice(crate::port::VnetHdr::default(), &b);
+            if tx.send(&f) != crate::port::Sent::Yes {
+                break;
+            }
+            sent += 1;
+        }
+        if let Some(shown) = shown {
+            let file = self.dir.path().join("p.positions");
+            let at = (&self.memory, self.driver.at[0], file.as_path(), Self::RING);
+            give(at, shown, || tx.flush());
+        }
+        sent
+    }
+}
+
+/// Its bytes, of which some frames need several small buffers.
+fn received(number: u64) -> Vec<u8> {
+    let mut b = vec![number as u8; 60 + number as usize * 37 % 700];
+    b[14..22].copy_from_slice(&number.to_be_bytes());
+    b
+}
+
+proptest! {
+    #![proptest_config(cases(30))]
+
+    /// A guest gets each frame whole and in order, twice only where a switch died between showing it and giving it back to its sender, and each
+    /// of its buffers comes back once (the driver looks).
+    #[test]
+    fn what_a_packed_ring_shows_is_whole_wherever_the_switch_dies(
+        mrg in any::<bool>(),
+        events in any::<bool>(),
+        deeds in prop::collection::vec(deed(), 1..80),
+    ) {
+        let bits = VERSION_1 | PACKED | if mrg { MRG } else { 0 } | if events { EVENT_IDX } else { 0 };
+        let mut r = Receiver::new(bits);
+        // The last frame that its sender has back.
+        let mut last = 0u64;
+        let mut deaths = 0;
+        let mut got: Vec<u64> = Vec::new();
+        let mut reads = |r: &mut Receiver| -> Result<(), TestCaseError> {
+            for (_, frame) in r.driver.received(12, mrg) {
+                let n = number(&frame);
+                prop_assert_eq!(&frame, &received(n));
+                got.push(n);
+            }
+            Ok(())
+        };
+        for deed in deeds {
+            match deed {
+                Deed::Offers(n) => for _ in 0..n {
+                    let len = if mrg { 200 } else { 1000 };
+                    let at = r.driver.alloc(len);
+                    r.driver.add(&[(at, len)], true, false);
+                },
+                Deed::Reads => reads(&mut r)?,
+                Deed::Sends(n) => last += r.send(last, n, Some(Shown::All)) as u64,
+                Deed::Dies(n, shown) => {
+                    deaths += 1;
+                    r.send(last, n, shown);
+                    std::mem::forget(r.tx.take());
+                    r.attach();
+                }
+                Deed::Restarts => {
+                    r.tx = None;
+                    r.base = r.control.take().expect("a ring").next();
+                    r.positions().packed_stopped(Receiver::RING);
+                    r.attach();
+                }
+            }
+        }
+        reads(&mut r)?;
+        let mut most = 0;
+        let mut twice = 0;
+        for n in &got {
+            prop_assert!(*n <= most + 1, "{n} behind {most}: one is missing");
+            twice += usize::from(*n <= most);
+            most = most.max(*n);
+        }
+        prop_assert!(most >= last, "{most} of {last}");
+        prop_assert!(twice <= deaths * BURST);
     }
 }

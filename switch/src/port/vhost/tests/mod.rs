@@ -181,10 +181,24 @@ impl World {
         let gate = Gate::new(control.clone());
         let queue: Box<dyn TxQueue> = if packed {
             let ring = Packed::new(&live, NUM, next, &features);
-            Box::new(Tx::new(ring, gate, next, NUM, features))
+            Box::new(Tx::new(
+                ring,
+                gate,
+                next,
+                NUM,
+                features,
+                Position::unknown(),
+            ))
         } else {
             let ring = Split::new(&live, NUM, next, &features);
-            Box::new(Tx::new(ring, gate, next, NUM, features))
+            Box::new(Tx::new(
+                ring,
+                gate,
+                next,
+                NUM,
+                features,
+                Position::unknown(),
+            ))
         };
         let tx = Side {
             driver,
