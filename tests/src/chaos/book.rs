@@ -94,7 +94,7 @@ impl Book {
         let _ = writeln!(
             out,
             "\n{} cases, {} green, {} red. Frames, messages and requests that were judged: {}. Lost: {}, twice: {}, out of order: {}, \
-             damaged: {}; from outside while no switch ran: {}.",
+             damaged: {}; from outside while no switch ran: {}; dropped by guests' own kernels: {}.",
             self.rows.len(),
             self.rows.len() - red.len(),
             red.len(),
@@ -104,6 +104,7 @@ impl Book {
             sum(|r| r.traffic.reordered),
             sum(|r| r.traffic.corrupted),
             sum(|r| r.traffic.unheard),
+            sum(|r| r.traffic.no_room),
         );
         if !red.is_empty() {
             out.push_str("\n| red row | what is against the rule |\n|---|---|\n");

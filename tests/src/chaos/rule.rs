@@ -5,7 +5,10 @@
 //! | every one | no frame, none twice, none out of order; the migration is over: all VMs run at B, or all at A |
 //! | a switch is killed | what came in from outside while no switch ran: nobody had accepted it. Between VMs nothing is lost; of each flow a burst may arrive twice |
 //! | a QEMU is killed that is the VM at that time | this VM, and what it sends and gets. The others lose nothing and go on |
+//! | held for 20 s and delivered at once | nothing; what a guest's own kernel had no room for at its sockets is told apart, by that kernel's counters |
 //! | a QEMU is killed that is not (A's when B's has all of it, B's before the commit) | nothing |
+
+use std::collections::BTreeMap;
 
 use super::Fault;
 use crate::lab::traffic::Flow;
@@ -35,6 +38,9 @@ pub struct Sum {
     pub lost: u64,
     /// Not arrived, and nobody had accepted it: it came from outside while no switch ran.
     pub unheard: u64,
+    /// Arrived at the VM, whose kernel had no room for it at the socket, as its counters say.
+    #[serde(default)]
+    pub no_room: u64,
     /// Arrived twice.
     pub duplicated: u64,
     /// Arrived late.
@@ -56,6 +62,16 @@ pub struct Scene<'a> {
     pub outage_s: f64,
     /// Datagrams per second to each VM's echo.
     pub echo_rate: u32,
+    /// Datagrams that each VM's kernel has dropped at its sockets.
+    pub no_room: BTreeMap<String, u64>,
+}
+
+/// Where a flow of datagrams ends, or is sent back.
+fn receiver(flow: &Flow) -> Option<&str> {
+    let name = flow.name.as_str();
+    let chain = || name.strip_prefix("udp ")?.split_once("->");
+    name.strip_prefix("outside udp echo ")
+        .or_else(|| chain().map(|(_, to)| to))
 }
 
 /// Whether a flow depends on the VM: as an end, or as a stream through it.
@@ -71,6 +87,7 @@ pub fn judge(scene: &Scene, before: &[Flow], after: &[Flow]) -> (Sum, Vec<String
         scene.fault,
         Fault::KillSourceSwitch | Fault::KillTargetSwitch
     );
+    let mut no_room = scene.no_room.clone();
     for flow in after {
         if scene.dead.is_some_and(|dead| of_dead(flow, dead)) {
             sum.gone += 1;
@@ -85,6 +102,12 @@ pub fn judge(scene: &Scene, before: &[Flow], after: &[Flow]) -> (Sum, Vec<String
             let unheard = lost.min(most);
             sum.unheard += unheard;
             lost -= unheard;
+        }
+        if let Some(dropped) = receiver(flow).and_then(|vm| no_room.get_mut(vm)) {
+            let n = lost.min(*dropped);
+            *dropped -= n;
+            sum.no_room += n;
+            lost -= n;
         }
         let duplicated = flow.duplicated - was.duplicated.min(flow.duplicated);
         let reordered = flow.reordered - was.reordered.min(flow.reordered);
@@ -150,7 +173,24 @@ mod tests {
             dead: None,
             outage_s: 0.5,
             echo_rate: 100,
+            no_room: BTreeMap::new(),
         }
+    }
+
+    #[test]
+    fn what_a_guests_kernel_says_that_it_has_dropped_is_told_apart_and_nothing_more() {
+        let mut scene = scene(Fault::CutLong);
+        scene.no_room = [("b", 30), ("a", 5)]
+            .map(|(vm, n)| (vm.to_owned(), n))
+            .into();
+        let after = [
+            flow("outside udp echo a", 1000, 5),
+            flow("outside udp echo b", 1000, 20),
+            flow("udp a->b", 1000, 11),
+        ];
+        let (sum, wrong) = judge(&scene, &[], &after);
+        assert_eq!((sum.no_room, sum.lost), (35, 1));
+        assert_eq!(wrong, ["udp a->b: 1 of 1000 lost"]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -69,6 +70,8 @@ pub struct Stage {
     roomy: bool,
     /// Flows as they were when the last case ended.
     flows: Vec<Flow>,
+    /// And what the VMs' kernels had dropped.
+    dropped: BTreeMap<String, u64>,
     logs: PathBuf,
 }
 
@@ -107,6 +110,7 @@ impl Stage {
             small_disks,
             roomy,
             flows: Vec::new(),
+            dropped: BTreeMap::new(),
             logs: logs.to_owned(),
         })
     }
@@ -180,6 +184,17 @@ impl Stage {
         self.judge(row, None, outage)
     }
 
+    /// What the VMs' kernels have dropped at their sockets since this was last asked.
+    fn no_room(&mut self) -> Result<BTreeMap<String, u64>> {
+        let now = self.world.traffic.no_room()?;
+        let was = std::mem::replace(&mut self.dropped, now.clone());
+        let since = |(vm, n): (String, u64)| {
+            let before = was.get(&vm).copied().unwrap_or(0);
+            (vm, n - before.min(n))
+        };
+        Ok(now.into_iter().map(since).collect())
+    }
+
     /// Stops the traffic, and completes the row with what came of it.
     fn judge(&mut self, mut row: Row, dead: Option<&str>, outage: Option<f64>) -> Result<Row> {
         if let Some(dead) = dead {
@@ -193,6 +208,7 @@ impl Stage {
             // Until QEMU and switch have found each other again.
             outage_s: outage.map_or(0.0, |s| s + 1.5),
             echo_rate: self.world.group.echo_rate,
+            no_room: self.no_room()?,
         };
         let (traffic, wrong) = rule::judge(&scene, &self.flows, &flows);
         row.traffic = traffic;

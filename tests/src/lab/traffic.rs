@@ -179,6 +179,18 @@ impl Traffic {
         Ok(said)
     }
 
+    /// Datagrams that each VM's kernel has dropped at its sockets, since it has booted: for want of room or memory.
+    pub fn no_room(&self) -> Result<BTreeMap<String, u64>> {
+        let mut all = BTreeMap::new();
+        for vm in &self.group.vms {
+            let told: serde_json::Value = serde_json::from_str(&self.guest(vm, "kernel")?)?;
+            let text = told["/proc/net/snmp"].as_str().unwrap_or_default();
+            let dropped = dropped(text).with_context(|| format!("{}: {told}", vm.name))?;
+            all.insert(vm.name.clone(), dropped);
+        }
+        Ok(all)
+    }
+
     /// What the kernels of the VMs and of the outside client say of their own drops: for the message of a failed test.
     pub fn kernels(&self) -> String {
         let mut told = Vec::new();
@@ -264,6 +276,16 @@ impl Traffic {
     }
 }
 
+/// Of `/proc/net/snmp`, a line of names and one of numbers with a slash between: `RcvbufErrors` and `MemErrors`.
+fn dropped(snmp: &str) -> Option<u64> {
+    let (names, numbers) = snmp.split_once(" / ")?;
+    let of = |name: &str| {
+        let at = names.split_whitespace().position(|n| n == name)?;
+        numbers.split_whitespace().nth(at)?.parse::<u64>().ok()
+    };
+    Some(of("RcvbufErrors")? + of("MemErrors")?)
+}
+
 fn received(flows: &[Flow]) -> u64 {
     flows.iter().map(|flow| flow.received).sum()
 }
@@ -322,6 +344,14 @@ mod tests {
             digest: Some("d".to_owned()),
             ..End::default()
         }
+    }
+
+    #[test]
+    fn a_kernels_own_drops_are_read() {
+        let told = "Udp: InDatagrams NoPorts InErrors RcvbufErrors SndbufErrors MemErrors / Udp: 9 0 3914 1516 0 2398";
+        assert_eq!(dropped(told), Some(3914));
+        assert_eq!(dropped("Udp: InDatagrams / Udp: 9"), None);
+        assert_eq!(dropped(""), None);
     }
 
     #[test]
