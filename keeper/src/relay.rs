@@ -25,8 +25,10 @@ use rustix::process::{PidfdFlags, pidfd_open};
 use gangway_shared::config::HostConfig;
 use gangway_shared::positions;
 
-use crate::message::request::SET_PROTOCOL_FEATURES;
-use crate::transcript::Transcript;
+use crate::message::request::{
+    GET_VRING_BASE, SET_PROTOCOL_FEATURES, SET_VRING_BASE, SET_VRING_KICK,
+};
+use crate::transcript::{Transcript, ring};
 use crate::wire::{Message, receive, send};
 
 /// Between two looks for a switch, or a VM, that is not there.
@@ -242,7 +244,7 @@ fn relay(front: &UnixStream, port: &Port) -> End {
             Ok(back) => back,
             Err(end) => return end,
         };
-        let told = tell(&back, &transcript, asked.as_ref());
+        let told = tell(&back, switch, &transcript, asked.as_ref());
         let since = Instant::now();
         if let Ok(n @ 1..) = told {
             tracing::info!(port = name, messages = n, "a new switch knows of the VM");
@@ -297,13 +299,22 @@ fn wait_for_switch(front: &UnixStream, switch: &Path) -> Result<Back, End> {
 /// Tells a new switch everything, and asks what the one before it has not answered. How many messages that were.
 fn tell(
     back: &Back,
+    path: &Path,
     known: &Transcript<std::sync::Arc<OwnedFd>>,
     asked: Option<&Message>,
 ) -> Result<usize, Lost> {
     // What is answered depends on what was told so far.
     let mut protocol = 0;
     let mut n = 0;
-    for (m, offered) in known.tell() {
+    // The old one may have stopped a packed ring and not have said where: it is noted, and the new one says so, if nobody has it run
+    // first. (A split ring tells where it is, and is stopped anew.)
+    let ends = asked.filter(|m| m.request == GET_VRING_BASE && !known.can_be_told());
+    let ends = ends.and_then(|m| ring(m).ok());
+    let of_it = |m: &Message| {
+        let begins = matches!(m.request, SET_VRING_BASE | SET_VRING_KICK);
+        begins && ends.is_some() && ring(m).ok() == ends
+    };
+    for (m, offered) in known.tell().filter(|(m, _)| !of_it(m)) {
         send(&back.stream, m).map_err(|_| Lost::Switch)?;
         n += 1;
         let is_answered = m.is_answered(protocol);
@@ -331,6 +342,10 @@ fn tell(
         let missing = offered & !answer.long().unwrap_or(0);
         if offered != 0 && missing != 0 {
             return Err(Lost::End(End::Less(missing)));
+        }
+        // It has looked at what is noted: one that does not know of packed rings has thrown it away.
+        if !known.can_be_told() && !has_noted(&HostConfig::kept_positions(path)) {
+            return Err(Lost::End(End::Packed));
         }
     }
     if let Some(m) = asked {

@@ -151,6 +151,13 @@ impl<F: Clone> Transcript<F> {
                 let ring = ring(m)?;
                 self.told.remove(&Key::Ring(ring, RingPart::Call));
                 self.told.remove(&Key::Kick(ring));
+                // Where it was: what was set before is old.
+                let base = Key::Ring(ring, RingPart::Base);
+                let here =
+                    answer.filter(|a| self::ring(*a) == Ok(ring) && a.body.len() == m.body.len());
+                if let (Some(said), Some(a)) = (self.told.get_mut(&base), here) {
+                    said.body.clone_from(&a.body);
+                }
                 return Ok(());
             }
             RESET_OWNER | RESET_DEVICE => {
@@ -195,7 +202,7 @@ impl<F: Clone> Transcript<F> {
 
 /// The ring that a message is about: the first word, or its lowest byte ("A vring state description", "Ring-based messages with a
 /// descriptor").
-fn ring<F>(m: &Message<F>) -> Result<u32, Refused> {
+pub fn ring<F>(m: &Message<F>) -> Result<u32, Refused> {
     let first = m.word(0).ok_or(Refused::Short(m.request))?;
     let ring = match m.request {
         SET_VRING_KICK | SET_VRING_CALL | SET_VRING_ERR => first & 0xff,

@@ -160,6 +160,15 @@ impl World {
         Switch::start(&self.dir.path().join("vm.sock"), mode)
     }
 
+    /// As a switch notes where packed rings are.
+    fn note(&self) {
+        let noted = HostConfig::kept_positions(&self.dir.path().join("vm.sock"));
+        assert_eq!(std::fs::read(&noted).unwrap(), [0; 0], "the keeper's");
+        let mut file = vec![0; gangway_shared::positions::AT];
+        file.extend(gangway_shared::positions::MAGIC);
+        std::fs::write(&noted, file).unwrap();
+    }
+
     fn front(&self) -> Front {
         let path = self.dir.path().join("vm.vhost");
         let since = Instant::now();
@@ -391,6 +400,24 @@ fn a_switch_that_offers_less_is_not_put_in_the_place_of_another() {
 }
 
 #[test]
+fn a_packed_ring_that_is_about_to_stop_is_not_run_by_the_next_switch() {
+    let w = World::new();
+    let first = w.switch("silent");
+    let front = w.front();
+    front.begin();
+    front.say(SET_FEATURES, 1 << 30 | 1 << 34, &[]);
+    front.say(GET_VRING_BASE, 1, &[]);
+    first.hears(10);
+    w.note();
+    first.kill();
+    let second = w.switch("");
+    assert_eq!(front.answer(), 0x77);
+    let heard = second.hears(8);
+    let kick = format!("{SET_VRING_KICK} ");
+    assert!(!heard.iter().any(|h| h.starts_with(&kick)), "{heard:?}");
+}
+
+#[test]
 fn packed_rings_end_with_a_switch_that_has_not_noted_where_they_are() {
     let w = World::new();
     let first = w.switch("");
@@ -410,11 +437,7 @@ fn packed_rings_of_which_it_is_noted_where_they_are_go_on() {
     front.begin();
     front.say(SET_FEATURES, 1 << 30 | 1 << 34, &[]);
     first.hears(9);
-    let noted = HostConfig::kept_positions(&w.dir.path().join("vm.sock"));
-    assert_eq!(std::fs::read(&noted).unwrap(), [0; 0], "the keeper's");
-    let mut file = vec![0; gangway_shared::positions::AT];
-    file.extend(gangway_shared::positions::MAGIC);
-    std::fs::write(&noted, file).unwrap();
+    w.note();
     first.kill();
     let second = w.switch("");
     assert_eq!(second.hears(8).len(), 9, "it is told everything");

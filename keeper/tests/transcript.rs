@@ -10,6 +10,8 @@ use proptest::prelude::*;
 /// Descriptors are numbers here.
 type M = Message<u32>;
 
+/// Where a back-end says that it has stopped a ring.
+const STOPPED_AT: u32 = 0x77;
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 | 1 << 2;
 const NEED_REPLY: u32 = 1 | 1 << 3;
@@ -48,7 +50,7 @@ struct Device {
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Ring {
     num: u32,
-    base: u32,
+    base: Option<u32>,
     addr: Vec<u8>,
     call: Option<u32>,
     err: Option<u32>,
@@ -83,13 +85,16 @@ impl Device {
             }
             SET_LOG_BASE => self.log = Some((m.body.clone(), m.fds.clone())),
             SET_VRING_NUM => ring(self, word(0), &|r| r.num = word(1)),
-            SET_VRING_BASE => ring(self, word(0), &|r| r.base = word(1)),
+            SET_VRING_BASE => ring(self, word(0), &|r| r.base = Some(word(1))),
             SET_VRING_ADDR => ring(self, word(0), &|r| r.addr = m.body.clone()),
             SET_VRING_CALL => ring(self, word(0), &|r| r.call = fd),
             SET_VRING_ERR => ring(self, word(0), &|r| r.err = fd),
             SET_VRING_KICK => ring(self, word(0), &|r| r.kick = fd),
             SET_VRING_ENABLE => ring(self, word(0), &|r| r.enabled = word(1) == 1),
-            GET_VRING_BASE => ring(self, word(0), &|r| (r.kick, r.call) = (None, None)),
+            GET_VRING_BASE => ring(self, word(0), &|r| {
+                (r.kick, r.call) = (None, None);
+                r.base = r.base.map(|_| STOPPED_AT);
+            }),
             RESET_OWNER | RESET_DEVICE => {
                 (self.features, self.log) = (None, None);
                 self.rings.clear();
@@ -144,9 +149,13 @@ fn answer(m: &M, transcript: &Transcript<u32>) -> Option<M> {
         GET_PROTOCOL_FEATURES => PROTOCOL,
         _ => 0,
     };
+    let body = match m.request {
+        GET_VRING_BASE => two(m.word(0).unwrap(), STOPPED_AT),
+        _ => longs(&[value]),
+    };
     let answer = Message {
         flags: REPLY,
-        body: longs(&[value]),
+        body,
         fds: vec![],
         ..m.clone()
     };

@@ -457,7 +457,7 @@ pub struct VmInfo {
     pub ports: Vec<String>,
     /// True while its QMP socket accepts connections (asked at the time of the call).
     pub reachable: bool,
-    /// QMP's `query-status` status, or `absent`.
+    /// QMP's `query-status` status; `absent` if nobody listens on its QMP socket, `unreachable` if somebody does and does not answer.
     pub status: String,
     /// True if it can arrive here (an `incoming` command is configured).
     pub can_arrive: bool,

@@ -478,15 +478,8 @@ async fn activate(w: &Arc<World>) -> Result<(), StepError> {
             failed.push((vm, e));
         }
     }
-    // Seen twice, so that one whose switch was just started is not taken for dead.
-    let mut dead: Vec<String> = failed.iter().map(|(vm, _)| (*vm).clone()).collect();
-    for _ in 0..2 {
-        if !dead.is_empty() {
-            sleep(GONE).await;
-            let there = w.target.vms().await?;
-            dead.retain(|vm| there.iter().any(|v| v.name == *vm && v.status == ABSENT));
-        }
-    }
+    let names = failed.iter().map(|(vm, _)| (*vm).clone()).collect();
+    let dead = dead(&w.target, names).await?;
     match failed.into_iter().find(|(vm, _)| !dead.contains(vm)) {
         Some((_, e)) => Err(e.into()),
         None => {
@@ -508,6 +501,18 @@ async fn runs(w: &World, vm: &str) -> Result<(), VmmError> {
     }
     w.live().entry(vm.to_owned()).or_default().state = "running on the target";
     Ok(())
+}
+
+/// Those of them of which no process serves the QMP socket. Seen twice, so that none is taken for dead whose switch was just started.
+pub async fn dead(switch: &Switch, mut vms: Vec<String>) -> Result<Vec<String>, ClientError> {
+    for _ in 0..2 {
+        if !vms.is_empty() {
+            sleep(GONE).await;
+            let there = switch.vms().await?;
+            vms.retain(|vm| there.iter().any(|v| v.name == *vm && v.status == ABSENT));
+        }
+    }
+    Ok(vms)
 }
 
 /// Between two looks whether a VM is gone.

@@ -2,7 +2,7 @@
 //!
 //! Invariant: pure; made from the mission, the journal's records and the facts alone, so that it can be made again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use gangway_shared::api::{HoldInfo, LaneInfo, Tally};
 use gangway_shared::id::{HoldId, LaneKey};
@@ -22,6 +22,9 @@ pub struct Facts {
     /// VMs that had died on the target when they were to run there.
     #[serde(default)]
     pub lost: Vec<String>,
+    /// VMs that had died on the source when things were put back.
+    #[serde(default)]
+    pub died: BTreeSet<String>,
     /// When the freeze was acknowledged, nanoseconds since the Unix epoch, the source switch's clock.
     pub frozen_ns: u64,
     /// False if a TAP's queue was not seen empty.

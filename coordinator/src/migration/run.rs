@@ -1,6 +1,6 @@
 //! The shell around the machine: carries out its actions, in order, and feeds back what came of them.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +28,8 @@ pub struct Ended {
     pub troubles: Vec<String>,
     /// Why it failed first, if it did: decides the exit code when nothing was done.
     pub cause: Option<Failure>,
+    /// VMs that have died on the source.
+    pub died: BTreeSet<String>,
 }
 
 /// For tests: `GANGWAY_PAUSE_AT` and `GANGWAY_FAIL_AT`, each `STEP` (before it acts) or `STEP:after`.
@@ -154,6 +156,7 @@ pub async fn drive(
                 outcome,
                 troubles: shell.troubles,
                 cause: shell.cause,
+                died: shell.world.facts().died.clone(),
             };
             return Ok((ended, shell.journal));
         }
@@ -443,7 +446,11 @@ pub fn verdict(mission: &Mission, ended: &Ended) -> Result<(), Failure> {
         Outcome::RolledBack => Err(Failure::new(
             Code::RolledBack,
             format!(
-                "migration {id} was rolled back, all VMs run on '{}': {cause}",
+                "migration {id} was rolled back, {} run on '{}': {cause}",
+                match ended.died.iter().cloned().collect::<Vec<_>>().join(", ") {
+                    none if none.is_empty() => "all VMs".to_owned(),
+                    died => format!("all VMs but {died}, whose QEMU has ended there,"),
+                },
                 mission.from
             ),
         )),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use gangway_shared::api::{HoldState, RefusalCode, Request};
 use tokio::time::{Instant, sleep};
 
-use super::act::{End, World};
+use super::act::{End, World, dead};
 use super::steps::Undo;
 use crate::client::{ClientError, Switch};
 
@@ -66,6 +66,7 @@ pub async fn undo(w: &Arc<World>, undo: Undo) -> Result<(), Vec<String>> {
     }
 }
 
+/// With every VM of the source. One that has died there has nothing left to be put back.
 async fn every<F, Fut>(w: &Arc<World>, f: F) -> Result<(), Vec<String>>
 where
     F: Fn(Arc<World>, String) -> Fut,
@@ -73,14 +74,19 @@ where
 {
     let results = w
         .each(|w, vm| {
-            let work = f(w, vm);
-            async move { Ok(work.await.err().map(|e| e.to_string())) }
+            let work = f(w, vm.clone());
+            async move { Ok(work.await.err().map(|e| (vm, e.to_string()))) }
         })
         .await;
-    let errors: Vec<String> = match results {
-        Ok(errors) => errors.into_iter().flatten().collect(),
-        Err(e) => vec![e.to_string()],
+    let failed: Vec<(String, String)> = match results {
+        Ok(failed) => failed.into_iter().flatten().collect(),
+        Err(e) => return Err(vec![e.to_string()]),
     };
+    let names = failed.iter().map(|(vm, _)| vm.clone()).collect();
+    let dead = dead(&w.source, names).await.unwrap_or_default();
+    w.facts().died.extend(dead.iter().cloned());
+    let errors = failed.into_iter().filter(|(vm, _)| !dead.contains(vm));
+    let errors: Vec<String> = errors.map(|(_, e)| e).collect();
     if errors.is_empty() {
         Ok(())
     } else {

@@ -28,8 +28,10 @@ pub trait Vms: Send + Sync {
     fn pid(&self, vm: &str) -> Option<u32>;
     /// As QEMU has said last: `running`, `paused`, ... (qapi/run-state.json, RunState).
     fn status(&self, vm: &str) -> Option<String>;
-    /// It was started here for its arrival in this hold, its process has ended, and nobody serves its QMP socket.
-    fn has_died(&self, vm: &str, hold: HoldId) -> bool;
+    /// It was started here for its arrival in this hold, and its process has ended.
+    fn has_ended(&self, vm: &str, hold: HoldId) -> bool;
+    /// Nobody serves its QMP socket.
+    fn is_absent(&self, vm: &str) -> bool;
 }
 
 /// What holds are carried out on.

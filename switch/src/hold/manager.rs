@@ -30,7 +30,7 @@ const AWAIT_VM: Duration = Duration::from_secs(30);
 /// How long a source that was restarted behind its last acknowledgement waits for its repetition.
 const HEAR: Duration = Duration::from_secs(2);
 /// How often it is looked for VMs that have died behind their arrival.
-const DIED: Duration = Duration::from_millis(100);
+const DIED: Duration = Duration::from_millis(250);
 /// How often a hold that moves by itself is looked at.
 const TICK: Duration = Duration::from_millis(1);
 /// When an announcement is repeated, after the first.
@@ -514,7 +514,9 @@ impl Manager {
     fn watch_draining(&self, hold: HoldId) {
         let mut next = Instant::now();
         self.follow(hold, move |host, h| {
-            let End::Target(t) = &h.end else { return true };
+            let End::Target(t) = &mut h.end else {
+                return true;
+            };
             let now = Instant::now();
             if now >= next {
                 t.give_up_the_dead(host);
@@ -627,10 +629,15 @@ impl Manager {
 
     fn watch_put_back(&self, hold: HoldId) {
         let until = Instant::now() + AWAIT_VM;
+        let mut next = Instant::now();
         self.follow(hold, move |host, h| {
             let End::Source(s) = &mut h.end else {
                 return true;
             };
+            if Instant::now() >= next {
+                s.give_up_the_dead(host);
+                next = Instant::now() + DIED;
+            }
             if h.info.state == HoldState::Aborted {
                 let done = s.disarm(host, Instant::now() > until);
                 if done {

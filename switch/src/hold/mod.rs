@@ -8,6 +8,7 @@
 //! Invariant: nothing here runs on a worker.
 
 mod book;
+mod dead;
 mod entry;
 mod host;
 mod listing;

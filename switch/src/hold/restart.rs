@@ -15,6 +15,7 @@ use gangway_shared::api::{HoldState, Refusal, RefusalCode};
 use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 use gangway_shared::record::HoldRecord;
 
+use super::dead::Dead;
 use super::machine::{Found, holds, taken_up};
 use super::record::{RecordError, RecordFile, Stand};
 use super::source::{Lane, SourceHold};
@@ -136,6 +137,7 @@ impl SourceHold {
         }
         let outgoing = host.dial_again(record)?;
         let mut hold = SourceHold {
+            dead: Dead::default(),
             id: record.hold,
             ran: vec![false; places.group.len()],
             armed: Vec::new(),
@@ -313,6 +315,7 @@ impl TargetHold {
             return Err(gone(&key.from));
         }
         let mut hold = TargetHold {
+            dead: Dead::default(),
             id: record.hold,
             group: places.group,
             macs: places.macs,

@@ -14,6 +14,7 @@ use gangway_shared::record::HoldRecord;
 
 use super::Host;
 use super::book::book;
+use super::dead::Dead;
 use super::record::RecordFile;
 use super::{READ_BACK, refuse};
 use crate::datapath::backlog::SPOOLED_MAX;
@@ -70,6 +71,7 @@ pub struct SourceHold {
     pub(super) lost: u64,
     /// What sockets had dropped when the hold was opened, by port.
     pub(super) overruns: Vec<u64>,
+    pub(super) dead: Dead,
 }
 
 impl SourceHold {
@@ -92,6 +94,7 @@ impl SourceHold {
         }
         let outgoing = host.dial(args)?;
         let mut hold = SourceHold {
+            dead: Dead::default(),
             id: args.hold,
             macs: group.iter().map(|&g| host.mac_of(g)).collect(),
             ran: vec![false; group.len()],
@@ -432,6 +435,17 @@ impl SourceHold {
     pub(super) fn live(&self, host: &Host) {
         for &g in &self.group {
             host.engine.shared().ports[g].set_mode(Mode::Live);
+        }
+    }
+
+    /// While it puts back, and behind it: gives up what waits for VMs that have died.
+    pub fn give_up_the_dead(&mut self, host: &Host) {
+        let ports = &host.engine.shared().ports;
+        for (&g, armed) in self.group.iter().zip(&mut self.armed) {
+            let waits = *armed || ports[g].mode() == Mode::Held;
+            if waits && self.dead.give_up(host, self.id, g) && std::mem::take(armed) {
+                ports[g].disarm();
+            }
         }
     }
 

@@ -22,6 +22,7 @@ use gangway_shared::record::HoldRecord;
 
 use super::Host;
 use super::book::book;
+use super::dead::Dead;
 use super::record::RecordFile;
 use super::source::behind;
 use super::{READ_BACK, refuse};
@@ -57,6 +58,7 @@ pub struct TargetHold {
     pub(super) local: Vec<Local>,
     /// Of each shipped lane, once committed.
     pub(super) flushed: Vec<(LaneKey, Arc<Progress>)>,
+    pub(super) dead: Dead,
 }
 
 impl TargetHold {
@@ -134,6 +136,7 @@ impl TargetHold {
             .write_down(&record, HoldState::Prepared)
             .inspect_err(|_| host.free_spool(args.hold))?;
         let hold = TargetHold {
+            dead: Dead::default(),
             id: args.hold,
             incoming: host.incoming(args.hold, args.ticket, &args.source_host, &group),
             group,
@@ -349,15 +352,10 @@ impl TargetHold {
         sent
     }
 
-    /// Behind the commit: gives up what waits for a VM that has died. With its frames the senders' would wait for ever.
-    pub fn give_up_the_dead(&self, host: &Host) {
-        let ports = &host.engine.shared().ports;
-        for p in self.group.iter().map(|&g| &ports[g]) {
-            let Some(vm) = &p.vm else { continue };
-            if p.mode() == Mode::Held && !p.is_up() && host.vms.has_died(vm, self.id) {
-                tracing::error!(hold = %self.id, vm, "has died behind its arrival: what waits for port {} is dropped", p.name);
-                p.set_mode(Mode::Lost);
-            }
+    /// Behind the commit: gives up what waits for VMs that have died.
+    pub fn give_up_the_dead(&mut self, host: &Host) {
+        for &g in &self.group {
+            self.dead.give_up(host, self.id, g);
         }
     }
 

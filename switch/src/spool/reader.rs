@@ -7,7 +7,7 @@ use bytes::Bytes;
 use gangway_shared::api::Tally;
 use gangway_shared::id::LaneKey;
 
-use super::format::{self, Batch, FILE_HEADER, Marker, Place, Record, Slots, Step};
+use super::format::{self, Batch, FILE_HEADER, Place, Record, Slots, Step};
 use super::map::Segment;
 use super::queue::Queue;
 use super::recover::resync;
@@ -228,7 +228,7 @@ impl Reader {
                     });
                     return Ok(true);
                 }
-                Step::Marker(Marker::Next(_), seq) if seq + 1 == self.next_seq => {
+                Step::Marker(_, seq) if seq + 1 == self.next_seq => {
                     let Some(next) = seg.next().cloned() else {
                         self.damage(seg.clone())?;
                         continue;

@@ -18,7 +18,7 @@ pub struct Found {
     pub offset: usize,
     /// The number that is expected there.
     pub seq: u64,
-    /// A [`Marker::Next`]: there is nothing more in this segment.
+    /// A marker: there is nothing more in this segment. (Behind a seal there should be no other one; if there is, recovery has looked there, too.)
     pub next_segment: bool,
 }
 
@@ -31,10 +31,10 @@ pub fn resync(bytes: &[u8], epoch: u64, salt: u32, min_seq: u64) -> Option<Found
             seq: b.first_seq,
             next_segment: false,
         }),
-        Step::Marker(m, seq) if seq + 1 >= min_seq => Some(Found {
+        Step::Marker(_, seq) if seq + 1 >= min_seq => Some(Found {
             offset,
             seq: seq + 1,
-            next_segment: matches!(m, Marker::Next(_)),
+            next_segment: true,
         }),
         _ => None,
     };

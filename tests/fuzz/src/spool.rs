@@ -200,7 +200,7 @@ pub fn open(data: &[u8]) {
         return;
     };
     for mut r in found {
-        let damaged = r.damaged.len();
+        let damaged = std::mem::take(&mut r.damaged);
         let last = r.queue.last_seq();
         if let Some(writer) = &mut r.writer {
             let _ = writer.append(
@@ -211,17 +211,20 @@ pub fn open(data: &[u8]) {
             writer.seal();
         }
         let mut reader = r.queue.reader();
-        let (mut good, mut bad) = (0u64, 0);
+        let (mut good, mut bad) = (0u64, Vec::new());
         loop {
             match reader.peek() {
                 Ok(None) => break,
                 Ok(Some(_)) => good += 1,
-                Err(_) => bad += 1,
+                Err(d) => bad.push((d.first_seq, d.last_seq)),
             }
             reader.advance();
         }
         assert!(good <= last.saturating_add(1));
-        assert!((damaged == 0) == (bad == 0), "{damaged} found, {bad} read");
+        assert!(
+            damaged.is_empty() == bad.is_empty(),
+            "{damaged:?} found, {bad:?} read; {last} was the last"
+        );
     }
     drop(spool);
 }

@@ -28,8 +28,8 @@ const VICTIM: &str = "consumer";
 const PATIENCE: Duration = Duration::from_secs(240);
 /// As the unit in deploy/systemd says.
 const RESTART: Duration = Duration::from_millis(200);
-/// Memory of a VM, in megabytes, where much is held.
-const ROOMY_MB: u32 = 192;
+/// Memory of a VM, in megabytes: its sockets take what was held for long, or what comes while it looks for a VM that has died.
+const MEMORY_MB: u32 = 192;
 /// What a spool's disk has in cases that fill it, and the segment that goes with it.
 const DISK_BYTES: u64 = 24 << 20;
 
@@ -67,7 +67,6 @@ pub struct Row {
 pub struct Stage {
     world: World,
     small_disks: bool,
-    roomy: bool,
     /// Flows as they were when the last case ended.
     flows: Vec<Flow>,
     /// And what the VMs' kernels had dropped.
@@ -84,11 +83,10 @@ impl Stage {
     /// The same with these properties of all network cards, as QEMU has them: `packed=on`.
     pub fn with(case: Option<&Case>, logs: &Path, nic: &str) -> Result<Stage> {
         let small_disks = case.is_some_and(|c| fills_a_disk(c.fault));
-        let roomy = case.is_some_and(|c| is_long(c.fault));
-        let mut group = Group::default();
-        if roomy {
-            group.memory_mb = ROOMY_MB;
-        }
+        let mut group = Group {
+            memory_mb: MEMORY_MB,
+            ..Group::default()
+        };
         group.vms.iter_mut().for_each(|vm| vm.nic = nic.to_owned());
         let prepare = |lab: &Lab| match small_disks {
             true => [&lab.a, &lab.b].into_iter().try_for_each(small_disk),
@@ -104,11 +102,11 @@ impl Stage {
             ),
             false => config,
         };
-        let world = World::prepared(&group, Ports::VhostUser, logs, prepare, edit)?;
+        let mut world = World::prepared(&group, Ports::VhostUser, logs, prepare, edit)?;
+        world.traffic.be_patient();
         Ok(Stage {
             world,
             small_disks,
-            roomy,
             flows: Vec::new(),
             dropped: BTreeMap::new(),
             logs: logs.to_owned(),
@@ -117,7 +115,7 @@ impl Stage {
 
     /// Whether a case may follow in this world.
     pub fn suits(&self, case: &Case) -> bool {
-        fills_a_disk(case.fault) == self.small_disks && is_long(case.fault) == self.roomy
+        fills_a_disk(case.fault) == self.small_disks
     }
 
     /// The steps that the product has, from itself.
@@ -328,11 +326,6 @@ impl Row {
 fn now_s() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(0, |d| d.as_secs())
-}
-
-/// What is held meanwhile comes to the guests at once: their kernels need room for it.
-fn is_long(fault: Fault) -> bool {
-    fault == Fault::CutLong
 }
 
 fn fills_a_disk(fault: Fault) -> bool {

@@ -209,10 +209,15 @@ impl Traffic {
         told.join("\n")
     }
 
-    /// A VM that is dead is not asked any more; its flows are judged by the other end alone. Who sent to it sits in its own kernel until that
-    /// has asked three times in vain where the dead one is, and reads nothing meanwhile.
+    /// A VM that is dead is not asked any more; its flows are judged by the other end alone.
     pub fn forget(&mut self, vm: &str) {
         self.group.vms.retain(|spec| spec.name != vm);
+        self.be_patient();
+    }
+
+    /// VMs do not hear of each other for long: who sends sits in its own kernel until that has asked three times in vain where the other one
+    /// is, and reads nothing meanwhile.
+    pub fn be_patient(&mut self) {
         self.quiet = QUIET + Duration::from_secs(5);
     }
 

@@ -165,15 +165,24 @@ impl crate::hold::Vms for Vmm {
         self.vms.get(vm)?.seen().status
     }
 
-    fn has_died(&self, vm: &str, hold: HoldId) -> bool {
-        let Some(vm) = self.vms.get(vm) else {
-            return false;
-        };
-        // Of a command that hands the VM to somebody else (libvirt) only the first half is true.
-        let absent = [io::ErrorKind::ConnectionRefused, io::ErrorKind::NotFound];
-        let socket = process::listener_pid(vm.socket());
-        self.has_ended(vm.name(), hold) && socket.is_err_and(|e| absent.contains(&e.kind()))
+    fn has_ended(&self, vm: &str, hold: HoldId) -> bool {
+        self.vms.contains_key(vm) && self.ended(vm, hold)
     }
+
+    fn is_absent(&self, vm: &str) -> bool {
+        // Somebody is connected to it.
+        let free = |vm: &&Arc<Vm>| vm.qmp.available_permits() > 0;
+        let vm = self.vms.get(vm).filter(free);
+        vm.is_some_and(|vm| process::listener_pid(vm.socket()).is_err_and(|e| is_nobody(&e)))
+    }
+}
+
+/// Nobody listens there.
+fn is_nobody(e: &io::Error) -> bool {
+    matches!(
+        e.kind(),
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
+    )
 }
 
 /// Why there is no QMP connection.
@@ -270,9 +279,14 @@ impl Vm {
                 self.learn(|s| s.status = Some(status.clone()));
                 (true, status)
             }
-            Ok(Err(Connect::Absent(_))) => {
+            Ok(Err(Connect::Absent(e))) => {
                 self.learn(|s| *s = Seen::default());
-                (false, "absent".to_owned())
+                let word = if is_nobody(&e) {
+                    "absent"
+                } else {
+                    "unreachable"
+                };
+                (false, word.to_owned())
             }
             Ok(Err(Connect::Silent)) | Err(_) => (true, last()),
         }

@@ -92,7 +92,7 @@ impl Vmm {
     }
 
     /// What `start` started for this hold has ended.
-    pub(super) fn has_ended(&self, name: &str, hold: HoldId) -> bool {
+    pub(super) fn ended(&self, name: &str, hold: HoldId) -> bool {
         let started = Files::new(&self.state_dir, name).load();
         started.is_some_and(|s| s.hold == hold && Process::find(s.pid, s.start_time).is_none())
     }

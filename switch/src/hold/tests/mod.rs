@@ -38,19 +38,25 @@ const MAC_O: u8 = 3;
 const MAC_Q: u8 = 4;
 const SENDERS: [u8; 3] = [MAC_P, MAC_O, MAC_Q];
 
-/// Of which nothing is known but that they have died.
+/// Of which nothing is known but that nobody serves their sockets, and whether their process was ours.
 #[derive(Default)]
-struct Dead(Mutex<Vec<String>>);
+struct Gone {
+    vms: Mutex<Vec<String>>,
+    not_ours: AtomicBool,
+}
 
-impl Vms for Dead {
+impl Vms for Gone {
     fn pid(&self, _: &str) -> Option<u32> {
         None
     }
     fn status(&self, _: &str) -> Option<String> {
         None
     }
-    fn has_died(&self, vm: &str, hold: HoldId) -> bool {
-        hold == ID && self.0.lock().unwrap().iter().any(|v| v == vm)
+    fn has_ended(&self, vm: &str, hold: HoldId) -> bool {
+        hold == ID && self.is_absent(vm) && !self.not_ours.load(Ordering::Relaxed)
+    }
+    fn is_absent(&self, vm: &str) -> bool {
+        self.vms.lock().unwrap().iter().any(|v| v == vm)
     }
 }
 
@@ -68,7 +74,7 @@ struct Site {
     dialer: (quinn::Endpoint, quinn::ClientConfig),
     runtime: tokio::runtime::Handle,
     run: Mutex<Option<Run>>,
-    dead: Arc<Dead>,
+    gone: Arc<Gone>,
     ports: [MemoryPort; 3],
     /// The second queue of `p`.
     second: MemoryPort,
@@ -96,7 +102,7 @@ impl Site {
             dialer: (w.endpoint.clone(), w.client.clone()),
             runtime: w.rt.handle().clone(),
             run: Mutex::default(),
-            dead: Arc::default(),
+            gone: Arc::default(),
             ports: [MemoryPort::new(), MemoryPort::new(), MemoryPort::new()],
             second: MemoryPort::new(),
         };
@@ -118,7 +124,7 @@ impl Site {
             dialer: Some(self.dialer.clone()),
             runtime: self.runtime.clone(),
             taps: Default::default(),
-            vms: self.dead.clone(),
+            vms: self.gone.clone(),
             config,
         }));
         manager.take_up(left);

@@ -559,7 +559,7 @@ fn a_vm_that_dies_behind_the_commit_holds_nobody_up() {
             std::thread::sleep(Duration::from_millis(150));
             assert_eq!(s.b.status().state, HoldState::Draining, "m is waited for");
         }
-        s.b.dead.0.lock().unwrap().push("m".into());
+        s.b.gone.vms.lock().unwrap().push("m".into());
         eventually("nobody waits for m", || {
             s.b.status().state == HoldState::Live
         });
@@ -587,4 +587,42 @@ fn a_vm_that_dies_behind_the_commit_holds_nobody_up() {
         s.more();
         s.end();
     }
+}
+
+#[test]
+fn an_abort_does_not_wait_for_a_vm_that_has_died_on_the_source() {
+    let mut s = Scene::new();
+    s.more();
+    s.prepare();
+    s.a.ask(Request::Freeze {
+        hold: ID,
+        scope: Scope::All,
+    });
+    eventually("frames are held", || {
+        s.a.status().lanes.iter().any(|l| l.held.frames > 0)
+    });
+    let ring = s.stop_vms();
+    s.a.ask(Request::HoldAbort { hold: ID });
+    s.b.ask(Request::HoldAbort { hold: ID });
+    s.a.refill(ring);
+    s.a.plug(P);
+    s.place.store(0, Ordering::Release);
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(s.a.status().state, HoldState::Aborting, "m is waited for");
+    s.a.gone.not_ours.store(true, Ordering::Relaxed);
+    s.a.gone.vms.lock().unwrap().push("m".into());
+    eventually("nobody waits for m", || {
+        s.a.status().state == HoldState::Aborted
+    });
+    eventually("p does not wait for m", || {
+        s.a.ports[P].take_waiting();
+        std::thread::sleep(Duration::from_millis(50));
+        s.a.ports[P].take_waiting().len() < 100
+    });
+    eventually("nothing of it is in the spool", || {
+        s.a.spool().used_bytes() == 0
+    });
+    s.a.plug(M);
+    s.more();
+    s.end();
 }

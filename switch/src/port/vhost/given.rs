@@ -173,6 +173,14 @@ impl Given {
         }
     }
 
+    /// Where the last note says that the ring is, if it lies in one of `num` slots.
+    pub fn at(&self, num: u16) -> Option<u16> {
+        let page = self.page.as_ref()?;
+        let which = state(page, self.ring).load(Ordering::Acquire) & WHICH;
+        let at = (note(page, self.ring, which)[1].load(Ordering::Relaxed) >> 16) as u16;
+        (which != 0 && which != TOO_MUCH && at & SLOT < num).then_some(at)
+    }
+
     /// These `n` elements are about to be written, behind which the ring stands at `at`; with them `count` frames were given back.
     #[inline]
     pub fn put(&mut self, count: u64, at: u16, n: usize, element: impl Fn(usize) -> Element) {

@@ -42,6 +42,7 @@ const UNSEEN_MAX: u16 = 2 * BURST as u16;
 pub struct Positions {
     page: Arc<Page>,
     path: PathBuf,
+    is_new: bool,
 }
 
 impl Positions {
@@ -54,6 +55,7 @@ impl Positions {
         let magic = u64::from_ne_bytes(MAGIC);
         let found = Page::open(path, BYTES).ok();
         let found = found.filter(|p| p.word(0).load(Ordering::Relaxed) == magic);
+        let is_new = found.is_none();
         let page = match found {
             Some(page) => page,
             None => {
@@ -67,7 +69,18 @@ impl Positions {
         Ok(Some(Positions {
             page: Arc::new(page),
             path: path.to_owned(),
+            is_new,
         }))
+    }
+
+    /// There was nothing in the file that could be used.
+    pub fn is_new(&self) -> bool {
+        self.is_new
+    }
+
+    /// Where a packed ring with `num` slots is noted to be, whether it is stopped or not.
+    pub fn packed_at(&self, ring: usize, num: u16) -> Option<u16> {
+        Given::new(self.page.clone(), ring).at(num)
     }
 
     /// Of the guest's transmit ring of a queue pair, whose used index is `used` and which has `ahead` chains from there on.

@@ -69,6 +69,8 @@ struct Vring {
     num: u16,
     addr: Option<Addr>,
     base: u16,
+    /// The front-end, or a keeper, has said so.
+    is_based: bool,
     /// Given (`Some`), perhaps without a descriptor (`Some(None)`: the driver is polled).
     kick: Option<Option<Arc<File>>>,
     call: Option<Arc<File>>,
@@ -89,6 +91,8 @@ pub struct Session {
     waiting: Vec<(u16, Box<dyn TxQueue>)>,
     /// Of the guest's transmit rings and of packed ones, if the connection outlives the switch.
     positions: Option<Positions>,
+    /// What another run has noted of it could not be read.
+    is_lost: bool,
     /// A packed ring of which it is not known where it is.
     unknown: Option<usize>,
 }
@@ -114,11 +118,15 @@ fn refuse_mem(e: GuestMemError) -> Error {
 impl Session {
     /// Of a new connection.
     pub fn new(shared: Arc<Shared>) -> Session {
-        let positions = shared.positions.as_deref().and_then(|path| {
+        let path = shared.positions.as_deref();
+        // Another run has noted something of this connection.
+        let is_old = path.is_some_and(|p| std::fs::metadata(p).is_ok_and(|m| m.len() > 0));
+        let positions = path.and_then(|path| {
             let no = |e| tracing::warn!(port = %shared.name, "{}: {e}; if the switch is killed, a burst may come twice", path.display());
             Positions::open(path).map_err(no).ok().flatten()
         });
         Session {
+            is_lost: is_old && positions.as_ref().is_none_or(Positions::is_new),
             positions,
             shared,
             features: None,
@@ -202,6 +210,10 @@ impl Session {
                 return;
             }
             match &self.positions {
+                _ if self.is_lost => {
+                    self.unknown = Some(i);
+                    return;
+                }
                 Some(all) => match all.packed(i, v.base, v.num) {
                     Some(left) => {
                         (position, last) = left;
@@ -402,10 +414,42 @@ impl Session {
         self.shared.attach.port_error(self.shared.slot, Some(text));
     }
 
+    /// A packed ring that does not run stands where it is noted to, unless the front-end has set that anew; the driver is shown what an earlier run
+    /// has not come to show.
+    fn take_up(&mut self, i: usize) -> Result<()> {
+        let Some(all) = &self.positions else {
+            return Ok(());
+        };
+        let v = &self.vrings[i];
+        if !v.is_based
+            && let Some(at) = all.packed_at(i, v.num)
+        {
+            self.vrings[i].base = at;
+        }
+        let v = &self.vrings[i];
+        let (Some(live), Some(features)) = (self.live(i), self.features) else {
+            return Ok(());
+        };
+        let Some((position, last)) = all.packed(i, v.base, v.num) else {
+            self.unknown = Some(i);
+            return Err(Error::InvalidOperation("it is not known where the ring is"));
+        };
+        let at = position.start().0;
+        let mut ring = Packed::new(&live, v.num, at, &RingFeatures::new(features));
+        let unseen = ring.resume(&last);
+        if ring.publish(unseen).map_err(refuse)?
+            && let Some(call) = &live.call
+        {
+            let _ = raise(call.as_fd());
+        }
+        self.vrings[i].base = at;
+        Ok(())
+    }
+
     /// Why the connection has to begin anew, if it does.
     pub fn is_lost(&self) -> Option<String> {
         self.unknown.map(|i| {
-            format!("ring {i}: an earlier run of the switch was killed while it gave back more at once than it could note")
+            format!("ring {i}: an earlier run of the switch has noted nothing that can be read of where it is")
         })
     }
 
@@ -569,6 +613,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             self.stop(index as usize);
             self.note_stopped(index as usize);
         }
+        self.vrings[index as usize].is_based = true;
         self.vrings[index as usize].base = base as u16;
         self.start(index as usize);
         Ok(())
@@ -580,11 +625,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let i = index as usize;
         // One that does not run, and that an earlier run of the switch had.
         if packed && self.vrings[i].running.is_none() {
-            let (base, num) = (self.vrings[i].base, self.vrings[i].num);
-            let all = self.positions.as_ref();
-            if let Some((p, _)) = all.and_then(|all| all.packed(i, base, num)) {
-                self.vrings[i].base = p.start().0;
-            }
+            self.take_up(i)?;
         }
         self.stop(i);
         self.note_stopped(i);
@@ -655,7 +696,10 @@ impl VhostUserBackendReqHandlerMut for Session {
             self.start(index as usize);
         } else {
             self.stop(index as usize);
-            self.note_stopped(index as usize);
+            // A packed one goes on from here, whatever the next run is told of its base.
+            if !self.is_packed() {
+                self.note_stopped(index as usize);
+            }
         }
         Ok(())
     }

@@ -118,6 +118,11 @@ impl<R: Ring> Tx<R> {
             }
             tx.gate.leave();
         }
+        if tx.owes {
+            // Nothing may follow for long.
+            fence(Ordering::SeqCst);
+            tx.settle();
+        }
         tx
     }
 

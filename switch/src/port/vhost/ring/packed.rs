@@ -165,6 +165,13 @@ impl Packed {
     /// Takes up what an earlier run was giving back before the ring's position, unless the driver has seen it: to be published once more.
     /// How many chains that is. A burst's first element is written last, so it tells.
     pub fn resume(&mut self, last: &[Element]) -> usize {
+        // The run that was killed may not have come to mark what it has written.
+        for e in last {
+            let offset = DESC_BYTES as usize * usize::from(e.at & SLOT);
+            // SAFETY: a note's slots are below `num` ([`super::super::given`]), so this lies in the table.
+            let at = unsafe { self.areas.desc.add(offset) };
+            let _ = self.mark(at, DESC_BYTES as u64);
+        }
         if !last.first().is_some_and(|e| self.is_available(e.at)) {
             return 0;
         }

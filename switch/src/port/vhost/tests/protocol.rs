@@ -260,14 +260,28 @@ struct Setup {
 
 impl Setup {
     fn new() -> Setup {
+        Setup::with(|_| None)
+    }
+
+    /// Behind a keeper, which has made the file.
+    fn kept() -> Setup {
+        Setup::with(|dir| {
+            let file = dir.join("s.positions");
+            std::fs::write(&file, []).unwrap();
+            Some(file)
+        })
+    }
+
+    fn with(positions: impl FnOnce(&Path) -> Option<std::path::PathBuf>) -> Setup {
         let dir = tempfile::tempdir().unwrap();
+        let positions = positions(dir.path());
         let engine = Arc::new(Engine::default());
         let cfg = VhostConfig {
             name: "p".into(),
             slot: 0,
             socket: dir.path().join("s"),
             server: true,
-            positions: None,
+            positions,
         };
         let port = spawn(cfg, engine.clone()).unwrap();
         Setup {
@@ -279,12 +293,29 @@ impl Setup {
     }
 
     fn guest(&self, drivers: Option<[Driver; 2]>) -> Guest {
-        Guest::connect(
-            &self.dir.path().join("s"),
-            &self.memory,
+        self.guest_with(drivers, VERSION_1 | EVENT_IDX)
+    }
+
+    fn guest_with(&self, drivers: Option<[Driver; 2]>, bits: u64) -> Guest {
+        let socket = self.dir.path().join("s");
+        Guest::connect(&socket, &self.memory, drivers, bits)
+    }
+
+    /// The next run of a switch, as a keeper begins with it.
+    fn again(&self, g: Guest) -> Guest {
+        let Guest {
             drivers,
-            VERSION_1 | EVENT_IDX,
-        )
+            front,
+            bits,
+            ..
+        } = g;
+        drop(front);
+        until("the queues are gone", || {
+            self.engine.rx.lock().unwrap().is_none() && !self.port.state().connected
+        });
+        let mut g = self.guest_with(Some(drivers), bits & !PROTOCOL_FEATURES);
+        g.negotiate();
+        g
     }
 
     fn started(&self) -> Guest {
@@ -453,6 +484,101 @@ fn the_position_of_a_ring_that_does_not_run_is_the_rings_own() {
     g.front.set_vring_enable(RX, false).unwrap();
     g.front.set_vring_base(RX, 0).unwrap();
     assert_eq!(g.front.get_vring_base(RX).unwrap(), 1);
+}
+
+#[test]
+fn a_packed_ring_goes_on_where_it_was_whatever_the_next_run_is_told_of_its_base() {
+    const BEGIN: u16 = packed::START;
+    let s = Setup::kept();
+    let mut g = s.guest_with(None, VERSION_1 | EVENT_IDX | PACKED);
+    g.negotiate();
+    g.start([BEGIN; 2]);
+    let mut n = 0;
+    let mut next = |g: &mut Guest| {
+        n += 1;
+        assert!(g.send(&frame(n, 60)));
+        assert_eq!(s.engine.take(1), [frame(n, 60)], "the {n}th frame");
+        n as u16
+    };
+    next(&mut g);
+    next(&mut g);
+    g.offer();
+    assert_eq!(s.engine.send(&frame(50, 60)), Sent::Yes);
+    // Disabled, and enabled only under the next switch.
+    g.front.set_vring_enable(RX, false).unwrap();
+    let mut g = s.again(g);
+    g.start([BEGIN; 2]);
+    assert_eq!(s.engine.send(&frame(51, 60)), Sent::Yes);
+    assert_eq!(g.received(), [frame(50, 60), frame(51, 60)]);
+    let last = next(&mut g);
+
+    // Asked for before it runs: a keeper does not tell the base of a ring that is about to end.
+    let told = |g: Guest| {
+        let g = s.again(g);
+        let regions = g.regions();
+        g.front.set_mem_table(&regions).unwrap();
+        for i in [TX, RX] {
+            g.front.set_vring_num(i, NUM).unwrap();
+            g.front.set_vring_addr(i, &g.addr(i, false)).unwrap();
+        }
+        g
+    };
+    let mut g = told(g);
+    let at = g.stop();
+    assert_eq!(at, [BEGIN | 2, BEGIN | last]);
+    // Once more, as the one that has stopped it may not have come to answer.
+    let mut g = told(g);
+    assert_eq!(g.stop(), at);
+
+    // It goes on there.
+    g.start(at);
+    next(&mut g);
+    let at = g.stop();
+    let mut g = s.again(g);
+    g.start(at);
+    next(&mut g);
+
+    // The guest resets it.
+    g.stop();
+    s.memory.write(0x1000, &[0; 0x8000]);
+    s.memory.write(HIGH, &[0; 0x8000]);
+    let bits = VERSION_1 | EVENT_IDX | PACKED;
+    g.drivers = [
+        Driver::new(&s.memory, NUM, HIGH, HIGH + 0x10_0000, bits),
+        Driver::new(&s.memory, NUM, 0x1000, 0x10_0000, bits),
+    ];
+    g.start([BEGIN; 2]);
+    next(&mut g);
+    assert_eq!(s.port.state().connections, 5);
+}
+
+#[test]
+fn a_packed_ring_of_which_nothing_can_be_read_is_not_guessed() {
+    let s = Setup::kept();
+    let mut g = s.guest_with(None, VERSION_1 | PACKED);
+    g.negotiate();
+    g.start([packed::START; 2]);
+    assert!(g.send(&frame(1, 60)));
+    assert_eq!(s.engine.take(1), [frame(1, 60)]);
+    let mut g = {
+        let Guest { drivers, front, .. } = g;
+        drop(front);
+        until("it is gone", || !s.port.state().connected);
+        std::fs::write(s.dir.path().join("s.positions"), b"somebody else's").unwrap();
+        let mut g = s.guest_with(Some(drivers), VERSION_1 | PACKED);
+        g.negotiate();
+        g
+    };
+    let regions = g.regions();
+    g.front.set_mem_table(&regions).unwrap();
+    g.front.set_vring_enable(RX, true).unwrap();
+    g.front.set_vring_num(RX, NUM).unwrap();
+    g.front.set_vring_base(RX, packed::START).unwrap();
+    g.front.set_vring_addr(RX, &g.addr(RX, false)).unwrap();
+    let _ = g.front.set_vring_kick(RX, &g.kicks[RX]);
+    until("the connection ends", || !s.port.state().connected);
+    let said = s.port.state().last_error.unwrap_or_default();
+    assert!(said.contains("can be read of where it is"), "{said}");
 }
 
 #[test]
