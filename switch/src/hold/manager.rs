@@ -512,7 +512,8 @@ impl Manager {
     }
 
     fn watch_draining(&self, hold: HoldId) {
-        let mut next = Instant::now();
+        // One that lives has taken everything by then.
+        let mut next = Instant::now() + 2 * DIED;
         self.follow(hold, move |host, h| {
             let End::Target(t) = &mut h.end else {
                 return true;
@@ -629,7 +630,8 @@ impl Manager {
 
     fn watch_put_back(&self, hold: HoldId) {
         let until = Instant::now() + AWAIT_VM;
-        let mut next = Instant::now();
+        // One that lives has taken everything by then.
+        let mut next = Instant::now() + 2 * DIED;
         self.follow(hold, move |host, h| {
             let End::Source(s) = &mut h.end else {
                 return true;
