@@ -46,6 +46,13 @@ pub fn write(
 
 /// An error if the group has moved and the two ends do not agree, or a VM has died there.
 pub fn agreement(report: &Report) -> Result<(), Failure> {
+    let differs = report.links.iter().find(|l| !l.agree);
+    if let Some(l) = differs.filter(|_| report.outcome == "disagree") {
+        return Err(Failure::failed(format!(
+            "the group has moved, but the accounts of lane {} differ: held {} shipped {} flushed {} dropped {}; see the report",
+            l.lane, l.held_frames, l.shipped_frames, l.flushed_frames, l.dropped
+        )));
+    }
     if !report.lost.is_empty() {
         let (vms, from, to) = (report.lost.join(", "), &report.from, &report.to);
         return Err(Failure::new(
@@ -55,13 +62,7 @@ pub fn agreement(report: &Report) -> Result<(), Failure> {
             ),
         ));
     }
-    match report.links.iter().find(|l| !l.agree) {
-        Some(l) if report.outcome == "disagree" => Err(Failure::failed(format!(
-            "the group has moved, but the accounts of lane {} differ: held {} shipped {} flushed {} dropped {}; see the report",
-            l.lane, l.held_frames, l.shipped_frames, l.flushed_frames, l.dropped
-        ))),
-        _ => Ok(()),
-    }
+    Ok(())
 }
 
 /// For people or programs.

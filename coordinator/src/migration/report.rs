@@ -79,6 +79,9 @@ pub struct Report {
     /// Died on the target when they were to run there; their stopped copies on the source were kept.
     #[serde(default)]
     pub lost: Vec<String>,
+    /// Had died on the source when things were put back.
+    #[serde(default)]
+    pub died: BTreeSet<String>,
     pub tap_drained: Option<bool>,
     pub steps: Vec<StepReport>,
     pub troubles: Vec<String>,
@@ -220,6 +223,7 @@ impl Report {
             links,
             stopped_early: facts.early.clone(),
             lost: facts.lost.clone(),
+            died: facts.died.clone(),
             tap_drained: facts.drained,
             steps: steps(entries),
             troubles: troubles.to_vec(),
