@@ -30,9 +30,12 @@ const NEAR_BYTES: u64 = 12 << 20;
 const FALL_MS: f64 = 30.0;
 /// A pass is given so much bandwidth that what is left of it takes this long, in milliseconds: QEMU does not run past
 /// its end while we look elsewhere, and believes that little fits into a millisecond.
-const APPROACH_MS: u64 = 300;
-/// But not less, in bytes per second.
-const APPROACH_BYTES_PER_S: u64 = 8_000_000;
+const APPROACH_MS: f64 = 300.0;
+/// Where QEMU answers late, it is so many times as long as the longest that a look has taken; but not longer than the other.
+const APPROACH_LOOKS: f64 = 2.0;
+const APPROACH_MS_MAX: f64 = 2000.0;
+/// A pass is copied so many times as fast as the VM dirties, at least.
+const APPROACH_DIRTIES: f64 = 2.0;
 /// Caught up: the bitmap was read again, and not more than this is left.
 const CAUGHT_UP_BYTES: u64 = 1 << 20;
 /// What the first sprint wants to leave at most for the pause, in milliseconds of copying; each further one twice that.
@@ -135,6 +138,9 @@ struct Vm {
     last: Option<(f64, Sample)>,
     /// How fast `remaining` falls at most, bytes per millisecond.
     fall: f64,
+    /// When the bitmap was last seen to have been read, and how fast it dirties, bytes per millisecond.
+    synced: f64,
+    dirties: f64,
     /// Its limit, if it has one now.
     limit: u64,
     /// When a starved VM was last seen to begin a window.
@@ -150,7 +156,10 @@ pub struct Brink {
     sprint: Option<f64>,
     sprints: u32,
     all_held: Option<f64>,
-    /// When all were looked at last, what they had sent, and the fastest that was seen, bytes per millisecond.
+    /// When all were looked at last, and the longest time from one look to the next, in milliseconds.
+    looked: Option<f64>,
+    look_ms: f64,
+    /// When that was measured last, what they had sent, and the fastest that was seen, bytes per millisecond.
     sent: (f64, u64),
     link: f64,
     /// The freeze must come before a sprint, and has not yet.
@@ -166,6 +175,8 @@ impl Brink {
             stage: Stage::Copy,
             last: None,
             fall: 0.0,
+            synced: 0.0,
+            dirties: 0.0,
             limit: u64::MAX,
             window: None,
             hopeless: false,
@@ -175,6 +186,8 @@ impl Brink {
             sprint: None,
             sprints: 0,
             all_held: None,
+            looked: None,
+            look_ms: 0.0,
             sent: (0.0, 0),
             link: 0.0,
             to_freeze: freeze_first,
@@ -213,6 +226,10 @@ impl Brink {
         if self.gone || samples.len() != self.vms.len() {
             return Vec::new();
         }
+        if let Some(last) = self.looked.replace(now) {
+            self.look_ms = self.look_ms.max(now - last);
+        }
+        let approach = (self.look_ms * APPROACH_LOOKS).clamp(APPROACH_MS, APPROACH_MS_MAX);
         // Over 20 ms and more: QEMU sends in bursts.
         let (then, before) = self.sent;
         if now - then >= 20.0 {
@@ -225,7 +242,7 @@ impl Brink {
         let mut orders = Vec::new();
         for (i, (vm, s)) in self.vms.iter_mut().zip(samples).enumerate() {
             vm.watch(now, s);
-            if let Some(rate) = vm.step(now, s) {
+            if let Some(rate) = vm.step(now, s, approach) {
                 orders.push(Order::Bandwidth { vm: i, rate });
             }
         }
@@ -259,7 +276,7 @@ impl Brink {
                 };
                 vm.limit = 0;
                 orders.extend(
-                    vm.approach(&samples[i])
+                    vm.approach(&samples[i], approach)
                         .map(|rate| Order::Bandwidth { vm: i, rate }),
                 );
             }
@@ -389,6 +406,12 @@ impl Vm {
                     .fall
                     .max((before.remaining - s.remaining) as f64 / (now - then));
             }
+            if before.sync_count < s.sync_count {
+                if before.sync_count > 0 {
+                    self.dirties = s.remaining as f64 / (now - self.synced);
+                }
+                self.synced = now;
+            }
             let starved_for = match self.stage {
                 Stage::Held { since, .. } => now - since,
                 _ => 0.0,
@@ -402,7 +425,7 @@ impl Vm {
     }
 
     /// Moves to the next stage; answers what the bandwidth has to become.
-    fn step(&mut self, now: f64, s: &Sample) -> Option<Rate> {
+    fn step(&mut self, now: f64, s: &Sample, approach_ms: f64) -> Option<Rate> {
         match &mut self.stage {
             // Some time of the fastest fall (zero pages cost no bandwidth), so that several looks see it come.
             Stage::Copy
@@ -415,7 +438,7 @@ impl Vm {
                 };
                 Some(Rate::Starved)
             }
-            Stage::Copy => self.approach(s),
+            Stage::Copy => self.approach(s, approach_ms),
             Stage::CatchUp { sync } => {
                 let passes = s.sync_count.saturating_sub(*sync);
                 self.hopeless |= passes >= CATCH_UP_PASSES;
@@ -426,7 +449,7 @@ impl Vm {
                     };
                     return Some(Rate::Starved);
                 }
-                self.approach(s)
+                self.approach(s, approach_ms)
             }
             Stage::Sprint {
                 sync,
@@ -446,11 +469,16 @@ impl Vm {
     }
 
     /// The limit that fits to what is left, if it has to change much.
-    fn approach(&mut self, s: &Sample) -> Option<Rate> {
+    fn approach(&mut self, s: &Sample, ms: f64) -> Option<Rate> {
         if s.sync_count == 0 {
             return None;
         }
-        let fits = (s.remaining.saturating_mul(1000) / APPROACH_MS).max(APPROACH_BYTES_PER_S);
+        // The last of it in half that time: otherwise a pass would never end.
+        let last = CAUGHT_UP_BYTES as f64 * 2.0 / ms;
+        let fits = (s.remaining as f64 / ms)
+            .max(last)
+            .max(self.dirties * APPROACH_DIRTIES);
+        let fits = (fits * 1000.0) as u64;
         let much = fits < self.limit / 4 * 3 || fits / 4 * 3 > self.limit;
         much.then(|| {
             self.limit = fits;

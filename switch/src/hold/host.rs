@@ -225,8 +225,47 @@ impl Host {
         adopted.map_err(|e| refuse(RefusalCode::State, format!("port {name}: {e}")))
     }
 
-    pub(super) fn tap_empty(&self, port: usize, timeout: Duration) -> bool {
-        self.taps.get(&port).is_none_or(|t| t.wait_empty(timeout))
+    /// What is sent to a VM's TAP is remembered from now on.
+    pub(super) fn tap_remembers(&self, port: usize) {
+        if let Some(tap) = self.taps.get(&port) {
+            tap.remember();
+        }
+    }
+
+    /// The hold is over: a VM that ends now, or has ended, gives its TAP to the next one.
+    pub(super) fn tap_let_go(&self, port: usize) {
+        if let Some(tap) = self.taps.get(&port) {
+            tap.forget();
+            tap.release_dup();
+        }
+    }
+
+    /// Nothing is sent to these ports any more: whether all of it is with the guests by then. Who has stopped is not waited for.
+    pub(super) fn taps_drain(&self, ports: &[usize], until: Instant) -> bool {
+        let taps = ports.iter().filter_map(|p| Some((*p, self.taps.get(p)?)));
+        let marked: Vec<_> = taps.map(|(p, tap)| (p, tap, tap.mark())).collect();
+        let mut all = true;
+        for (port, tap, marked) in marked {
+            let p = &self.engine.shared().ports[port];
+            let status = p.vm.as_deref().and_then(|vm| self.vms.status(vm));
+            let runs = status.is_none_or(|s| s == "running");
+            if let Err(e) = &marked {
+                tracing::warn!("port {}: the TAP's end is not marked: {e}", p.name);
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if marked.is_ok() && runs && tap.wait_empty(left) {
+                tap.forget();
+            } else {
+                all = false;
+            }
+        }
+        all
+    }
+
+    /// See [`VmTap::taken_before`].
+    pub(super) fn tap_taken(&self, port: usize, back: Option<&[u8]>) -> Vec<(VnetHdr, Vec<u8>)> {
+        let tap = self.taps.get(&port);
+        tap.map(|t| t.taken_before(back)).unwrap_or_default()
     }
 
     /// The oldest frame that waits in a stopped VM's TAP.

@@ -148,6 +148,7 @@ impl SourceHold {
                 shared.fdb.set(*mac, g, true, shared.now_s());
             }
             shared.ports[g].arm();
+            host.tap_remembers(g);
         }
     }
 
@@ -289,13 +290,8 @@ impl SourceHold {
                 ports[*to].name
             );
         }
-        let mut drained = true;
-        if scope == Scope::All {
-            let until = Instant::now() + TAP_EMPTY;
-            for &g in &self.group {
-                drained &= host.tap_empty(g, until.saturating_duration_since(Instant::now()));
-            }
-        }
+        let drained =
+            scope != Scope::All || host.taps_drain(&self.group, Instant::now() + TAP_EMPTY);
         self.sync(|l| l.held)?;
         Ok((at, drained))
     }
@@ -445,6 +441,7 @@ impl SourceHold {
             let waits = *armed || ports[g].mode() == Mode::Held;
             if waits && self.dead.give_up(host, self.id, g) && std::mem::take(armed) {
                 ports[g].disarm();
+                host.tap_let_go(g);
             }
         }
     }
@@ -456,6 +453,7 @@ impl SourceHold {
             if *armed && (ports[g].is_up() || give_up) {
                 ports[g].be_patient(host.engine.shared().now_s());
                 ports[g].disarm();
+                host.tap_let_go(g);
                 *armed = false;
             }
         }
@@ -621,44 +619,58 @@ impl Lane {
     }
 }
 
-/// Takes what a stopped VM's TAP still holds; again after an error: the rest. Nothing leaves the kernel's queue before the
-/// spool has room for it.
+/// Takes what a stopped VM's TAP still holds, behind what QEMU may have taken and not given to the guest; again after an error:
+/// the rest. Nothing leaves the kernel's queue before the spool has room for it.
 fn read_back(host: &Host, hold: HoldId, l: &mut Lane, until: Instant) -> Result<(), Refusal> {
     let Some(writer) = &mut l.writer else {
         return Ok(());
     };
-    loop {
-        while !writer.has_room(FRAME_MAX as u32) {
+    let mut again = 0;
+    let room = |w: &Writer| {
+        while !w.has_room(FRAME_MAX as u32) {
             if Instant::now() > until {
-                let what = format!(
-                    "the spool has no room for the TAP queue of port {} (hold {hold}); its frames stay where they are: raise spool.quota_bytes, then repeat or abort",
-                    l.key.to
-                );
-                return Err(refuse(RefusalCode::Resources, what));
+                return false;
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        let Some((vnet, bytes)) = host.tap_read_back(l.to)? else {
-            break;
-        };
-        let frame = Frame::from_slice(vnet, &bytes);
-        if writer.append(now_ns(), &frame, Origin::NONE).is_err() {
+        true
+    };
+    loop {
+        if !room(writer) {
             let what = format!(
-                "a frame from the TAP queue of port {} is lost: the spool refuses it although it has room",
+                "the spool has no room for the TAP queue of port {} (hold {hold}); its frames stay where they are: raise spool.quota_bytes, then repeat or abort",
                 l.key.to
             );
-            return Err(refuse(RefusalCode::Internal, what));
+            return Err(refuse(RefusalCode::Resources, what));
         }
-        writer.commit();
+        let back = host.tap_read_back(l.to)?;
+        let taken = host.tap_taken(l.to, back.as_ref().map(|(_, bytes)| bytes.as_slice()));
+        again += taken.len();
+        let is_last = back.is_none();
+        for (vnet, bytes) in taken.into_iter().chain(back) {
+            let frame = Frame::from_slice(vnet, &bytes);
+            // There is: so much was reserved when the hold was opened.
+            if !room(writer) || writer.append(now_ns(), &frame, Origin::NONE).is_err() {
+                let what = format!(
+                    "a frame from the TAP queue of port {} is lost: the spool refuses it although it has room",
+                    l.key.to
+                );
+                return Err(refuse(RefusalCode::Internal, what));
+            }
+            writer.commit();
+        }
+        if is_last {
+            break;
+        }
     }
     writer.seal();
     (l.writer, l.held, l.closed) = (None, true, true);
-    match l.queue.tally().frames {
-        0 => {}
-        n => tracing::info!(
-            "port {}: {n} frames read back from the TAP's queue",
+    let back = l.queue.tally().frames - again as u64;
+    if back > 0 || again > 0 {
+        tracing::info!(
+            "port {}: {back} frames read back from the TAP's queue; {again} that QEMU has taken go once more",
             l.key.to
-        ),
+        );
     }
     Ok(())
 }

@@ -145,12 +145,13 @@ impl Lab {
         found
     }
 
-    /// Copies every log of the run to a place that outlives it.
+    /// Copies every log of the run, of both hosts and of the commands, to a place that outlives it.
     pub fn keep_logs(&self, to: &Path) -> Result<()> {
-        for host in [&self.a, &self.b] {
-            let to = to.join(&host.name);
+        let hosts = [&self.a, &self.b].map(|host| (host.dir.as_path(), to.join(&host.name)));
+        let commands = (self.dir(), to.to_owned());
+        for (from, to) in hosts.into_iter().chain([commands]) {
             std::fs::create_dir_all(&to).with_context(|| to.display().to_string())?;
-            for entry in std::fs::read_dir(&host.dir)?.flatten() {
+            for entry in std::fs::read_dir(from)?.flatten() {
                 let path = entry.path();
                 if path
                     .extension()

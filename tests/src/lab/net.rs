@@ -150,6 +150,9 @@ impl Net {
         net.fab.enslave("out", "br0")?;
         net.out.ip(&format!("addr add {OUTSIDE}/24 dev eth0"))?;
         net.out.no_offloads("eth0")?;
+        // As in the guests, see `workload::guest`.
+        net.out
+            .write("/proc/sys/net/ipv4/neigh/eth0/ucast_solicit", "120")?;
         Ok(net)
     }
 }

@@ -8,6 +8,7 @@
 
 mod endpoint;
 mod reader;
+mod taken;
 mod tx;
 mod vm;
 

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::time::Duration;
 
+use super::taken::is_mark;
 use crate::port::{FRAME_MAX, VnetHdr};
 use crate::sys::{frame_io, netdev::DeviceControl, process, tun};
 
@@ -66,7 +67,7 @@ impl Reader {
         process::readable(&self.pidfd, Duration::ZERO).unwrap_or(true)
     }
 
-    /// Takes everything that waits now, oldest first, queue by queue; at most `max` packets.
+    /// Takes everything that waits now but for marks, oldest first, queue by queue; at most `max` packets.
     pub(super) fn read_back(&self, max: usize) -> io::Result<Vec<(VnetHdr, Vec<u8>)>> {
         let mut out = Vec::new();
         let mut buf = vec![0; HDR_MAX + FRAME_MAX];
@@ -80,6 +81,9 @@ impl Reader {
                 };
                 let packet = &buf[..n];
                 let (hdr, frame) = packet.split_at(hdr_len.min(n));
+                if is_mark(frame) {
+                    continue;
+                }
                 // The first 10 bytes are the same in all versions of the header.
                 let mut vnet = VnetHdr::default();
                 if let Some(first) = hdr.first_chunk() {

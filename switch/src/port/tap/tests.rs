@@ -506,6 +506,36 @@ fn read_back_returns_what_was_queued_in_order() {
     });
 }
 
+/// QEMU has read some of what was sent; the last two of them go before what waits, and marks are nobody's.
+#[test]
+fn what_a_reader_has_taken_last_is_remembered() {
+    in_namespace(|| {
+        let (tap, mut q, qemu) = vm();
+        // The guest takes no TSO: the kernel would cut what nobody could remember.
+        tun::set_offloads(qemu.as_fd(), libc::TUN_F_CSUM).expect("offloads");
+        tap.remember();
+        let (vnet, mut big) = tso(10_000, 1448);
+        for n in 0..3 {
+            let sent = send(&mut *q.tx, VnetHdr::default(), &numbered(n, 60));
+            assert_eq!(sent, Sent::Yes);
+            big[54..].fill(n as u8);
+            assert_eq!(send(&mut *q.tx, vnet, &big), Sent::Yes);
+        }
+        tap.mark().expect("marks");
+        assert!(!tap.wait_empty(Duration::from_millis(5)));
+        // Each big one is seven: three numbered ones and twelve of those.
+        let taken: Vec<_> = (0..15).filter_map(|_| read(&qemu)).collect();
+        let back = tap.read_back(usize::MAX).expect("read back");
+        assert_eq!(back.len(), 24 - 15);
+        assert_eq!(tap.taken_before(Some(&back[0].1)), taken[13..]);
+        for (_, frame) in &back[1..] {
+            assert_eq!(tap.taken_before(Some(frame)), []);
+        }
+        assert_eq!(tap.taken_before(None), []);
+        assert_eq!(tap.queue_empty(), Some(true));
+    });
+}
+
 /// Sends `count` numbered frames, as often as it takes, to a reader that sleeps now and then; all must arrive in order.
 fn slow_reader_gets_all(count: u32, adopt: bool) -> u64 {
     let (tap, mut q, qemu) = vm();

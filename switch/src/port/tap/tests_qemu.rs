@@ -269,15 +269,22 @@ fn a_vm_talks_through_its_tap_and_what_a_pause_leaves_is_read_back() {
             }
         }
         let start = Instant::now();
+        tap.remember();
+        tap.mark().expect("marks");
         assert!(tap.wait_empty(Duration::from_secs(5)));
         let drained = start.elapsed();
+        assert!(
+            tap.taken_before(None).is_empty(),
+            "QEMU has read both marks: nothing is stuck"
+        );
         vm.qmp("stop");
         assert!(tap.read_back(usize::MAX).expect("read back").is_empty());
 
         // Fresh queues with the whole credit.
         drop((rx, tx));
         let Opened { mut rx, mut tx, .. } = tap.queues().expect("queues");
-        // A stop by somebody else: 400 frames to the paused VM come back, but for one that QEMU may have taken.
+        // A stop by somebody else: 400 frames to the paused VM come back, but for the one that QEMU keeps; and it reads no mark.
+        tap.remember();
         for n in 0..400 {
             assert_eq!(
                 send(&mut *tx, VnetHdr::default(), &numbered(n, 100)),
@@ -285,6 +292,8 @@ fn a_vm_talks_through_its_tap_and_what_a_pause_leaves_is_read_back() {
             );
         }
         thread::sleep(Duration::from_millis(200));
+        tap.mark().expect("marks");
+        assert!(!tap.wait_empty(Duration::from_millis(200)));
         let back = tap.read_back(usize::MAX).expect("read back");
         let numbers: Vec<u32> = back.iter().filter_map(|f| number(&f.1)).collect();
         eprintln!(
@@ -294,6 +303,10 @@ fn a_vm_talks_through_its_tap_and_what_a_pause_leaves_is_read_back() {
         assert!(back.len() >= 399 && numbers.len() == back.len());
         let first = 400 - numbers.len() as u32;
         assert_eq!(numbers, (first..400).collect::<Vec<_>>());
+        let stuck = tap.taken_before(back.first().map(|f| f.1.as_slice()));
+        let stuck: Vec<u32> = stuck.iter().filter_map(|f| number(&f.1)).collect();
+        assert_eq!(stuck, (0..first).collect::<Vec<_>>());
+        assert_eq!(first, 1, "QEMU has one");
         assert!(
             back.iter()
                 .all(|f| f.1 == numbered(number(&f.1).unwrap_or(0), 100))

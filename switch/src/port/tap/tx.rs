@@ -67,7 +67,7 @@ impl TxQueue for VmTapTx {
         if is_gso(frame) && pending(&mut self.segment_until) {
             return self.send_segmented(frame);
         }
-        match self.pieces.send(frame, |f| self.direct.send(f)) {
+        match self.pieces.send(frame, direct(&self.direct, &self.tap)) {
             Ok(frames) => self.sent(frames),
             Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => self.dropped(frame, &e),
             Err(e) => refused(&e, &self.health),
@@ -114,13 +114,7 @@ impl VmTapTx {
             }
             None if self.tap.segments_itself(frame.vnet, frame.len) => refused(e, &self.health),
             // A burst of datagrams needs nobody to segment it.
-            None if frame.vnet.gso_type() == gso::UDP_L4 => {
-                match self.pieces.cut(frame, |f| self.direct.send(f)) {
-                    Ok(frames) => self.sent(frames),
-                    Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => Sent::Full,
-                    Err(e) => refused(&e, &self.health),
-                }
-            }
+            None if frame.vnet.gso_type() == gso::UDP_L4 => self.send_cut(frame),
             None => Sent::Never(NeverReason::Offload),
         }
     }
@@ -130,10 +124,37 @@ impl VmTapTx {
         if segments > SEGMENTS_MAX || self.tap.queue_empty().is_none() {
             return Sent::Never(NeverReason::Offload);
         }
+        if self.tap.remembers() {
+            // What the kernel makes of a frame cannot be remembered. What cannot be cut here, it still can.
+            match self.send_cut(frame) {
+                Sent::Never(_) => self.tap.forget_sent(),
+                other => return other,
+            }
+        }
         match self.pieces.send(frame, |f| self.segmenting.send(f)) {
             Ok(frames) => self.sent(segments.max(frames)),
             Err(e) => refused(&e, &self.health),
         }
+    }
+
+    fn send_cut(&mut self, frame: &Frame<'_>) -> Sent {
+        match self.pieces.cut(frame, direct(&self.direct, &self.tap)) {
+            Ok(frames) => self.sent(frames),
+            Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => Sent::Full,
+            Err(e) => refused(&e, &self.health),
+        }
+    }
+}
+
+/// Hands a frame to the driver, and remembers it if it must.
+fn direct<'q>(
+    socket: &'q PacketSocket,
+    tap: &'q VmTap,
+) -> impl FnMut(&Frame<'_>) -> io::Result<()> + 'q {
+    |frame| {
+        socket.send(frame)?;
+        tap.has_sent(frame);
+        Ok(())
     }
 }
 

@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::reader::Reader;
+use super::taken::{self, Taken};
 use super::tx::{CREDIT, VmTapTx};
-use crate::port::VnetHdr;
 use crate::port::offload::pieces::Pieces;
 use crate::port::packet::{Health, Opened, PacketRx, PortError};
+use crate::port::{Frame, VnetHdr};
 use crate::sys::netdev::DeviceControl;
 use crate::sys::packet::{Direction, PacketSocket};
 use crate::sys::tun;
@@ -83,6 +84,9 @@ pub struct VmTap {
     created: AtomicBool,
     control: DeviceControl,
     reader: Mutex<Option<Reader>>,
+    /// See [`Taken`]; and whether there is one, for the data path.
+    taken: Mutex<Option<Taken>>,
+    remembers: AtomicBool,
     health: Arc<Health>,
 }
 
@@ -147,6 +151,8 @@ impl VmTap {
             created: AtomicBool::new(!exists),
             control,
             reader: Mutex::new(None),
+            taken: Mutex::new(None),
+            remembers: AtomicBool::new(false),
             health: Arc::default(),
         }))
     }
@@ -250,9 +256,75 @@ impl VmTap {
         self.reader().as_ref().is_some_and(Reader::exited)
     }
 
+    /// From now on what is sent is remembered, until [`VmTap::forget`] or [`VmTap::taken_before`]: a VM may stop unasked.
+    pub fn remember(&self) {
+        *self.taken() = Some(Taken::default());
+        self.remembers.store(true, Ordering::Relaxed);
+    }
+
+    /// It cannot any more, or everything is known to be with the guest.
+    pub fn forget(&self) {
+        self.remembers.store(false, Ordering::Relaxed);
+        *self.taken() = None;
+    }
+
+    /// Nothing is sent any more: two frames that nobody receives go behind what was, unless nothing is remembered. If the queue
+    /// runs empty ([`VmTap::wait_empty`]) then, the guest has everything; otherwise see [`VmTap::taken_before`].
+    ///
+    /// # Errors
+    /// The driver does not take them: the queue's end proves nothing then.
+    pub fn mark(&self) -> io::Result<()> {
+        let mut guard = self.taken();
+        let Some(taken) = guard.as_mut() else {
+            return Ok(());
+        };
+        taken.cut();
+        let bypass_qdisc = true;
+        let socket = PacketSocket::open(self.ifindex, Direction::Send { bypass_qdisc })?;
+        for _ in 0..2 {
+            socket.send(&taken::mark())?;
+            taken.add(&taken::mark());
+        }
+        Ok(())
+    }
+
+    /// What a VM that has stopped may have taken and not received, oldest first: it belongs before `back`, which was read back just
+    /// now, or behind the last one (`None`; then everything is forgotten). Ask for each frame. Nothing if everything was seen to be with
+    /// the guest, or nothing was remembered.
+    pub fn taken_before(&self, back: Option<&[u8]>) -> Vec<(VnetHdr, Vec<u8>)> {
+        self.remembers.store(false, Ordering::Relaxed);
+        let mut guard = self.taken();
+        let before = guard.as_mut().map(|t| t.before(back)).unwrap_or_default();
+        if back.is_none() {
+            *guard = None;
+        }
+        before
+    }
+
+    pub(super) fn remembers(&self) -> bool {
+        self.remembers.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn has_sent(&self, frame: &Frame<'_>) {
+        if self.remembers()
+            && let Some(taken) = self.taken().as_mut()
+        {
+            taken.add(frame);
+        }
+    }
+
+    pub(super) fn forget_sent(&self) {
+        if let Some(taken) = self.taken().as_mut() {
+            taken.forget();
+        }
+    }
+
+    fn taken(&self) -> MutexGuard<'_, Option<Taken>> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Waits until the VM has taken everything; false when the time is over or there is no reader. With the lanes to the
-    /// VM frozen this is the moment to stop it. (One frame may still be on its way inside QEMU if the guest had no
-    /// receive buffer; nothing outside QEMU can see that.)
+    /// VM frozen, and [`VmTap::mark`] done, this is the moment to stop it.
     pub fn wait_empty(&self, timeout: Duration) -> bool {
         let end = Instant::now() + timeout;
         loop {
@@ -266,8 +338,8 @@ impl VmTap {
     }
 
     /// Takes back what the queue of a paused (or ended) VM still holds, oldest first, at most `max` frames: the caller
-    /// has room for so many. On a running VM it would steal from it: the caller knows that the VM stands still. One frame
-    /// that QEMU had read and the guest not received stays behind in QEMU.
+    /// has room for so many. On a running VM it would steal from it: the caller knows that the VM stands still. What
+    /// QEMU had read and the guest not received stays behind in QEMU: see [`VmTap::taken_before`].
     ///
     /// # Errors
     /// No reader was adopted, or the device was deleted.
