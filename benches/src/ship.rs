@@ -4,7 +4,7 @@
 //! Two switches, one worker each, and a null guest whose every other port sends to one VM: so many lanes. All lanes are frozen and
 //! filled while the target's process stands still; then it goes on, and the time counts until the target has acknowledged the last frame, which
 //! it has in its spool by then (`sync = "batch"`). The tail is the same of a stretch in which frames are held and shipped at once: from
-//! the last held frame on. Then the hold is sealed, restored, committed and flushed into a guest at the target; what came must be
+//! the last held frame on; once at all that the guest can send, and once at a rate that the shipment can carry. Then the hold is sealed, restored, committed and flushed into a guest at the target; what came must be
 //! what was held, lane by lane, by count and digest.
 //!
 //! The peers have as many bytes, and both ends on this machine, too: `scp` of a file of random bytes, with OpenSSH's own choice of cipher,
@@ -38,6 +38,11 @@ const LONG: Duration = Duration::from_secs(300);
 const STRETCH: Duration = Duration::from_millis(20);
 /// How long frames are held and shipped at once.
 const LIVE: Duration = Duration::from_millis(300);
+/// The same at a rate that the shipment can carry, and that rate in bytes of frames per second.
+const CARRIED: Duration = Duration::from_secs(2);
+const CARRIED_RATE: f64 = 100e6;
+/// A paced guest sends for so long at a time.
+const PACE: Duration = Duration::from_micros(500);
 const SEGMENT: u64 = 1 << 20;
 
 /// What to measure.
@@ -71,6 +76,10 @@ pub struct Shipped {
     /// From the last held frame until it was acknowledged, of frames that were shipped while others were held; up to 2 ms less,
     /// as it is looked for each millisecond.
     pub tail_ms: f64,
+    /// The same while no more is held than can be shipped, and MB/s (of frames) that were held then.
+    pub carried_tail_ms: f64,
+    /// See there.
+    pub carried: f64,
     /// From the commit until the guest had the last one.
     pub flush_s: f64,
     /// Anonymous memory of source and target, the most that was seen, in bytes: what they take beyond files and guests.
@@ -111,6 +120,10 @@ pub struct Cell {
     pub by_tcp: Figure,
     /// See [`Shipped::tail_ms`].
     pub tail_ms: Figure,
+    /// See [`Shipped::carried_tail_ms`].
+    pub carried_tail_ms: Figure,
+    /// See [`Shipped::carried`].
+    pub carried: Figure,
     /// MB/s from the commit on.
     pub flush: Figure,
     /// MB of anonymous memory, source and target.
@@ -131,12 +144,14 @@ pub fn measure(plan: &Plan) -> Result<Vec<Round>> {
         drop(peers);
         let mb = |s: f64| gangway.held[1] as f64 / 1e6 / s;
         eprintln!(
-            "{} MB: gangway {:.0}, scp {:.0}, TCP {:.0} MB/s; tail {:.1} ms, flush {:.0} MB/s, anonymous {:?} MB",
+            "{} MB: gangway {:.0}, scp {:.0}, TCP {:.0} MB/s; tail {:.1} ms, {:.1} ms at {:.0} MB/s, flush {:.0} MB/s, anonymous {:?} MB",
             gangway.held[1] / 1_000_000,
             mb(gangway.ship_s),
             mb(scp_s),
             mb(tcp_s),
             gangway.tail_ms,
+            gangway.carried_tail_ms,
+            gangway.carried,
             mb(gangway.flush_s),
             gangway.anonymous.map(|b| b >> 20),
         );
@@ -205,7 +220,7 @@ fn ship(plan: &Plan, round: usize) -> Result<Shipped> {
     let tsc_hz = tsc_hz();
     let ports = 2 * plan.lanes;
     // What is held, what batches add, a lane's first segments, and what is shipped while it is looked for the tail.
-    let quota = 2 * plan.bytes + (4 * ports as u64 + 64) * SEGMENT + (4 << 30);
+    let quota = 2 * plan.bytes + (4 * ports as u64 + 64) * SEGMENT + (5 << 30);
     let sections = |dir: &Path| {
         format!(
             "dir = \"{}\"\nsegment_bytes = {SEGMENT}\nquota_bytes = {quota}\nsync = \"batch\"\n",
@@ -266,16 +281,18 @@ fn ship(plan: &Plan, round: usize) -> Result<Shipped> {
     guest_.rest(false);
     stretch(guest_, LIVE, tsc_hz);
     guest_.rest(true);
-    let mut last = held(&status(&mut hosts.near, hold)?);
-    let begin = until("last held frame", PATIENCE, || {
-        let now = Instant::now();
-        let next = held(&status(&mut hosts.near, hold)?);
-        let same = next == last;
-        last = next;
-        Ok(same.then_some(now))
-    })?;
+    let begin = last_held(&mut hosts, hold)?;
     let all = shipped(&mut hosts, "end of the tail")?;
     let tail_ms = begin.elapsed().as_secs_f64() * 1e3;
+
+    let so_far = held(&all)[1];
+    let begin = Instant::now();
+    paced(guest_, plan.frame, tsc_hz);
+    let paced_s = begin.elapsed().as_secs_f64();
+    let begin = last_held(&mut hosts, hold)?;
+    let all = shipped(&mut hosts, "end of the carried tail")?;
+    let carried_tail_ms = begin.elapsed().as_secs_f64() * 1e3;
+    let carried = (held(&all)[1] - so_far) as f64 / 1e6 / paced_s;
     guest.stop()?;
 
     let (near, far) = (&mut hosts.near, &mut hosts.far);
@@ -350,10 +367,39 @@ fn ship(plan: &Plan, round: usize) -> Result<Shipped> {
         held: before,
         ship_s,
         tail_ms,
+        carried_tail_ms,
+        carried,
         flush_s: flush_s * before[1] as f64 / held(&all)[1] as f64,
         anonymous: [0, 1].map(|i| most[i].anonymous),
         mapped: [0, 1].map(|i| most[i].mapped),
     })
+}
+
+/// When nothing more was held.
+fn last_held(hosts: &mut Hosts, hold: HoldId) -> Result<Instant> {
+    let mut last = held(&status(&mut hosts.near, hold)?);
+    until("last held frame", PATIENCE, || {
+        let now = Instant::now();
+        let next = held(&status(&mut hosts.near, hold)?);
+        let same = next == last;
+        last = next;
+        Ok(same.then_some(now))
+    })
+}
+
+/// Sends at a rate that the shipment can carry.
+fn paced(guest: &mut dyn Drive, frame: usize, tsc_hz: f64) {
+    let begin = Instant::now();
+    let mut sent = 0.0;
+    while begin.elapsed() < CARRIED {
+        if sent < CARRIED_RATE * begin.elapsed().as_secs_f64() {
+            guest.rest(false);
+            sent += (stretch(guest, PACE, tsc_hz).sent * frame as u64) as f64;
+            guest.rest(true);
+        } else {
+            std::thread::sleep(PACE);
+        }
+    }
 }
 
 /// What a user would take.
@@ -490,6 +536,8 @@ pub fn cell(plan: &Plan, rounds: &[Round]) -> Option<Cell> {
         by_scp: figure(&|r| r.scp_s / r.gangway.ship_s)?,
         by_tcp: figure(&|r| r.tcp_s / r.gangway.ship_s)?,
         tail_ms: figure(&|r| r.gangway.tail_ms)?,
+        carried_tail_ms: figure(&|r| r.gangway.carried_tail_ms)?,
+        carried: figure(&|r| r.gangway.carried)?,
         flush: figure(&|r| mb(r, r.gangway.flush_s))?,
         anonymous: [anonymous(0)?, anonymous(1)?],
     })
@@ -509,6 +557,8 @@ pub fn markdown(cells: &[Cell]) -> String {
             f(c.tcp, 0),
             f(c.by_tcp, 2),
             f(c.tail_ms, 1),
+            f(c.carried_tail_ms, 1),
+            f(c.carried, 0),
             f(c.flush, 0),
             f(c.anonymous[0], 0),
             f(c.anonymous[1], 0),
@@ -525,6 +575,8 @@ pub fn markdown(cells: &[Cell]) -> String {
             "TCP, MB/s",
             "ratio",
             "tail, ms",
+            "carried tail, ms",
+            "at MB/s",
             "flush, MB/s",
             "source, MB",
             "target, MB",

@@ -36,6 +36,8 @@ const APPROACH_LOOKS: f64 = 2.0;
 const APPROACH_MS_MAX: f64 = 2000.0;
 /// A pass is copied so many times as fast as the VM dirties, at least.
 const APPROACH_DIRTIES: f64 = 2.0;
+/// What a look takes is forgotten by so much with each further one.
+const LOOK_FADES: f64 = 0.99;
 /// Caught up: the bitmap was read again, and not more than this is left.
 const CAUGHT_UP_BYTES: u64 = 1 << 20;
 /// What the first sprint wants to leave at most for the pause, in milliseconds of copying; each further one twice that.
@@ -156,7 +158,7 @@ pub struct Brink {
     sprint: Option<f64>,
     sprints: u32,
     all_held: Option<f64>,
-    /// When all were looked at last, and the longest time from one look to the next, in milliseconds.
+    /// When all were looked at last, and the longest time from one look to the next of late, in milliseconds.
     looked: Option<f64>,
     look_ms: f64,
     /// When that was measured last, what they had sent, and the fastest that was seen, bytes per millisecond.
@@ -227,9 +229,10 @@ impl Brink {
             return Vec::new();
         }
         if let Some(last) = self.looked.replace(now) {
-            self.look_ms = self.look_ms.max(now - last);
+            self.look_ms = (self.look_ms * LOOK_FADES).max(now - last);
         }
-        let approach = (self.look_ms * APPROACH_LOOKS).clamp(APPROACH_MS, APPROACH_MS_MAX);
+        let look_ms = self.look_ms;
+        let approach = (look_ms * APPROACH_LOOKS).clamp(APPROACH_MS, APPROACH_MS_MAX);
         // Over 20 ms and more: QEMU sends in bursts.
         let (then, before) = self.sent;
         if now - then >= 20.0 {
@@ -241,7 +244,7 @@ impl Brink {
         }
         let mut orders = Vec::new();
         for (i, (vm, s)) in self.vms.iter_mut().zip(samples).enumerate() {
-            vm.watch(now, s);
+            vm.watch(now, s, look_ms);
             if let Some(rate) = vm.step(now, s, approach) {
                 orders.push(Order::Bandwidth { vm: i, rate });
             }
@@ -394,7 +397,7 @@ impl Brink {
 }
 
 impl Vm {
-    fn watch(&mut self, now: f64, s: &Sample) {
+    fn watch(&mut self, now: f64, s: &Sample, look_ms: f64) {
         if let Some((then, before)) = self.last
             && now > then
         {
@@ -408,7 +411,8 @@ impl Vm {
             }
             if before.sync_count < s.sync_count {
                 if before.sync_count > 0 {
-                    self.dirties = s.remaining as f64 / (now - self.synced);
+                    // Either may have been seen late.
+                    self.dirties = s.remaining as f64 / (now - self.synced).max(look_ms);
                 }
                 self.synced = now;
             }
@@ -442,7 +446,7 @@ impl Vm {
             Stage::CatchUp { sync } => {
                 let passes = s.sync_count.saturating_sub(*sync);
                 self.hopeless |= passes >= CATCH_UP_PASSES;
-                if self.hopeless || (passes > 0 && s.remaining < CAUGHT_UP_BYTES) {
+                if self.hopeless || (passes > 0 && s.remaining < self.little()) {
                     self.stage = Stage::Held {
                         since: now,
                         behind: false,
@@ -466,6 +470,11 @@ impl Vm {
             }
             Stage::Held { .. } => None,
         }
+    }
+
+    /// So little is left that it has caught up: all passes behind it would fit into one window of QEMU's, between two looks.
+    fn little(&self) -> u64 {
+        CAUGHT_UP_BYTES.max((self.dirties * APPROACH_DIRTIES * WINDOW_MS * 1.25) as u64)
     }
 
     /// The limit that fits to what is left, if it has to change much.

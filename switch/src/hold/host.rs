@@ -14,8 +14,8 @@ use super::refuse;
 use crate::datapath::Engine;
 use crate::datapath::engine::Pin;
 use crate::datapath::worker::{Command, Outcome};
-use crate::port::tap::VmTap;
-use crate::port::{Attach, Burst, VnetHdr};
+use crate::port::tap::{Back, VmTap};
+use crate::port::{Attach, Burst};
 use crate::ship::{Acceptor, Incoming, Outgoing, OutgoingArgs};
 use crate::spool::Spool;
 
@@ -208,7 +208,7 @@ impl Host {
     }
 
     /// Duplicates the descriptors of a VM's TAP: without them what it has not taken when it stops is lost.
-    pub(super) fn adopt_tap(&self, port: usize) -> Result<(), Refusal> {
+    pub(super) fn adopt_tap(&self, port: usize, hold: HoldId) -> Result<(), Refusal> {
         let Some(tap) = self.taps.get(&port) else {
             return Ok(());
         };
@@ -221,7 +221,7 @@ impl Host {
             );
             return Err(refuse(RefusalCode::State, what));
         };
-        let adopted = tap.adopt(pid);
+        let adopted = tap.adopt(pid, hold.0);
         adopted.map_err(|e| refuse(RefusalCode::State, format!("port {name}: {e}")))
     }
 
@@ -232,11 +232,10 @@ impl Host {
         }
     }
 
-    /// The hold is over: a VM that ends now, or has ended, gives its TAP to the next one.
-    pub(super) fn tap_let_go(&self, port: usize) {
+    /// The hold is over: a VM that ends now, or has ended, gives its TAP to the next one. Unless another hold has it.
+    pub(super) fn tap_let_go(&self, port: usize, hold: HoldId) {
         if let Some(tap) = self.taps.get(&port) {
-            tap.forget();
-            tap.release_dup();
+            tap.let_go(hold.0);
         }
     }
 
@@ -246,14 +245,12 @@ impl Host {
         let marked: Vec<_> = taps.map(|(p, tap)| (p, tap, tap.mark())).collect();
         let mut all = true;
         for (port, tap, marked) in marked {
-            let p = &self.engine.shared().ports[port];
-            let status = p.vm.as_deref().and_then(|vm| self.vms.status(vm));
-            let runs = status.is_none_or(|s| s == "running");
             if let Err(e) = &marked {
-                tracing::warn!("port {}: the TAP's end is not marked: {e}", p.name);
+                let name = &self.engine.shared().ports[port].name;
+                tracing::warn!("port {name}: the TAP's end is not marked: {e}");
             }
             let left = until.saturating_duration_since(Instant::now());
-            if marked.is_ok() && runs && tap.wait_empty(left) {
+            if marked.is_ok() && !self.has_stopped(port) && tap.wait_empty(left) {
                 tap.forget();
             } else {
                 all = false;
@@ -262,21 +259,21 @@ impl Host {
         all
     }
 
-    /// See [`VmTap::taken_before`].
-    pub(super) fn tap_taken(&self, port: usize, back: Option<&[u8]>) -> Vec<(VnetHdr, Vec<u8>)> {
-        let tap = self.taps.get(&port);
-        tap.map(|t| t.taken_before(back)).unwrap_or_default()
+    /// The port's VM does not run, as QEMU has said.
+    pub(super) fn has_stopped(&self, port: usize) -> bool {
+        let vm = self.engine.shared().ports[port].vm.as_deref();
+        let status = vm.and_then(|vm| self.vms.status(vm));
+        status.is_some_and(|s| s != "running")
     }
 
-    /// The oldest frame that waits in a stopped VM's TAP.
-    pub(super) fn tap_read_back(&self, port: usize) -> Result<Option<(VnetHdr, Vec<u8>)>, Refusal> {
+    /// See [`VmTap::take_back`].
+    pub(super) fn tap_take_back(&self, port: usize) -> Result<Option<Back>, Refusal> {
         let Some(tap) = self.taps.get(&port) else {
             return Ok(None);
         };
         let name = &self.engine.shared().ports[port].name;
-        let read = tap.read_back(1);
-        read.map(|mut f| f.pop())
-            .map_err(|e| refuse(RefusalCode::State, format!("port {name}: {e}")))
+        let back = tap.take_back();
+        back.map_err(|e| refuse(RefusalCode::State, format!("port {name}: {e}")))
     }
 
     /// Waits until what a stopped VM has sent through its TAP is taken by the workers. (A vhost-user VM's frames stay

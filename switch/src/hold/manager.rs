@@ -298,6 +298,11 @@ impl Manager {
                         h.info.frozen_ns = at;
                         h.became(HoldState::Frozen);
                         tracing::info!(hold = %h.info.hold, "a VM has stopped by itself: frozen");
+                        if let End::Source(s) = &mut h.end
+                            && let Err(e) = s.read_back_stopped(host)
+                        {
+                            tracing::warn!(hold = %h.info.hold, "{e}");
+                        }
                     }
                     Err(e) => tracing::error!("{e}"),
                 }

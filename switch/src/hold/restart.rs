@@ -9,6 +9,7 @@
 //! Invariant: a queue is delivered from behind what was noted as delivered; at most a burst of it comes twice.
 
 use std::collections::BTreeMap;
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use gangway_shared::api::{HoldState, Refusal, RefusalCode};
@@ -239,6 +240,8 @@ impl SourceHold {
             flushed: None,
             back: None,
             behind: None,
+            pending: VecDeque::new(),
+            again: 0,
         }
     }
 

@@ -23,6 +23,7 @@ use crate::datapath::lane::{Behind, Drain, Gate, Progress, Source as Older, Stag
 use crate::datapath::stats::Drop as Dropped;
 use crate::datapath::worker::{Command, Seat, now_ns};
 use crate::ledger::{Book, counted};
+use crate::port::tap::Whole;
 use crate::port::{FRAME_MAX, Frame};
 use crate::ship::{Lanes, Outgoing};
 use crate::spool::{Kind, Origin, Queue, Writer, sync_all};
@@ -50,6 +51,9 @@ pub(super) struct Lane {
     pub(super) back: Option<Arc<Progress>>,
     /// The spare one, once it is used.
     pub(super) behind: Option<Arc<Queue>>,
+    /// Of a TAP's queue: what was read back and is not in the spool yet, and how many were sent once more so far.
+    pub(super) pending: VecDeque<Whole>,
+    pub(super) again: u64,
 }
 
 /// Source's end.
@@ -89,10 +93,13 @@ impl SourceHold {
             );
             return Err(refuse(RefusalCode::Busy, what));
         }
-        for &g in &group {
-            host.adopt_tap(g)?;
-        }
-        let outgoing = host.dial(args)?;
+        let dialled = group
+            .iter()
+            .try_for_each(|&g| host.adopt_tap(g, args.hold))
+            .and_then(|()| host.dial(args));
+        let outgoing = dialled.inspect_err(|_| {
+            group.iter().for_each(|&g| host.tap_let_go(g, args.hold));
+        })?;
         let mut hold = SourceHold {
             dead: Dead::default(),
             id: args.hold,
@@ -118,6 +125,8 @@ impl SourceHold {
             Err(e) => {
                 hold.outgoing.abort();
                 hold.forget(host);
+                let group = hold.group.iter();
+                group.for_each(|&g| host.tap_let_go(g, args.hold));
                 Err(e)
             }
         }
@@ -239,6 +248,8 @@ impl SourceHold {
             flushed: None,
             back: None,
             behind: None,
+            pending: VecDeque::new(),
+            again: 0,
         })
     }
 
@@ -296,6 +307,16 @@ impl SourceHold {
         Ok((at, drained))
     }
 
+    /// Behind a freeze by a VM that has stopped: what its TAP still holds, before anybody resumes it.
+    pub fn read_back_stopped(&mut self, host: &Host) -> Result<(), Refusal> {
+        let until = Instant::now() + TAP_EMPTY;
+        let id = self.id;
+        self.read_back
+            .iter_mut()
+            .filter(|l| host.has_stopped(l.to))
+            .try_for_each(|l| read_back(host, id, l, until))
+    }
+
     fn sync(&self, which: impl Fn(&Lane) -> bool) -> Result<(), Refusal> {
         let lanes = self.lanes.iter().chain(&self.read_back);
         let queues: Vec<Arc<Queue>> = lanes
@@ -311,7 +332,7 @@ impl SourceHold {
         let ports = &host.engine.shared().ports;
         for &g in &self.group {
             // Already, unless this switch was started behind the opening.
-            host.adopt_tap(g)?;
+            host.adopt_tap(g, self.id)?;
             host.settle_rx(g, until)?;
             ports[g].marker.store(false, Ordering::Release);
         }
@@ -402,6 +423,13 @@ impl SourceHold {
             let mut before = None;
             for l in self.read_back.iter_mut().filter(|l| l.to == to) {
                 if let Some(mut w) = l.writer.take() {
+                    // There is room: so much was reserved.
+                    for (vnet, bytes) in l.pending.drain(..) {
+                        let frame = Frame::from_slice(vnet, &bytes);
+                        if w.append(now_ns(), &frame, Origin::NONE).is_err() {
+                            tracing::error!(hold = %self.id, "a frame of the TAP of port {} is lost: no room in the spool", l.key.to);
+                        }
+                    }
                     w.seal();
                 }
                 l.closed = true;
@@ -441,7 +469,7 @@ impl SourceHold {
             let waits = *armed || ports[g].mode() == Mode::Held;
             if waits && self.dead.give_up(host, self.id, g) && std::mem::take(armed) {
                 ports[g].disarm();
-                host.tap_let_go(g);
+                host.tap_let_go(g, self.id);
             }
         }
     }
@@ -453,7 +481,7 @@ impl SourceHold {
             if *armed && (ports[g].is_up() || give_up) {
                 ports[g].be_patient(host.engine.shared().now_s());
                 ports[g].disarm();
-                host.tap_let_go(g);
+                host.tap_let_go(g, self.id);
                 *armed = false;
             }
         }
@@ -619,57 +647,48 @@ impl Lane {
     }
 }
 
-/// Takes what a stopped VM's TAP still holds, behind what QEMU may have taken and not given to the guest; again after an error:
-/// the rest. Nothing leaves the kernel's queue before the spool has room for it.
+/// Takes what a stopped VM's TAP still holds, and before it what QEMU may have taken and not given to the guest; again after an
+/// error: the rest.
 fn read_back(host: &Host, hold: HoldId, l: &mut Lane, until: Instant) -> Result<(), Refusal> {
     let Some(writer) = &mut l.writer else {
         return Ok(());
     };
-    let mut again = 0;
-    let room = |w: &Writer| {
-        while !w.has_room(FRAME_MAX as u32) {
-            if Instant::now() > until {
-                return false;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        true
-    };
     loop {
-        if !room(writer) {
-            let what = format!(
-                "the spool has no room for the TAP queue of port {} (hold {hold}); its frames stay where they are: raise spool.quota_bytes, then repeat or abort",
-                l.key.to
-            );
-            return Err(refuse(RefusalCode::Resources, what));
+        let mut has_room = writer.has_room(FRAME_MAX as u32);
+        if has_room && let Some((vnet, bytes)) = l.pending.front() {
+            let frame = Frame::from_slice(*vnet, bytes);
+            has_room = writer.append(now_ns(), &frame, Origin::NONE).is_ok();
+            if has_room {
+                writer.commit();
+                l.pending.pop_front();
+                continue;
+            }
         }
-        let back = host.tap_read_back(l.to)?;
-        let taken = host.tap_taken(l.to, back.as_ref().map(|(_, bytes)| bytes.as_slice()));
-        again += taken.len();
-        let is_last = back.is_none();
-        for (vnet, bytes) in taken.into_iter().chain(back) {
-            let frame = Frame::from_slice(vnet, &bytes);
-            // There is: so much was reserved when the hold was opened.
-            if !room(writer) || writer.append(now_ns(), &frame, Origin::NONE).is_err() {
+        if !has_room {
+            if Instant::now() > until {
                 let what = format!(
-                    "a frame from the TAP queue of port {} is lost: the spool refuses it although it has room",
+                    "the spool has no room for the TAP queue of port {} (hold {hold}); its frames stay where they are: raise spool.quota_bytes, then repeat or abort",
                     l.key.to
                 );
-                return Err(refuse(RefusalCode::Internal, what));
+                return Err(refuse(RefusalCode::Resources, what));
             }
-            writer.commit();
+            std::thread::sleep(Duration::from_millis(1));
+            continue;
         }
-        if is_last {
+        let Some(back) = host.tap_take_back(l.to)? else {
             break;
-        }
+        };
+        l.again += back.taken.len() as u64;
+        l.pending.extend(back.taken.into_iter().chain(back.queued));
     }
     writer.seal();
     (l.writer, l.held, l.closed) = (None, true, true);
-    let back = l.queue.tally().frames - again as u64;
-    if back > 0 || again > 0 {
+    let (frames, again) = (l.queue.tally().frames, l.again);
+    if frames > 0 {
         tracing::info!(
-            "port {}: {back} frames read back from the TAP's queue; {again} that QEMU has taken go once more",
-            l.key.to
+            "port {}: {} frames read back from the TAP's queue; {again} that QEMU has taken go once more",
+            l.key.to,
+            frames - again.min(frames)
         );
     }
     Ok(())

@@ -218,6 +218,14 @@ impl TargetHold {
     /// The ports go live; lanes drain as the guests take frames.
     pub fn commit(&mut self, host: &Host) -> Result<(), Refusal> {
         self.not_put_back()?;
+        // Behind the commit nobody goes back: what is still to come would wait for room, and its senders with it.
+        if let Some(why) = host.spool.trouble(Some(self.id)) {
+            let what = format!(
+                "the spool of host {} has no room for what is still to come of hold {}: {why}; make room there, or raise spool.quota_bytes, and migrate again",
+                host.config.name, self.id
+            );
+            return Err(refuse(RefusalCode::Resources, what));
+        }
         let shared = host.engine.shared();
         let uplink = shared.ports.iter().position(|p| p.uplink);
         let shipped = self.incoming.lanes();

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bytes::{Buf, BytesMut};
 use gangway_shared::api::{Refusal, RefusalCode, Tally};
 use gangway_shared::id::LaneKey;
 use gangway_shared::ship::{ToSource, ToTarget};
@@ -17,8 +16,7 @@ use super::accept::{malformed, refuse};
 use super::incoming::{Incoming, Lane};
 use super::wire::{self, lost};
 use super::{LANES_MAX, ShipError};
-use crate::spool::format::wire_len;
-use crate::spool::{Kind, Queue, RejectedBatch, Writer, sync_all};
+use crate::spool::{Arriving, Kind, Queue, RejectedBatch, Writer, sync_all};
 
 /// Acknowledgements that nobody waits for go out together, this far apart: each costs a sync of all lanes that got something.
 const CALM: Duration = Duration::from_millis(20);
@@ -335,41 +333,33 @@ async fn stream(
             writer.next_seq()
         )));
     }
-    let mut buf = BytesMut::new();
+    let mut arriving = Arriving::default();
     while let Some(chunk) = s.read_chunk(64 << 10, true).await.map_err(lost)? {
-        buf.extend_from_slice(&chunk.bytes);
+        let mut bytes = &chunk.bytes[..];
         loop {
-            let garbage =
-                |e: &dyn std::fmt::Display| ShipError::Protocol(format!("lane {lane}: {e}"));
-            let Some(len) = wire_len(&buf).map_err(|e| garbage(&e))? else {
-                break;
-            };
-            let Some(batch) = buf.get(..len) else { break };
-            match writer.append_batch(batch) {
-                // Known ones are sent again after a lost connection.
-                Ok(_) | Err(RejectedBatch::Known(_)) => buf.advance(len),
+            let garbage = |what: String| ShipError::Protocol(format!("lane {lane}: {what}"));
+            match arriving.push(writer, &mut bytes) {
+                Ok(()) => break,
                 Err(RejectedBatch::NoRoom(_)) => {
                     writer.commit();
                     wait_for_room(writer, &incoming).await?;
                 }
                 Err(e @ RejectedBatch::Garbage) => {
                     let next = writer.next_seq();
-                    return Err(garbage(&format!("{e} where record {next} must follow")));
+                    return Err(garbage(format!("{e} where record {next} must follow")));
                 }
-                Err(e) => return Err(garbage(&e)),
+                Err(e) => return Err(garbage(e.to_string())),
             }
         }
         writer.commit();
         incoming.received.notify_one();
     }
-    if buf.is_empty() {
-        Ok(())
-    } else {
-        Err(ShipError::Protocol(format!(
-            "lane {lane} ends inside a batch, {} bytes behind its start, where record {} must follow",
-            buf.len(),
+    match arriving.pending() {
+        0 => Ok(()),
+        n => Err(ShipError::Protocol(format!(
+            "lane {lane} ends inside a batch, {n} bytes behind its start, where record {} must follow",
             writer.next_seq()
-        )))
+        ))),
     }
 }
 

@@ -35,7 +35,7 @@ const STREAMED_FRAME: usize = 512;
 /// Where the checksum begins.
 const SUMMED: usize = 16;
 /// Where the table begins, in a batch as it is shipped.
-const TABLE: usize = BATCH_HEADER - EPOCH;
+pub(super) const TABLE: usize = BATCH_HEADER - EPOCH;
 const BATCH: u32 = u32::from_le_bytes(*b"GWbt");
 const NEXT: u32 = u32::from_le_bytes(*b"GWnx");
 const SEAL: u32 = u32::from_le_bytes(*b"GWsl");
@@ -544,6 +544,11 @@ pub fn wire_len(bytes: &[u8]) -> Result<Option<usize>, BadHeader> {
         return Err(BadHeader::Field("length"));
     }
     Ok(Some(len - EPOCH))
+}
+
+/// The number of the last record of a batch, as its header in a lane's stream says it; 0 without one.
+pub(super) fn last_seq(head: &[u8; TABLE]) -> u64 {
+    (le64(head, 16).saturating_add(u64::from(le16(head, 12)))).saturating_sub(1)
 }
 
 /// A whole batch as it came in a lane's stream; none if it is not intact.

@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use gangway_shared::id::{HoldId, LaneKey};
 
+mod arriving;
 pub mod format;
 mod header;
 mod keeper;
@@ -31,6 +32,7 @@ mod writer;
 #[cfg(test)]
 pub(crate) mod tests;
 
+pub use arriving::Arriving;
 pub use format::{Batch, Origin, Record};
 pub(crate) use map::{PAGE, Page};
 pub use queue::{Queue, sync_all};

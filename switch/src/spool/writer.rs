@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use gangway_shared::api::Tally;
 
-use super::format::{self, BATCH_HEADER, EPOCH, FILE_HEADER, Fields, FileHeader, Marker, Origin};
+use super::format::{
+    self, BATCH_HEADER, BadHeader, EPOCH, FILE_HEADER, Fields, FileHeader, Marker, Origin,
+};
 use super::map::{Segment, Tail};
 use super::queue::Queue;
 use super::syncer::Owed;
@@ -34,18 +36,18 @@ pub struct Writer {
 #[error("no room in the spool now")]
 pub struct NoRoom;
 
-/// Why [`Writer::append_batch`] did not take a batch.
+/// Why a batch of another host was not taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RejectedBatch {
     /// Try again later.
     #[error(transparent)]
     NoRoom(#[from] NoRoom),
+    /// It does not begin as a batch does.
+    #[error(transparent)]
+    Header(#[from] BadHeader),
     /// The bytes are no intact batch of this lane.
     #[error("no intact batch of this lane")]
     Garbage,
-    /// All of its records are here already.
-    #[error("records up to {0} are here already")]
-    Known(u64),
     /// Its first number is not the next one.
     #[error("record {found} where {expected} must follow")]
     Sequence {
@@ -215,27 +217,31 @@ impl Writer {
         self.took(len, frames.len() as u64, bytes, crc);
     }
 
-    /// Appends a whole batch as [`super::Batch::wire`] gave it on the other host, after checking it. Returns the number of
-    /// its last record.
-    pub fn append_batch(&mut self, wire: &[u8]) -> Result<u64, RejectedBatch> {
-        let batch = format::shipped(wire, self.queue.salt()).ok_or(RejectedBatch::Garbage)?;
-        if batch.last_seq() < self.next_seq {
-            return Err(RejectedBatch::Known(batch.last_seq()));
-        }
+    /// The place of the next batch of another host, which has `len` bytes there ([`format::wire_len`]): to be filled, and then
+    /// taken with [`Writer::take_arrived`]. The same place until something is appended.
+    pub(super) fn arriving(&mut self, len: usize) -> Result<&mut [u8], NoRoom> {
+        self.make_room(EPOCH + len)?;
+        let buf = self.tail.buf(EPOCH + len).ok_or(NoRoom)?;
+        Ok(&mut buf[EPOCH..])
+    }
+
+    /// Appends the batch that was put there, after checking it.
+    pub(super) fn take_arrived(&mut self, len: usize) -> Result<(), RejectedBatch> {
+        let salt = self.queue.salt();
+        let epoch = self.tail.segment().epoch();
+        let buf = self.tail.buf(EPOCH + len).ok_or(NoRoom)?;
+        let (place, wire) = buf.split_at_mut(EPOCH);
+        let batch = format::shipped(wire, salt).ok_or(RejectedBatch::Garbage)?;
         if batch.first_seq != self.next_seq {
             return Err(RejectedBatch::Sequence {
                 found: batch.first_seq,
                 expected: self.next_seq,
             });
         }
-        let len = batch.span();
-        self.make_room(len)?;
-        let epoch = self.tail.segment().epoch();
-        let buf = self.tail.buf(len).ok_or(NoRoom)?;
-        buf[EPOCH..].copy_from_slice(wire);
-        buf[..EPOCH].copy_from_slice(&epoch.to_le_bytes());
-        self.took(len, u64::from(batch.count), batch.bytes, batch.crc);
-        Ok(batch.last_seq())
+        place.copy_from_slice(&epoch.to_le_bytes());
+        let (span, count, bytes, crc) = (batch.span(), batch.count, batch.bytes, batch.crc);
+        self.took(span, u64::from(count), bytes, crc);
+        Ok(())
     }
 
     fn took(&mut self, len: usize, frames: u64, bytes: u64, crc: u32) {

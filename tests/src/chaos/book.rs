@@ -6,7 +6,8 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use super::rule::Ending;
-use super::run::Row;
+
+use super::run::{FREED, Row};
 use super::{Case, Fault};
 
 const BEGIN: &str = "<!-- chaos: begin -->";
@@ -123,7 +124,9 @@ fn cell(row: &Row) -> String {
         Ending::RolledBack => "back",
         Ending::Open => "open",
     };
-    let user = match row.user.len() {
+    let freed = row.user.iter().any(|what| what == FREED);
+    let user = match row.user.len() - usize::from(freed) {
+        0 if freed => " (disk freed)".to_owned(),
         0 => String::new(),
         n => format!(" ({n} abort)"),
     };

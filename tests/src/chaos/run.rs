@@ -32,6 +32,10 @@ const RESTART: Duration = Duration::from_millis(200);
 const MEMORY_MB: u32 = 192;
 /// What a spool's disk has in cases that fill it, and the segment that goes with it.
 const DISK_BYTES: u64 = 24 << 20;
+/// What the user did then.
+pub(super) const FREED: &str = "made room on the disk";
+/// How long a user lets a migration wait for room on a disk.
+const FULL: Duration = Duration::from_secs(40);
 
 /// What came of a case.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -242,6 +246,17 @@ impl Stage {
             outage = mend(world, case.fault)?;
         }
         let mut user = Vec::new();
+        if fills_a_disk(case.fault) {
+            // Behind the commit it waits for room, and says so.
+            let until = Instant::now() + FULL;
+            while migrate.ended().is_none() && Instant::now() < until {
+                thread::sleep(Duration::from_millis(50));
+            }
+            if migrate.ended().is_none() {
+                empty_disk(world, case.fault);
+                user.push(FREED.to_owned());
+            }
+        }
         let exit = migrate.wait(PATIENCE)?.code();
         if case.fault == Fault::KillCoordinator {
             thread::sleep(Duration::from_millis(500));

@@ -218,6 +218,24 @@ fn a_vm_that_dirties_faster_than_the_link_does_not_hold_the_group_for_ever() {
     assert!(v.at_ms < 30_000.0, "{} ms", v.at_ms);
 }
 
+/// None of them copies its last pass in one window, between two looks.
+#[test]
+fn a_group_that_dirties_much_is_not_stopped_before_the_sprint() {
+    for link in [250.0, 1250.0, 12_500.0] {
+        for dirties in [10.0, 20.0, 50.0, 100.0, 200.0] {
+            for shift in [0.0, 21.0, 43.0, 77.0] {
+                let vms = vec![
+                    Model::new(2000.0, dirties, 200.0, 0.0),
+                    Model::new(1000.0, dirties / 2.0, 100.0, shift),
+                ];
+                // It is frozen before anybody stops.
+                let v = play_with(vms, link, true, &[1.0, 4.0, 2.0]);
+                assert!(v.at_ms < 60_000.0, "{} ms", v.at_ms);
+            }
+        }
+    }
+}
+
 #[test]
 fn one_vm_on_a_fast_link() {
     let v = play(vec![Model::new(500.0, 20.0, 64.0, 0.0)], 1250.0);

@@ -243,15 +243,15 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
     s.verdict();
 }
 
-/// Uses up what is left of the source's quota.
-fn use_up(s: &Scene) {
+/// Uses up what is left of a host's quota.
+fn use_up(site: &Site) {
     for n in 0.. {
         let key = LaneKey {
             from: format!("filler{n}"),
             queue: 0,
             to: "m".into(),
         };
-        if s.a.spool().create(HoldId(77), Kind::Source, &key).is_err() {
+        if site.spool().create(HoldId(77), Kind::Source, &key).is_err() {
             return;
         }
     }
@@ -268,7 +268,7 @@ fn an_abort_needs_no_room_in_the_spool() {
             scope: Scope::All,
         });
         std::thread::sleep(Duration::from_millis(20));
-        use_up(&s);
+        use_up(&s.a);
         let mut ring = Vec::new();
         if sealed {
             ring = s.stop_vms();
@@ -297,6 +297,40 @@ fn an_abort_needs_no_room_in_the_spool() {
         s.a.spool().remove_hold(HoldId(77)).unwrap();
         s.verdict();
     }
+}
+
+/// What comes from outside meanwhile would find no room, and no way back.
+#[test]
+fn a_target_without_room_for_what_is_still_to_come_is_not_committed() {
+    let s = Scene::new();
+    s.more();
+    s.prepare();
+    s.a.ask(Request::Freeze {
+        hold: ID,
+        scope: Scope::All,
+    });
+    let ring = s.stop_vms();
+    s.a.ask(Request::Seal {
+        hold: ID,
+        timeout_ms: 5000,
+    });
+    s.b.ask(Request::IncomingRestore { hold: ID });
+    use_up(&s.b);
+    eventually("a lane needs a segment", || {
+        s.b.spool().trouble(Some(ID)).is_some()
+    });
+    let (code, what) = refusal(&s.b, Request::Commit { hold: ID });
+    assert_eq!(code, RefusalCode::Resources);
+    assert!(what.contains("host beta has no room"), "{what}");
+    assert_eq!(s.b.status().state, HoldState::Restored);
+    s.a.ask(Request::HoldAbort { hold: ID });
+    s.b.ask(Request::HoldAbort { hold: ID });
+    s.a.refill(ring);
+    s.a.plug(P);
+    s.a.plug(M);
+    s.place.store(0, Ordering::Release);
+    s.more();
+    s.verdict();
 }
 
 #[test]

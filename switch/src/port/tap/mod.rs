@@ -18,4 +18,5 @@ mod tests;
 mod tests_qemu;
 
 pub use endpoint::{Endpoint, open_endpoint, open_endpoint_queues};
+pub use taken::{Back, Whole};
 pub use vm::{TapError, VmTap};

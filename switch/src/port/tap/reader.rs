@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::time::Duration;
 
-use super::taken::is_mark;
+use super::taken::Whole;
 use crate::port::{FRAME_MAX, VnetHdr};
 use crate::sys::{frame_io, netdev::DeviceControl, process, tun};
 
@@ -17,6 +17,8 @@ const HDR_MAX: usize = 48;
 #[derive(Debug)]
 pub(super) struct Reader {
     pub(super) pid: u32,
+    /// Who asked for it, as [`super::VmTap::adopt`] was told.
+    pub(super) user: u64,
     pidfd: OwnedFd,
     /// One per queue.
     fds: Vec<OwnedFd>,
@@ -29,6 +31,7 @@ impl Reader {
         pid: u32,
         device: &str,
         control: &DeviceControl,
+        user: u64,
     ) -> io::Result<Option<Reader>> {
         // The pidfd first: if the process ends and its number is used again, pidfd_getfd fails instead of taking a
         // stranger's descriptor.
@@ -52,7 +55,17 @@ impl Reader {
                 fds.push(dup);
             }
         }
-        Ok((!fds.is_empty()).then_some(Reader { pid, pidfd, fds }))
+        Ok((!fds.is_empty()).then_some(Reader {
+            pid,
+            user,
+            pidfd,
+            fds,
+        }))
+    }
+
+    /// Several are read side by side.
+    pub(super) fn has_one_queue(&self) -> bool {
+        self.fds.len() == 1
     }
 
     /// Whether nothing waits for the reader. A failed descriptor counts as empty: nobody can read it any more.
@@ -67,8 +80,8 @@ impl Reader {
         process::readable(&self.pidfd, Duration::ZERO).unwrap_or(true)
     }
 
-    /// Takes everything that waits now but for marks, oldest first, queue by queue; at most `max` packets.
-    pub(super) fn read_back(&self, max: usize) -> io::Result<Vec<(VnetHdr, Vec<u8>)>> {
+    /// Takes everything that waits now, oldest first, queue by queue; at most `max` packets.
+    pub(super) fn read_back(&self, max: usize) -> io::Result<Vec<Whole>> {
         let mut out = Vec::new();
         let mut buf = vec![0; HDR_MAX + FRAME_MAX];
         for fd in &self.fds {
@@ -81,9 +94,6 @@ impl Reader {
                 };
                 let packet = &buf[..n];
                 let (hdr, frame) = packet.split_at(hdr_len.min(n));
-                if is_mark(frame) {
-                    continue;
-                }
                 // The first 10 bytes are the same in all versions of the header.
                 let mut vnet = VnetHdr::default();
                 if let Some(first) = hdr.first_chunk() {

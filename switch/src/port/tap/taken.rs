@@ -40,16 +40,29 @@ const MARK: [u8; 60] = {
     mark
 };
 
-/// A frame as it was sent.
-type Whole = (VnetHdr, Vec<u8>);
+/// A whole frame.
+pub type Whole = (VnetHdr, Vec<u8>);
+
+/// What comes back of a stopped VM's TAP next, oldest first.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Back {
+    /// QEMU has taken it: the guest may have it already.
+    pub taken: Vec<Whole>,
+    /// It was still in the kernel's queue.
+    pub queued: Option<Whole>,
+}
 
 /// The frames that went to a TAP last, oldest first.
 #[derive(Debug, Default)]
 pub(super) struct Taken {
     frames: VecDeque<(Instant, Whole)>,
     cut: Option<Instant>,
-    /// The queue is being read back.
-    is_read: bool,
+    /// Those that were read back so far, and are among `frames`, are not any more.
+    is_aligned: bool,
+    /// Something was read back that is not among them.
+    is_foreign: bool,
+    /// Read back, and not yet returned: two at most.
+    pub(super) ahead: VecDeque<Whole>,
 }
 
 impl Taken {
@@ -65,9 +78,13 @@ impl Taken {
         self.frames.push_back((Instant::now(), (frame.vnet, bytes)));
     }
 
-    /// Behind these nothing is sent any more.
+    /// Both marks were sent: nothing follows.
     pub(super) fn cut(&mut self) {
-        self.cut.get_or_insert_with(Instant::now);
+        self.cut = Some(Instant::now());
+    }
+
+    pub(super) fn is_marked(&self) -> bool {
+        self.cut.is_some()
     }
 
     /// What was sent before is not known any more: the kernel made other frames of one.
@@ -75,40 +92,108 @@ impl Taken {
         self.frames.clear();
     }
 
-    /// What goes before a frame that was just read back, `back`, because QEMU has taken it; or behind the last one. Before the first
-    /// these are [`STUCK_MAX`], unless frames like that one were sent repeatedly: then more, rather than the wrong ones. Later
-    /// the one that QEMU may still take while we read, too.
-    pub(super) fn before(&mut self, back: Option<&[u8]>) -> Vec<Whole> {
-        let is_first = !std::mem::replace(&mut self.is_read, true);
-        let same = |(_, (_, bytes)): &(Instant, Whole)| back.is_some_and(|b| b == bytes);
-        let end = self.frames.len();
-        let (first, last) = match back {
-            None => (end, end),
-            Some(_) => match (
-                self.frames.iter().position(same),
-                self.frames.iter().rposition(same),
-            ) {
-                (Some(first), Some(last)) if is_first => (first, last),
-                (Some(first), _) if first <= 1 => (first, first),
-                // Of somebody else.
-                _ => return Vec::new(),
-            },
+    /// The next that comes back, of those that are `ahead`. Nothing, and then for ever, at the end.
+    pub(super) fn next(&mut self) -> Back {
+        let Some(queued) = self.ahead.pop_front() else {
+            return Back {
+                taken: self.behind_all(),
+                queued: None,
+            };
         };
-        let cut = self.cut.unwrap_or_else(Instant::now);
-        let skip = if is_first {
-            first.saturating_sub(STUCK_MAX)
-        } else {
-            0
-        };
-        let before = self
-            .frames
-            .drain(..(last + 1).min(end))
-            .take(last)
-            .skip(skip)
-            .filter(|(at, _)| !is_first || cut.saturating_duration_since(*at) < FRESH);
-        let whole = before.map(|(_, whole)| whole);
-        whole.filter(|(_, bytes)| !is_mark(bytes)).collect()
+        Back {
+            taken: self.before(&queued.1),
+            queued: (!is_mark(&queued.1)).then_some(queued),
+        }
     }
+
+    fn before(&mut self, queued: &[u8]) -> Vec<Whole> {
+        if self.is_aligned {
+            // The one that QEMU has taken while we read, if it is not the next.
+            let mut near = self.frames.iter().take(2);
+            let Some(at) = near.position(|(_, sent)| is_same(sent, queued)) else {
+                return Vec::new();
+            };
+            return self.pass(0, at, at + 1);
+        }
+        let Some(at) = self.find(queued) else {
+            self.is_foreign = true;
+            return Vec::new();
+        };
+        self.is_aligned = true;
+        self.trim(at);
+        let stuck = at.min(STUCK_MAX);
+        self.pass(at - stuck, at, at + 1)
+    }
+
+    /// Where the first one that was read back is: with the one behind it, as frames may be alike.
+    fn find(&self, queued: &[u8]) -> Option<usize> {
+        let behind = self.ahead.front();
+        let follows = |at: usize| match behind {
+            // Nothing follows, or what QEMU has just taken.
+            None => self.frames.len() - at <= 2,
+            Some((_, next)) => {
+                let mut near = self.frames.iter().skip(at + 1).take(2);
+                near.any(|(_, sent)| is_same(sent, next))
+            }
+        };
+        let all = || (0..self.frames.len()).rev();
+        let is = |at: &usize| is_same(&self.frames[*at].1, queued);
+        all()
+            .filter(is)
+            .find(|at| follows(*at))
+            .or_else(|| all().find(is))
+    }
+
+    fn behind_all(&mut self) -> Vec<Whole> {
+        let end = self.frames.len();
+        let marks = self.frames.iter().rev();
+        let marks = marks.take_while(|(_, (_, b))| is_mark(b)).count();
+        match (self.is_aligned, self.is_foreign) {
+            // QEMU has taken the last one while we read. More it does not take: then this is not the queue's end.
+            (true, _) if end - marks > 1 => {
+                self.frames.clear();
+                Vec::new()
+            }
+            (true, _) => self.pass(0, end, end),
+            (false, true) => Vec::new(),
+            // Nothing was in the queue.
+            (false, false) => {
+                self.trim(end);
+                self.pass(end.saturating_sub(STUCK_MAX), end, end)
+            }
+        }
+    }
+
+    /// Marks what is before `end` and too old, so that it is not repeated.
+    fn trim(&mut self, end: usize) {
+        let cut = self.cut.unwrap_or_else(Instant::now);
+        for (at, (_, bytes)) in self.frames.iter_mut().take(end) {
+            if cut.saturating_duration_since(*at) >= FRESH {
+                bytes.clear();
+            }
+        }
+    }
+
+    /// What is from `first` to before `last`; it and all before `end` is gone then.
+    fn pass(&mut self, first: usize, last: usize, end: usize) -> Vec<Whole> {
+        let passed = self.frames.drain(..end).take(last).skip(first);
+        let whole = passed.map(|(_, whole)| whole);
+        whole
+            .filter(|(_, bytes)| !bytes.is_empty() && !is_mark(bytes))
+            .collect()
+    }
+}
+
+/// Whether this was read of what was sent: the kernel completes a checksum for a guest that does not.
+fn is_same((vnet, sent): &Whole, read: &[u8]) -> bool {
+    let VnetHdr([.., s0, s1, o0, o1]) = *vnet;
+    let at = usize::from(u16::from_le_bytes([s0, s1])) + usize::from(u16::from_le_bytes([o0, o1]));
+    let but_the_sum = || {
+        let (sent_end, read_end) = (sent.get(at + 2..)?, read.get(at + 2..)?);
+        Some(sent_end == read_end && sent[..at] == read[..at])
+    };
+    let is_summed = vnet.flags() & VnetHdr::F_NEEDS_CSUM != 0;
+    sent == read || is_summed && but_the_sum() == Some(true)
 }
 
 /// The frame that nobody receives.
@@ -141,65 +226,119 @@ mod tests {
         whole.iter().map(number).collect()
     }
 
-    /// Before the first that is read back.
-    fn stuck(mut taken: Taken, back: Option<&[u8]>) -> Vec<u32> {
-        numbers(&taken.before(back))
-    }
-
-    fn marked(behind: u32) -> Taken {
-        let mut taken = sent(0..behind);
+    fn marked(mut taken: Taken) -> Taken {
         taken.cut();
         taken.add(&mark());
         taken.add(&mark());
         taken
     }
 
-    #[test]
-    fn the_last_two_before_the_queue_may_be_stuck() {
-        assert_eq!(stuck(sent(0..9), None), [7, 8]);
-        assert_eq!(stuck(sent(0..9), Some(&frame(5))), [3, 4]);
-        assert_eq!(stuck(sent(0..9), Some(&frame(1))), [0]);
-        assert_eq!(stuck(sent(0..9), Some(&frame(0))), [0; 0]);
-        assert_eq!(stuck(sent([]), None), [0; 0]);
-        // Of somebody else.
-        assert_eq!(stuck(sent(0..9), Some(&frame(77))), [0; 0]);
-        let many = 10 * KEPT as u32;
-        assert_eq!(
-            stuck(sent(0..many), Some(&frame(many - CREDIT - 130))),
-            [many - CREDIT - 132, many - CREDIT - 131]
-        );
+    fn whole(bytes: Vec<u8>) -> Whole {
+        (VnetHdr::default(), bytes)
+    }
+
+    /// All that comes back, and which of it is repeated: the kernel's queue still has these.
+    fn back(mut taken: Taken, queue: Vec<Whole>) -> (Vec<u32>, Vec<u32>) {
+        let mut queue = VecDeque::from(queue);
+        let (mut all, mut again) = (Vec::new(), Vec::new());
+        loop {
+            while taken.ahead.len() < 2
+                && let Some(next) = queue.pop_front()
+            {
+                taken.ahead.push_back(next);
+            }
+            let is_end = taken.ahead.is_empty();
+            let back = taken.next();
+            all.extend(numbers(&back.taken));
+            again.extend(numbers(&back.taken));
+            all.extend(
+                back.queued
+                    .as_ref()
+                    .map(|w| numbers(std::slice::from_ref(w))[0]),
+            );
+            if is_end {
+                assert_eq!(taken.next(), Back::default());
+                return (all, again);
+            }
+        }
+    }
+
+    fn queue(numbers: impl IntoIterator<Item = u32>, marks: usize) -> Vec<Whole> {
+        let frames = numbers.into_iter().map(|n| whole(frame(n)));
+        frames
+            .chain(std::iter::repeat_n(whole(MARK.to_vec()), marks))
+            .collect()
     }
 
     #[test]
-    fn marks_are_never_sent_again_and_tell_what_is_through() {
-        assert_eq!(stuck(marked(9), None), [0; 0]);
-        // One of them waits, which of them does not matter.
-        assert_eq!(stuck(marked(9), Some(&MARK)), [7, 8]);
-        assert_eq!(stuck(marked(9), Some(&frame(8))), [6, 7]);
+    fn the_last_two_before_the_queue_go_once_more() {
+        for (first, again) in [(9, vec![7, 8]), (5, vec![3, 4]), (1, vec![0]), (0, vec![])] {
+            // A VM that was never cut properly; and one behind a freeze that came late.
+            for (taken, marks) in [(sent(0..9), 0), (marked(sent(0..9)), 2)] {
+                let (all, repeated) = back(taken, queue(first..9, marks));
+                assert_eq!(repeated, again, "from {first} on");
+                assert_eq!(all, (first - again.len() as u32..9).collect::<Vec<_>>());
+            }
+        }
+        assert_eq!(back(sent([]), vec![]), (vec![], vec![]));
+        let many = 10 * KEPT as u32;
+        let first = many - CREDIT - 128;
+        let (all, again) = back(marked(sent(0..many)), queue(first..many, 2));
+        assert_eq!(again, [first - 2, first - 1]);
+        assert_eq!(all.len() as u32, many - first + 2);
+    }
+
+    /// Only marks are left: QEMU has taken what was before, and the guest perhaps not.
+    #[test]
+    fn marks_tell_what_is_through_and_are_nobodys() {
+        let only = |marks| back(marked(sent(0..9)), queue([], marks)).1;
+        assert_eq!(only(0), [0; 0], "QEMU has both");
+        assert_eq!(only(1), [8], "and the other, which was thrown away");
+        assert_eq!(only(2), [7, 8]);
     }
 
     /// At most one, wherever it is.
     #[test]
     fn what_qemu_takes_while_the_queue_is_read_back_is_not_missed() {
-        for taken_meanwhile in 4..10 {
-            let mut taken = marked(9);
-            let mut again = Vec::new();
-            for n in (3..9).filter(|n| *n != taken_meanwhile) {
-                again.extend(numbers(&taken.before(Some(&frame(n)))));
-                again.push(n);
-            }
-            again.extend(numbers(&taken.before(None)));
-            assert_eq!(again, (1..9).collect::<Vec<_>>(), "{taken_meanwhile}");
-            assert_eq!(taken.before(None), []);
+        for meanwhile in 4..9 {
+            let left = (3..9).filter(|n| *n != meanwhile);
+            let (all, again) = back(marked(sent(0..9)), queue(left, 2));
+            assert_eq!(all, (1..9).collect::<Vec<_>>(), "{meanwhile}");
+            assert_eq!(again, [1, 2, meanwhile]);
         }
     }
 
     #[test]
-    fn frames_that_are_alike_are_rather_sent_too_often() {
-        let mut taken = sent([0, 1, 2, 7, 3, 7, 4]);
-        assert_eq!(numbers(&taken.before(Some(&frame(7)))), [1, 2, 7, 3]);
-        assert_eq!(taken.before(Some(&frame(4))), []);
-        assert_eq!(taken.before(None), []);
+    fn frames_that_are_alike_are_told_apart_by_what_follows() {
+        let all = [0, 7, 1, 2, 7, 3, 7, 4];
+        for first in 0..all.len() {
+            let (_, again) = back(marked(sent(all)), queue(all[first..].to_vec(), 2));
+            assert_eq!(
+                again,
+                all[first.saturating_sub(2)..first],
+                "from {first} on"
+            );
+        }
+    }
+
+    #[test]
+    fn what_others_have_sent_is_not_mistaken() {
+        let mut frames = queue([77, 5, 78, 6, 7, 8, 79], 2);
+        assert_eq!(back(marked(sent(0..9)), frames.clone()).1, [3, 4]);
+        frames.truncate(1);
+        assert_eq!(back(marked(sent(0..9)), frames).1, [0; 0]);
+    }
+
+    #[test]
+    fn a_checksum_that_the_kernel_completes_is_no_difference() {
+        let mut taken = sent(0..3);
+        for (_, (vnet, _)) in &mut taken.frames {
+            *vnet = VnetHdr([VnetHdr::F_NEEDS_CSUM, 0, 0, 0, 0, 0, 34, 0, 16, 0]);
+        }
+        let mut read = frame(2);
+        read[50..52].copy_from_slice(&[0xab, 0xcd]);
+        let (_, again) = back(taken, vec![whole(read)]);
+        assert_eq!(again, [0, 1]);
     }
 
     #[test]
@@ -207,6 +346,6 @@ mod tests {
         let mut taken = sent(0..3);
         taken.frames[2].0 += FRESH;
         taken.cut = Some(taken.frames[2].0 + Duration::from_millis(1));
-        assert_eq!(stuck(taken, None), [2]);
+        assert_eq!(back(taken, vec![]).1, [2]);
     }
 }

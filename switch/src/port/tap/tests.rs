@@ -180,7 +180,7 @@ fn vm() -> (Arc<VmTap>, Opened, OwnedFd) {
     let tap = VmTap::create("v0").expect("create");
     let qemu = tun::open_tap("v0", false).expect("open as QEMU does");
     tun::set_offloads(qemu.as_fd(), tun::OFFLOADS).expect("offloads");
-    tap.adopt(std::process::id()).expect("adopt");
+    tap.adopt(std::process::id(), 1).expect("adopt");
     let queues = tap.queues().expect("queues");
     (tap, queues, qemu)
 }
@@ -451,7 +451,7 @@ fn without_a_reader_a_vm_tap_is_down() {
         assert_eq!(send(&mut *q.tx, VnetHdr::default(), &frame), Sent::Down);
         assert_eq!(q.health.fault(), Some(Fault::NoReader));
         assert!(matches!(
-            tap.adopt(std::process::id()),
+            tap.adopt(std::process::id(), 1),
             Err(TapError::NotTheReader { .. })
         ));
         assert!(matches!(
@@ -460,7 +460,7 @@ fn without_a_reader_a_vm_tap_is_down() {
         ));
 
         let qemu = tun::open_tap("v0", false).expect("open");
-        tap.adopt(std::process::id()).expect("adopt");
+        tap.adopt(std::process::id(), 1).expect("adopt");
         std::thread::sleep(Duration::from_millis(2));
         assert_eq!(send(&mut *q.tx, VnetHdr::default(), &frame), Sent::Yes);
         assert_eq!(q.health.fault(), None);
@@ -525,13 +525,13 @@ fn what_a_reader_has_taken_last_is_remembered() {
         assert!(!tap.wait_empty(Duration::from_millis(5)));
         // Each big one is seven: three numbered ones and twelve of those.
         let taken: Vec<_> = (0..15).filter_map(|_| read(&qemu)).collect();
-        let back = tap.read_back(usize::MAX).expect("read back");
-        assert_eq!(back.len(), 24 - 15);
-        assert_eq!(tap.taken_before(Some(&back[0].1)), taken[13..]);
-        for (_, frame) in &back[1..] {
-            assert_eq!(tap.taken_before(Some(frame)), []);
+        let (mut before, mut queued) = (Vec::new(), 0);
+        while let Some(back) = tap.take_back().expect("take back") {
+            before.extend(back.taken);
+            queued += usize::from(back.queued.is_some());
         }
-        assert_eq!(tap.taken_before(None), []);
+        assert_eq!(before, taken[13..]);
+        assert_eq!(queued, 24 - 15);
         assert_eq!(tap.queue_empty(), Some(true));
     });
 }
@@ -671,7 +671,7 @@ fn an_existing_tap_is_adopted_and_not_deleted_unless_claimed() {
         let again = VmTap::create("v0").expect("while QEMU has it");
         again.claim();
         assert!(matches!(again.delete(), Err(TapError::InUse { .. })));
-        again.adopt(std::process::id()).expect("adopt");
+        again.adopt(std::process::id(), 1).expect("adopt");
         again.delete().expect("goes with QEMU");
         assert!(tap.carrier().is_ok());
         drop(qemu);

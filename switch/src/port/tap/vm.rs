@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::reader::Reader;
-use super::taken::{self, Taken};
+use super::taken::{self, Back, Taken, Whole};
 use super::tx::{CREDIT, VmTapTx};
 use crate::port::offload::pieces::Pieces;
 use crate::port::packet::{Health, Opened, PacketRx, PortError};
@@ -84,7 +84,7 @@ pub struct VmTap {
     created: AtomicBool,
     control: DeviceControl,
     reader: Mutex<Option<Reader>>,
-    /// See [`Taken`]; and whether there is one, for the data path.
+    /// See [`Taken`]; and whether there is one, for the data path. Who locks both locks this before the reader.
     taken: Mutex<Option<Taken>>,
     remembers: AtomicBool,
     health: Arc<Health>,
@@ -225,12 +225,13 @@ impl VmTap {
     }
 
     /// Duplicates the descriptors by which process `qemu_pid` reads this TAP. Call it when the VM's QMP is connected
-    /// (the number comes from [`crate::sys::peer_pid`], or from libvirt's pid file), and again for each new QEMU.
+    /// (the number comes from [`crate::sys::peer_pid`], or from libvirt's pid file), and again for each new QEMU. `user` says
+    /// who does: the last one has it.
     ///
     /// # Errors
     /// It is not this TAP's reader, or we lack CAP_SYS_PTRACE.
-    pub fn adopt(&self, qemu_pid: u32) -> Result<(), TapError> {
-        let found = Reader::find(qemu_pid, &self.device, &self.control)
+    pub fn adopt(&self, qemu_pid: u32, user: u64) -> Result<(), TapError> {
+        let found = Reader::find(qemu_pid, &self.device, &self.control, user)
             .map_err(|e| self.host("find and duplicate the TAP's descriptor", qemu_pid, e))?;
         let reader = found.ok_or_else(|| TapError::NotTheReader {
             pid: qemu_pid,
@@ -256,10 +257,13 @@ impl VmTap {
         self.reader().as_ref().is_some_and(Reader::exited)
     }
 
-    /// From now on what is sent is remembered, until [`VmTap::forget`] or [`VmTap::taken_before`]: a VM may stop unasked.
+    /// From now on what is sent is remembered, until [`VmTap::forget`] or the end of [`VmTap::take_back`]: a VM may stop unasked. Not
+    /// with several queues, of which nobody knows the order.
     pub fn remember(&self) {
-        *self.taken() = Some(Taken::default());
-        self.remembers.store(true, Ordering::Relaxed);
+        let mut taken = self.taken();
+        let one = self.reader().as_ref().is_none_or(Reader::has_one_queue);
+        *taken = one.then(Taken::default);
+        self.remembers.store(one, Ordering::Relaxed);
     }
 
     /// It cannot any more, or everything is known to be with the guest.
@@ -268,37 +272,64 @@ impl VmTap {
         *self.taken() = None;
     }
 
-    /// Nothing is sent any more: two frames that nobody receives go behind what was, unless nothing is remembered. If the queue
-    /// runs empty ([`VmTap::wait_empty`]) then, the guest has everything; otherwise see [`VmTap::taken_before`].
+    /// As [`VmTap::forget`] and [`VmTap::release_dup`], if `user` was the last to adopt.
+    pub fn let_go(&self, user: u64) {
+        let mut taken = self.taken();
+        let mut reader = self.reader();
+        if reader.as_ref().is_some_and(|r| r.user == user) {
+            self.remembers.store(false, Ordering::Relaxed);
+            (*taken, *reader) = (None, None);
+        }
+    }
+
+    /// Nothing is sent any more: two frames that nobody receives go behind what was, once, unless nothing is remembered. If the queue
+    /// runs empty ([`VmTap::wait_empty`]) then, the guest has everything; otherwise see [`VmTap::take_back`].
     ///
     /// # Errors
     /// The driver does not take them: the queue's end proves nothing then.
     pub fn mark(&self) -> io::Result<()> {
         let mut guard = self.taken();
-        let Some(taken) = guard.as_mut() else {
+        let Some(taken) = guard.as_mut().filter(|t| !t.is_marked()) else {
             return Ok(());
         };
-        taken.cut();
         let bypass_qdisc = true;
         let socket = PacketSocket::open(self.ifindex, Direction::Send { bypass_qdisc })?;
         for _ in 0..2 {
             socket.send(&taken::mark())?;
             taken.add(&taken::mark());
         }
+        taken.cut();
         Ok(())
     }
 
-    /// What a VM that has stopped may have taken and not received, oldest first: it belongs before `back`, which was read back just
-    /// now, or behind the last one (`None`; then everything is forgotten). Ask for each frame. Nothing if everything was seen to be with
-    /// the guest, or nothing was remembered.
-    pub fn taken_before(&self, back: Option<&[u8]>) -> Vec<(VnetHdr, Vec<u8>)> {
+    /// The next that belongs to a VM that stands still and has not received it, oldest first: what the kernel's queue still
+    /// holds, and before it (or in it) what QEMU has taken and perhaps not given to the guest. None at the end; then nothing is
+    /// remembered any more. What was read and not returned, because of an error, comes with the next call.
+    ///
+    /// # Errors
+    /// As [`VmTap::read_back`].
+    pub fn take_back(&self) -> Result<Option<Back>, TapError> {
         self.remembers.store(false, Ordering::Relaxed);
         let mut guard = self.taken();
-        let before = guard.as_mut().map(|t| t.before(back)).unwrap_or_default();
-        if back.is_none() {
+        let Some(taken) = guard.as_mut() else {
+            let queued = self.read_back(1)?.pop();
+            return Ok(queued.map(|w| Back {
+                queued: Some(w),
+                ..Back::default()
+            }));
+        };
+        while taken.ahead.len() < 2 {
+            match self.read_back(1)?.pop() {
+                Some(whole) => taken.ahead.push_back(whole),
+                None => break,
+            }
+        }
+        let is_end = taken.ahead.is_empty();
+        let back = taken.next();
+        if is_end {
             *guard = None;
         }
-        before
+        Ok((!is_end || back != Back::default()).then_some(back))
     }
 
     pub(super) fn remembers(&self) -> bool {
@@ -339,11 +370,11 @@ impl VmTap {
 
     /// Takes back what the queue of a paused (or ended) VM still holds, oldest first, at most `max` frames: the caller
     /// has room for so many. On a running VM it would steal from it: the caller knows that the VM stands still. What
-    /// QEMU had read and the guest not received stays behind in QEMU: see [`VmTap::taken_before`].
+    /// QEMU had read and the guest not received stays behind in QEMU: see [`VmTap::take_back`].
     ///
     /// # Errors
     /// No reader was adopted, or the device was deleted.
-    pub fn read_back(&self, max: usize) -> Result<Vec<(VnetHdr, Vec<u8>)>, TapError> {
+    pub fn read_back(&self, max: usize) -> Result<Vec<Whole>, TapError> {
         let guard = self.reader();
         let reader = guard.as_ref().ok_or_else(|| TapError::NoReader {
             device: self.device.clone(),
