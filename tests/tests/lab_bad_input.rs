@@ -282,7 +282,7 @@ fn without(flows: Vec<Flow>, vm: &str) -> Vec<Flow> {
 
 #[test]
 fn early_freezes_are_undone_and_a_guest_that_resets_its_card_harms_nobody() {
-    in_world("resets", &Group::default(), |world| {
+    in_world("resets", &Group::roomy(), |world| {
         world.traffic.start().unwrap();
         for step in ["freeze-inside:after", "freeze:after"] {
             let (migrate, folder) = paused_at(world, Freeze::Early, step);

@@ -27,7 +27,7 @@ fn moves(ports: Ports, freeze: Freeze, name: &str) -> Run {
 fn moves_once(ports: Ports, freeze: Freeze, name: &str) -> Run {
     let say = &mut |text: &str| eprintln!("{name}: {text}");
     let run = moved::run(
-        &Group::default(),
+        &Group::roomy(),
         ports,
         freeze,
         Phases::default(),
@@ -108,7 +108,7 @@ fn in_a_world(ports: Ports, name: &str, body: impl Fn(&mut World)) {
 }
 
 fn in_a_world_once(ports: Ports, name: &str, body: impl Fn(&mut World)) {
-    let group = Group::default();
+    let group = Group::roomy();
     let mut world = World::new(&group, ports, &logs(name)).unwrap();
     world.traffic.start().unwrap();
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {

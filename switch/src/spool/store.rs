@@ -31,8 +31,9 @@ pub struct Spool {
     _lock: File,
 }
 
-/// A process that its predecessor was just starting has the lock, too, until it executes its program.
-const LOCK_PATIENCE: Duration = Duration::from_millis(200);
+/// A process that was killed has the lock as long as one of its threads waits for a slow disk; one that its predecessor was just
+/// starting, until it executes its program.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Spool {
     /// Takes the directory (making it if need be), and finds what an earlier run left in it. Blocks.

@@ -28,8 +28,6 @@ const VICTIM: &str = "consumer";
 const PATIENCE: Duration = Duration::from_secs(240);
 /// As the unit in deploy/systemd says.
 const RESTART: Duration = Duration::from_millis(200);
-/// Memory of a VM, in megabytes: its sockets take what was held for long, or what comes while it looks for a VM that has died.
-const MEMORY_MB: u32 = 192;
 /// What a spool's disk has in cases that fill it, and the segment that goes with it.
 const DISK_BYTES: u64 = 24 << 20;
 /// What the user did then.
@@ -87,10 +85,7 @@ impl Stage {
     /// The same with these properties of all network cards, as QEMU has them: `packed=on`.
     pub fn with(case: Option<&Case>, logs: &Path, nic: &str) -> Result<Stage> {
         let small_disks = case.is_some_and(|c| fills_a_disk(c.fault));
-        let mut group = Group {
-            memory_mb: MEMORY_MB,
-            ..Group::default()
-        };
+        let mut group = Group::roomy();
         group.vms.iter_mut().for_each(|vm| vm.nic = nic.to_owned());
         let prepare = |lab: &Lab| match small_disks {
             true => [&lab.a, &lab.b].into_iter().try_for_each(small_disk),

@@ -80,6 +80,15 @@ impl Group {
         }
     }
 
+    /// The same with memory for what was held for long and comes at once, or for what is sent to a VM that has died: kernels of
+    /// 128 MB have died of it.
+    pub fn roomy() -> Self {
+        Self {
+            memory_mb: 192,
+            ..Self::default()
+        }
+    }
+
     /// The names in dependency order.
     pub fn order(&self) -> Vec<String> {
         self.vms.iter().map(|vm| vm.name.clone()).collect()
