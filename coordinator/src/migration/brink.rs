@@ -31,9 +31,10 @@ const FALL_MS: f64 = 30.0;
 /// A pass is given so much bandwidth that what is left of it takes this long, in milliseconds: QEMU does not run past
 /// its end while we look elsewhere, and believes that little fits into a millisecond.
 const APPROACH_MS: f64 = 300.0;
-/// Where QEMU answers late, it is so many times as long as the longest that a look has taken; but not longer than the other.
+/// Where QEMU answers late, it is so many times as long as the longest that a look has taken; but not longer than the other: a
+/// group whose inside is held does not wait for ever.
 const APPROACH_LOOKS: f64 = 2.0;
-const APPROACH_MS_MAX: f64 = 2000.0;
+const APPROACH_MS_MAX: f64 = 800.0;
 /// A pass is copied so many times as fast as the VM dirties, at least.
 const APPROACH_DIRTIES: f64 = 2.0;
 /// What a look takes is forgotten by so much with each further one.
