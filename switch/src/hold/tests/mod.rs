@@ -462,8 +462,8 @@ fn refusal(site: &Site, r: Request) -> (RefusalCode, String) {
     }
 }
 
-/// Everything up to the commit, with both VMs stopped.
-fn committed(s: &Scene) -> Vec<Vec<u8>> {
+/// Everything before the commit, with both VMs stopped.
+fn restored(s: &Scene) -> Vec<Vec<u8>> {
     s.more();
     s.prepare();
     s.a.ask(Request::Freeze {
@@ -476,8 +476,22 @@ fn committed(s: &Scene) -> Vec<Vec<u8>> {
         timeout_ms: 5000,
     });
     s.b.ask(Request::IncomingRestore { hold: ID });
+    ring
+}
+
+/// Everything up to the commit.
+fn committed(s: &Scene) -> Vec<Vec<u8>> {
+    let ring = restored(s);
     s.b.ask(Request::Commit { hold: ID });
     ring
+}
+
+/// Both VMs run on A again.
+fn resumed(s: &Scene, ring: Vec<Vec<u8>>) {
+    s.a.refill(ring);
+    s.a.plug(P);
+    s.a.plug(M);
+    s.place.store(0, Ordering::Release);
 }
 
 /// All stages of both hosts have seen the same frames, and the indexes add up to them.

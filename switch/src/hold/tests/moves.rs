@@ -303,18 +303,7 @@ fn an_abort_needs_no_room_in_the_spool() {
 #[test]
 fn a_target_without_room_for_what_is_still_to_come_is_not_committed() {
     let s = Scene::new();
-    s.more();
-    s.prepare();
-    s.a.ask(Request::Freeze {
-        hold: ID,
-        scope: Scope::All,
-    });
-    let ring = s.stop_vms();
-    s.a.ask(Request::Seal {
-        hold: ID,
-        timeout_ms: 5000,
-    });
-    s.b.ask(Request::IncomingRestore { hold: ID });
+    let ring = restored(&s);
     use_up(&s.b);
     eventually("a lane needs a segment", || {
         s.b.spool().trouble(Some(ID)).is_some()
@@ -325,10 +314,7 @@ fn a_target_without_room_for_what_is_still_to_come_is_not_committed() {
     assert_eq!(s.b.status().state, HoldState::Restored);
     s.a.ask(Request::HoldAbort { hold: ID });
     s.b.ask(Request::HoldAbort { hold: ID });
-    s.a.refill(ring);
-    s.a.plug(P);
-    s.a.plug(M);
-    s.place.store(0, Ordering::Release);
+    resumed(&s, ring);
     s.more();
     s.verdict();
 }
@@ -347,10 +333,7 @@ fn a_vm_that_stops_before_the_freeze_freezes_the_hold() {
     std::thread::sleep(Duration::from_millis(100));
     s.a.ask(Request::HoldAbort { hold: ID });
     s.b.ask(Request::HoldAbort { hold: ID });
-    s.a.refill(ring);
-    s.a.plug(P);
-    s.a.plug(M);
-    s.place.store(0, Ordering::Release);
+    resumed(&s, ring);
     eventually("it is put back", || {
         s.a.status().state == HoldState::Aborted
     });
@@ -456,18 +439,7 @@ fn a_guest_with_two_queues_gets_nothing_before_it_has_read_what_it_had() {
 #[test]
 fn a_shipment_that_the_source_has_put_back_cannot_be_committed() {
     let s = Scene::new();
-    s.more();
-    s.prepare();
-    s.a.ask(Request::Freeze {
-        hold: ID,
-        scope: Scope::All,
-    });
-    let ring = s.stop_vms();
-    s.a.ask(Request::Seal {
-        hold: ID,
-        timeout_ms: 5000,
-    });
-    s.b.ask(Request::IncomingRestore { hold: ID });
+    let ring = restored(&s);
     s.a.ask(Request::HoldAbort { hold: ID });
     // The source's word may be on its way.
     std::thread::sleep(Duration::from_millis(100));
@@ -475,10 +447,7 @@ fn a_shipment_that_the_source_has_put_back_cannot_be_committed() {
     assert_eq!(code, RefusalCode::State);
     assert!(what.contains("put everything back"), "{what}");
     s.b.ask(Request::HoldAbort { hold: ID });
-    s.a.refill(ring);
-    s.a.plug(P);
-    s.a.plug(M);
-    s.place.store(0, Ordering::Release);
+    resumed(&s, ring);
     s.more();
     s.verdict();
 }
