@@ -273,7 +273,11 @@ mod tests {
         }
         let engine = Engine::start(&cfg).unwrap();
         let mut awaited = Awaited::new(&engine, &cfg);
-        let ports = [MemoryPort::new(), MemoryPort::new(), MemoryPort::new()];
+        let ports = [
+            MemoryPort::default(),
+            MemoryPort::default(),
+            MemoryPort::default(),
+        ];
         let plug = |n: usize| {
             let (rx, tx) = ports[n].queues();
             engine.set_tx(n, vec![(0, tx)]);
@@ -286,7 +290,7 @@ mod tests {
         eventually("they are taken", || ports[0].waiting() == 0);
         awaited.look(Instant::now());
         plug(1);
-        eventually("all are delivered", || ports[1].delivered().len() == 500);
+        eventually("all are delivered", || ports[1].delivered_count() == 500);
         let numbers = ports[1].delivered();
         let numbers = numbers.iter().map(|f| f[20..24].to_vec());
         assert!(numbers.is_sorted());

@@ -1,14 +1,15 @@
 //! A port in memory, for tests: frames go in and come out of shared lists.
 
 use std::collections::VecDeque;
-use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::{BURST, Burst, Frame, Mark, RxQueue, Sent, TxQueue, VnetHdr};
+use crate::sys;
 
 /// Both ends of a memory port.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct MemoryPort {
     input: Arc<Mutex<VecDeque<Vec<u8>>>>,
     output: Arc<Mutex<Vec<Vec<u8>>>>,
@@ -17,16 +18,28 @@ pub struct MemoryPort {
     /// Frames that were ever delivered, and those of them that the receiver has read.
     sent: Arc<AtomicU64>,
     read: Arc<AtomicU64>,
+    /// Wakes a switch that sleeps, as a guest's kick does; and whether it asked for that.
+    kick: Arc<OwnedFd>,
+    armed: Arc<AtomicBool>,
+}
+
+/// With room for all frames of a test.
+impl Default for MemoryPort {
+    fn default() -> MemoryPort {
+        MemoryPort {
+            input: Arc::default(),
+            output: Arc::default(),
+            room: Arc::new(Mutex::new(usize::MAX)),
+            refused: Arc::default(),
+            sent: Arc::default(),
+            read: Arc::new(AtomicU64::new(u64::MAX)),
+            kick: Arc::new(sys::eventfd().expect("an eventfd")),
+            armed: Arc::default(),
+        }
+    }
 }
 
 impl MemoryPort {
-    /// With room for all frames of a test.
-    pub fn new() -> MemoryPort {
-        let p = MemoryPort::default();
-        p.set_room(usize::MAX);
-        p.set_read(u64::MAX);
-        p
-    }
     /// Frames that the receiver takes from now on.
     pub fn set_room(&self, n: usize) {
         *self.room.lock().unwrap() = n;
@@ -46,6 +59,9 @@ impl MemoryPort {
     /// Puts a frame in.
     pub fn push(&self, f: Vec<u8>) {
         self.input.lock().unwrap().push_back(f);
+        if self.armed.swap(false, Ordering::SeqCst) {
+            sys::signal_event(self.kick.as_fd());
+        }
     }
     /// Frames that the switch has not taken.
     pub fn waiting(&self) -> usize {
@@ -63,12 +79,17 @@ impl MemoryPort {
     pub fn delivered(&self) -> Vec<Vec<u8>> {
         self.output.lock().unwrap().clone()
     }
+    /// How many frames those are; a test that waits for more asks for no copies, which would take the switch's time.
+    pub fn delivered_count(&self) -> usize {
+        self.output.lock().unwrap().len()
+    }
     /// The queues to attach.
     pub fn queues(&self) -> (Box<dyn RxQueue>, Box<dyn TxQueue>) {
         (
             Box::new(Rx {
                 port: self.clone(),
                 burst: Vec::new(),
+                kick: self.kick.try_clone().expect("a descriptor"),
             }),
             Box::new(self.clone()),
         )
@@ -78,6 +99,8 @@ impl MemoryPort {
 struct Rx {
     port: MemoryPort,
     burst: Vec<Vec<u8>>,
+    /// A descriptor of its own: the switch stops watching a queue's when it has another.
+    kick: OwnedFd,
 }
 
 impl RxQueue for Rx {
@@ -101,12 +124,16 @@ impl RxQueue for Rx {
         self.port.input.lock().unwrap().drain(..n);
     }
     fn wake_fd(&self) -> Option<RawFd> {
-        None
+        Some(self.kick.as_raw_fd())
     }
     fn arm(&mut self) -> bool {
+        self.port.armed.store(true, Ordering::SeqCst);
         self.port.waiting() > 0
     }
-    fn disarm(&mut self) {}
+    fn disarm(&mut self) {
+        self.port.armed.store(false, Ordering::SeqCst);
+        sys::drain_event(self.kick.as_fd());
+    }
 }
 
 impl TxQueue for MemoryPort {

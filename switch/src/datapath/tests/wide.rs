@@ -21,8 +21,8 @@ const STATIONS: std::ops::Range<u8> = 10..50;
 impl Wide {
     fn new() -> Wide {
         let w = world(&["a", "b"], 2);
-        let a = [w.ports["a"].clone(), MemoryPort::new()];
-        let b = [(); 4].map(|()| MemoryPort::new());
+        let a = [w.ports["a"].clone(), MemoryPort::default()];
+        let b = [(); 4].map(|()| MemoryPort::default());
         let queues = b.iter().zip(0..).map(|(p, n)| (n, p.queues().1)).collect();
         w.engine.set_tx(1, queues);
         w.engine.attach_rx(0, 1, a[1].queues().0);
@@ -46,7 +46,7 @@ impl Wide {
     }
 
     fn received(&self) -> usize {
-        self.b.iter().map(|p| p.delivered().len()).sum()
+        self.b.iter().map(|p| p.delivered_count()).sum()
     }
 
     /// Everything has come, in order, each station's by one queue, which only one worker uses; every queue was used.
@@ -86,7 +86,7 @@ fn each_queue_has_its_own_counters() {
     let [a, b] = [0, 1].map(|port| port_total(traffic, port).queues);
     let sent: u64 = t.sent.values().map(|n| u64::from(*n)).sum();
     assert_eq!([a[0].0, a[1].0], [sent / 2; 2], "{a:?}");
-    let to: Vec<u64> = t.b.iter().map(|p| p.delivered().len() as u64).collect();
+    let to: Vec<u64> = t.b.iter().map(|p| p.delivered_count() as u64).collect();
     let counted: Vec<u64> = b[..4].iter().map(|q| q.1).collect();
     assert_eq!(counted, to);
     // What 2 has flooded to be learned.
@@ -209,7 +209,7 @@ fn what_takes_another_queue_waits_until_the_frames_before_it_are_read() {
         assert!(!done.load(Ordering::Acquire));
     };
     stays(&t, 1);
-    let delivered = |b: &MemoryPort| b.delivered().len() as u64;
+    let delivered = |b: &MemoryPort| b.delivered_count() as u64;
     t.b.iter().for_each(|b| b.set_read(delivered(b)));
     eventually("the shipped ones", || {
         t.received() == 2 * 20 * STATIONS.len()

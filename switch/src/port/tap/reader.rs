@@ -48,7 +48,10 @@ impl Reader {
             if interface(&info) != Some(device) {
                 continue;
             }
-            let dup = process::pidfd_getfd(pidfd.as_fd(), fd)?;
+            let dup = match process::pidfd_getfd(pidfd.as_fd(), fd) {
+                Err(e) if e.raw_os_error() == Some(libc::EBADF) => continue,
+                dup => dup?,
+            };
             if tun::attached(dup.as_fd())
                 .is_ok_and(|a| a.device == device && a.namespace == namespace)
             {

@@ -583,6 +583,30 @@ fn without_a_duplicate_the_driver_alone_loses_nothing() {
     in_namespace(|| assert!(slow_reader_gets_all(10_000, false) > 0));
 }
 
+/// QEMU closes descriptors whenever it likes, also one that was this TAP's when it was looked at.
+#[test]
+fn a_reader_is_found_beside_descriptors_that_come_and_go() {
+    in_namespace(|| {
+        let (tap, _q, qemu) = vm();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    drop(qemu.try_clone().expect("a descriptor more"));
+                }
+            });
+            let all: Result<Vec<()>, _> = (0..2000)
+                .map(|_| {
+                    tap.release_dup();
+                    tap.adopt(std::process::id(), 1)
+                })
+                .collect();
+            done.store(true, Ordering::Relaxed);
+            all.expect("adopt");
+        });
+    });
+}
+
 #[test]
 fn a_reader_that_stands_still_gets_no_more_than_the_credit() {
     in_namespace(|| {

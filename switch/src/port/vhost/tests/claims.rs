@@ -301,8 +301,8 @@ fn workers_claim_places_for_long_runs() {
     // Ports in memory wake nobody.
     cfg.workers.poll = gangway_shared::config::valid::Poll::Busy;
     let engine = Engine::start(&cfg).unwrap();
-    let voice = MemoryPort::new();
-    let senders = [MemoryPort::new(), MemoryPort::new()];
+    let voice = MemoryPort::default();
+    let senders = [MemoryPort::default(), MemoryPort::default()];
     engine.set_tx(2, vec![(0, tx.queue)]);
     for (i, s) in senders.iter().enumerate() {
         engine.attach_rx(i, 0, s.queues().0);
