@@ -22,6 +22,8 @@ use crate::port::{Frame, VnetHdr};
 
 /// Frames that are remembered: the queue at its longest (the last of its frames may have gone in 128 pieces), marks, and two.
 const KEPT: usize = CREDIT as usize + 128 + 8;
+/// Bytes of the buffers that are made before they are needed: a frame that was not segmented, and more.
+const PLAIN: usize = 2048;
 /// What was sent so long before the cut is with a guest that is alive, and stale if it is not.
 const FRESH: Duration = Duration::from_secs(5);
 /// How many have not reached the guest at most, of those that are not in the queue.
@@ -53,9 +55,11 @@ pub struct Back {
 }
 
 /// The frames that went to a TAP last, oldest first.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Taken {
     frames: VecDeque<(Instant, Whole)>,
+    /// Buffers for those that come, with all their pages: the data path waits for no memory.
+    spare: Vec<Vec<u8>>,
     cut: Option<Instant>,
     /// Those that were read back so far, and are among `frames`, are not any more.
     is_aligned: bool,
@@ -66,11 +70,23 @@ pub(super) struct Taken {
 }
 
 impl Taken {
+    /// Nothing was sent so far. For the control path.
+    pub(super) fn new() -> Taken {
+        Taken {
+            frames: VecDeque::with_capacity(KEPT),
+            spare: (0..KEPT).map(|_| vec![1; PLAIN]).collect(),
+            cut: None,
+            is_aligned: false,
+            is_foreign: false,
+            ahead: VecDeque::new(),
+        }
+    }
+
     /// This one has just been sent.
     pub(super) fn add(&mut self, frame: &Frame<'_>) {
         let mut bytes = match self.frames.len() {
             KEPT.. => self.frames.pop_front().map(|(_, (_, bytes))| bytes),
-            _ => None,
+            _ => self.spare.pop(),
         }
         .unwrap_or_default();
         bytes.resize(frame.len as usize, 0);
@@ -214,7 +230,7 @@ mod tests {
     }
 
     fn sent(numbers: impl IntoIterator<Item = u32>) -> Taken {
-        let mut taken = Taken::default();
+        let mut taken = Taken::new();
         for n in numbers {
             taken.add(&Frame::from_slice(VnetHdr::default(), &frame(n)));
         }

@@ -260,9 +260,10 @@ impl VmTap {
     /// From now on what is sent is remembered, until [`VmTap::forget`] or the end of [`VmTap::take_back`]: a VM may stop unasked. Not
     /// with several queues, of which nobody knows the order.
     pub fn remember(&self) {
+        let fresh = Taken::new();
         let mut taken = self.taken();
         let one = self.reader().as_ref().is_none_or(Reader::has_one_queue);
-        *taken = one.then(Taken::default);
+        *taken = one.then_some(fresh);
         self.remembers.store(one, Ordering::Relaxed);
     }
 

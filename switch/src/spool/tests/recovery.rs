@@ -203,13 +203,19 @@ fn flipped_in_a_marker(flipped: usize) {
         (0..400).for_each(|n| put(&mut w, n, 700));
         w.commit();
     }
+    {
+        let (_spool, found) = open(dir.path());
+        assert_eq!(found[0].damaged, [], "before anything was flipped");
+        assert_eq!(found[0].queue.tally().frames, 400);
+    }
     let path = segment(dir.path(), 0);
     let mut b = std::fs::read(&path).unwrap();
-    let at = b.windows(4).position(|w| w == b"GWnx").unwrap() - 12;
+    let is_marker = |line: &[u8]| line[12..] == *b"GWnx";
+    let at = 16 * b.chunks_exact(16).position(is_marker).unwrap();
     b[at + flipped] ^= 4;
     std::fs::write(&path, &b).unwrap();
     let (_spool, found) = open(dir.path());
-    assert!(found[0].damaged.is_empty());
+    assert_eq!(found[0].damaged, [], "byte {flipped} of the marker");
     assert_eq!(all(&found[0].queue), ((1..=400).collect(), vec![]));
 }
 
