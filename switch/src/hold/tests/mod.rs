@@ -1,9 +1,10 @@
 //! Two hosts in one process: real workers, real spools, real QUIC between them; ports in memory and a learning switch
 //! as the network. VMs `p` and `m` move while `p` and an outside station `o` send numbered frames to `m`.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use gangway_shared::api::{
     HoldInfo, HoldOpen, HoldState, IncomingPort, IncomingPrepare, LedgerPage, RefusalCode, Reply,
@@ -16,7 +17,8 @@ use gangway_shared::ledger::{IndexBatch, LaneKind, LedgerLane, account};
 
 use super::{Host, Left, Manager, Vms, workers_of};
 use crate::control::Handler;
-use crate::datapath::Engine;
+use crate::datapath::engine::{Engine, Port};
+use crate::datapath::stats::DROP_NAMES;
 use crate::datapath::tests::{config, eventually, frame, mac};
 use crate::port::Attach;
 use crate::port::memory::MemoryPort;
@@ -258,7 +260,7 @@ struct Scene {
     sent: Arc<[AtomicU32; 3]>,
     stop: Arc<AtomicBool>,
     /// 0: p runs on A; 1: stopped; 2: runs on B.
-    place: Arc<AtomicU32>,
+    place: Arc<Mutex<u32>>,
     /// Nothing is looked for any more.
     done: Arc<AtomicBool>,
     threads: Vec<std::thread::JoinHandle<()>>,
@@ -305,9 +307,7 @@ impl Scene {
             // The network: where m is, as a learning switch sees it.
             let mut m_at_b = false;
             let mut n = [0u32; 3];
-            let mut ending = false;
             while !done.load(Ordering::Relaxed) {
-                ending |= stop.load(Ordering::Relaxed);
                 for f in b.ports[UP].take_delivered() {
                     if f[6..12] == mac(MAC_M).0 {
                         m_at_b = true;
@@ -319,11 +319,13 @@ impl Scene {
                         b.ports[UP].push(f);
                     }
                 }
-                if !ending {
+                // Nothing is sent behind the answer of `runs_at`, or of `verdict`.
+                let place = place.lock().unwrap();
+                if !stop.load(Ordering::Relaxed) {
                     n[1] += 1;
                     let up = if m_at_b { &b } else { &a };
                     up.ports[UP].push(frame(MAC_O, mac(MAC_M), n[1]));
-                    let p = match place.load(Ordering::Acquire) {
+                    let p = match *place {
                         0 => Some(&a),
                         2 => Some(&b),
                         _ => None,
@@ -338,6 +340,7 @@ impl Scene {
                         sent.store(n, Ordering::Release);
                     }
                 }
+                drop(place);
                 for site in [&a, &b] {
                     let mut got = got.lock().unwrap();
                     got.extend(
@@ -398,10 +401,14 @@ impl Scene {
         }));
     }
 
+    /// Where `p` sends from now on.
+    fn runs_at(&self, place: u32) {
+        *self.place.lock().unwrap() = place;
+    }
+
     /// Stops `p` and `m` on A. What they had queued stays in their rings.
     fn stop_vms(&self) -> Vec<Vec<u8>> {
-        self.place.store(1, Ordering::Release);
-        std::thread::sleep(Duration::from_millis(5));
+        self.runs_at(1);
         self.a.unplug(P);
         self.a.unplug(M);
         let mut ring = self.a.ports[P].take_waiting();
@@ -409,16 +416,59 @@ impl Scene {
         ring
     }
 
+    /// What has not come, and where frames wait.
+    fn whereabouts(&self) -> String {
+        let got = self.got.lock().unwrap();
+        let missing = |(i, who): (usize, u8)| {
+            let seen: HashSet<u32> = got.iter().filter(|g| g.0 == who).map(|g| g.1).collect();
+            let n = self.sent[i].load(Ordering::Acquire);
+            let missing: Vec<u32> = (1..=n).filter(|n| !seen.contains(n)).collect();
+            format!("of {n} from station {who}: {missing:?}; ")
+        };
+        let missing: String = SENDERS.into_iter().enumerate().map(missing).collect();
+        let waiting = |s: &Site| {
+            let ports = s.ports.iter().chain([&s.second]);
+            ports.map(MemoryPort::waiting).collect::<Vec<_>>()
+        };
+        let drops = |s: &Site| -> Vec<(usize, &str, u64)> {
+            let engine = s.engine();
+            let ports = engine.shared().ports.iter().enumerate();
+            let each = |(port, p): (usize, &Arc<Port>)| {
+                let drops = p.counters.drops.iter().map(|d| d.load(Ordering::Relaxed));
+                let named = DROP_NAMES.iter().zip(drops);
+                named
+                    .filter(|d| d.1 > 0)
+                    .map(|(why, n)| (port, *why, n))
+                    .collect::<Vec<_>>()
+            };
+            ports.flat_map(each).collect()
+        };
+        let (a, b) = (&self.a, &self.b);
+        format!(
+            "{missing} wait at a: {:?}, at b: {:?}; dropped: {:?} {:?}",
+            waiting(a),
+            waiting(b),
+            drops(a),
+            drops(b)
+        )
+    }
+
     /// Everything once, in order.
     fn verdict(mut self) {
         eventually("frames to judge by", || {
             self.sent.iter().all(|n| n.load(Ordering::Acquire) > 40)
         });
-        self.stop.store(true, Ordering::Relaxed);
-        std::thread::sleep(Duration::from_millis(50));
+        {
+            let _between_frames = self.place.lock().unwrap();
+            self.stop.store(true, Ordering::Relaxed);
+        }
         for (i, who) in SENDERS.into_iter().enumerate() {
             let n = self.sent[i].load(Ordering::Acquire) as usize;
-            eventually("the last frame", || self.received(who) >= n);
+            let until = Instant::now() + Duration::from_secs(20);
+            while self.received(who) < n {
+                assert!(Instant::now() < until, "{}", self.whereabouts());
+                std::thread::sleep(Duration::from_millis(1));
+            }
         }
         std::thread::sleep(Duration::from_millis(50));
         self.end();
@@ -497,7 +547,7 @@ fn resumed(s: &Scene, ring: Vec<Vec<u8>>) {
     s.a.refill(ring);
     s.a.plug(P);
     s.a.plug(M);
-    s.place.store(0, Ordering::Release);
+    s.runs_at(0);
 }
 
 /// All stages of both hosts have seen the same frames, and the indexes add up to them.

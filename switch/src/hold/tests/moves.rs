@@ -39,7 +39,7 @@ fn move_all(scope_first: Option<Scope>) {
     // The VMs run on B: their rings come with what they had queued.
     s.b.refill(ring);
     s.b.plug(P);
-    s.place.store(2, Ordering::Release);
+    s.runs_at(2);
     std::thread::sleep(Duration::from_millis(10));
     s.b.plug(M);
     s.a.ask(Request::Depart {
@@ -132,7 +132,7 @@ fn an_abort_in_any_state_puts_everything_back_in_order() {
             s.a.refill(ring);
             s.a.plug(P);
             s.a.plug(M);
-            s.place.store(0, Ordering::Release);
+            s.runs_at(0);
         }
         eventually("it is put back", || {
             s.a.status().state == HoldState::Aborted
@@ -283,7 +283,7 @@ fn an_abort_needs_no_room_in_the_spool() {
             s.a.refill(ring);
             s.a.plug(P);
             s.a.plug(M);
-            s.place.store(0, Ordering::Release);
+            s.runs_at(0);
         }
         eventually("it is put back", || {
             s.a.status().state == HoldState::Aborted
@@ -397,7 +397,7 @@ fn after_the_commit_frames_wait_for_a_vm_that_is_late_and_a_broadcast_comes_once
     s.b.ports[UP].push(broadcast);
     s.b.refill(ring);
     s.b.plug(P);
-    s.place.store(2, Ordering::Release);
+    s.runs_at(2);
     // `m` takes its time, and its device goes away once more.
     std::thread::sleep(Duration::from_millis(300));
     s.b.plug(M);
@@ -428,7 +428,7 @@ fn a_guest_with_two_queues_gets_nothing_before_it_has_read_what_it_had() {
     engine.attach_rx(M, 0, rx);
     s.b.refill(ring);
     s.b.plug(P);
-    s.place.store(2, Ordering::Release);
+    s.runs_at(2);
     std::thread::sleep(Duration::from_millis(50));
     assert_eq!(SENDERS.map(|n| s.received(n)), before);
     m.set_read(u64::MAX);
@@ -529,7 +529,7 @@ fn a_hold_that_still_waits_for_its_vm_does_not_disarm_the_next_one() {
         ..open_args(&s, &["p"])
     }));
     s.a.plug(P);
-    s.place.store(0, Ordering::Release);
+    s.runs_at(0);
     s.more();
     assert!(s.a.engine().shared().ports[P].armed(), "by the next hold");
     s.a.ask(Request::HoldAbort { hold: next });
@@ -549,7 +549,7 @@ fn a_vm_that_dies_behind_the_commit_holds_nobody_up() {
         let ring = committed(&s);
         s.b.refill(ring);
         s.b.plug(P);
-        s.place.store(2, Ordering::Release);
+        s.runs_at(2);
         s.a.ask(Request::Depart {
             hold: ID,
             grace_ms: 10_000,
@@ -605,7 +605,7 @@ fn an_abort_does_not_wait_for_a_vm_that_has_died_on_the_source() {
     s.b.ask(Request::HoldAbort { hold: ID });
     s.a.refill(ring);
     s.a.plug(P);
-    s.place.store(0, Ordering::Release);
+    s.runs_at(0);
     std::thread::sleep(Duration::from_millis(500));
     assert_eq!(s.a.status().state, HoldState::Aborting, "m is waited for");
     s.a.gone.not_ours.store(true, Ordering::Relaxed);
