@@ -120,6 +120,8 @@ impl SourceHold {
         match written {
             Ok(file) => {
                 hold.arm(host);
+                // Who runs now is missed if it is not there at the first look.
+                hold.stopped(host);
                 Ok((hold, file))
             }
             Err(e) => {
@@ -253,7 +255,7 @@ impl SourceHold {
         })
     }
 
-    /// One of the VMs has run since the hold was opened, and does not any more.
+    /// One of the VMs has run since the hold was opened, and does not any more, as far as earlier calls have seen it.
     pub fn stopped(&mut self, host: &Host) -> bool {
         let ports = &host.engine.shared().ports;
         let mut stopped = false;

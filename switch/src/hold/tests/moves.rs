@@ -324,7 +324,7 @@ fn a_vm_that_stops_before_the_freeze_freezes_the_hold() {
     let s = Scene::new();
     s.more();
     s.prepare();
-    s.more();
+    // At once: before anybody has looked for the first time.
     let ring = s.stop_vms();
     eventually("the hold freezes itself", || {
         s.a.status().state == HoldState::Frozen
