@@ -406,6 +406,14 @@ impl Scene {
         *self.place.lock().unwrap() = place;
     }
 
+    /// `p` sends on here, and the switch takes it.
+    fn does_not_wait(&self, site: &Site) {
+        let then = self.sent[0].load(Ordering::Acquire) + 200;
+        eventually("p does not wait for m", || {
+            self.sent[0].load(Ordering::Acquire) > then && site.ports[P].waiting() < 100
+        });
+    }
+
     /// Stops `p` and `m` on A. What they had queued stays in their rings.
     fn stop_vms(&self) -> Vec<Vec<u8>> {
         self.runs_at(1);

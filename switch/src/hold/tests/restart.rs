@@ -56,14 +56,6 @@ fn seal(s: &Scene) {
     });
 }
 
-/// The VMs run on A again.
-fn resume(s: &Scene, ring: Vec<Vec<u8>>) {
-    s.a.refill(ring);
-    s.a.plug(P);
-    s.a.plug(M);
-    s.runs_at(0);
-}
-
 fn put_back(s: &Scene) {
     eventually("it is put back", || {
         s.a.status().state == HoldState::Aborted
@@ -119,7 +111,7 @@ fn an_abort_behind_a_restart_of_the_source_delivers_what_was_held() {
         s.a.ask(Request::HoldAbort { hold: ID });
         s.b.ask(Request::HoldAbort { hold: ID });
         if upto >= Upto::Sealed {
-            resume(&s, ring);
+            resumed(&s, ring);
         }
         put_back(&s);
         s.more();
@@ -144,7 +136,7 @@ fn an_abort_goes_on_by_itself_where_it_was() {
             s.a.ask(Request::HoldAbort { hold: ID });
             s.b.ask(Request::HoldAbort { hold: ID });
             if upto == Upto::Sealed {
-                resume(&s, ring);
+                resumed(&s, ring);
             }
             std::thread::sleep(Duration::from_millis(30));
             assert_eq!(s.a.status().state, HoldState::Aborting);
@@ -328,7 +320,7 @@ fn what_cannot_be_taken_up_is_kept_and_named() {
     s.a.start(&[UP]);
     s.a.ask(Request::HoldAbort { hold: ID });
     s.b.ask(Request::HoldAbort { hold: ID });
-    resume(&s, ring);
+    resumed(&s, ring);
     put_back(&s);
     s.more();
     s.verdict();
