@@ -1,20 +1,24 @@
 //! The host's one QUIC endpoint: coordinators and other switches come in on it, shipments go out from it.
 
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use gangway_shared::config::HostConfig;
 use gangway_shared::pki::{Credentials, Identity, PkiError, Role, peer_identity};
 use gangway_shared::{api, ship};
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
+use quinn::udp::{RecvMeta, Transmit};
 use quinn::{
-    ClientConfig, Connection, Endpoint, EndpointConfig, ServerConfig, TransportConfig, VarInt,
+    AsyncUdpSocket, ClientConfig, Connection, Endpoint, EndpointConfig, ServerConfig,
+    TransportConfig, UdpPoller, VarInt,
 };
 use rustls::pki_types::{CertificateDer, UnixTime};
 
-use crate::ship::PACKET_MAX;
+use crate::ship::{PACKET_MAX, PACKETS_AT_ONCE};
 
 /// What may be under way: 10 Gbit/s for 13 ms.
 const WINDOW_BYTES: u32 = 16 << 20;
@@ -131,7 +135,8 @@ pub fn endpoint(cfg: &HostConfig) -> Result<Option<Quic>, QuicError> {
             config
                 .max_udp_payload_size(PACKET_MAX)
                 .map_err(io::Error::other)?;
-            Endpoint::new(config, Some(server), s, runtime)
+            let socket = Arc::new(Socket(runtime.wrap_udp_socket(s)?));
+            Endpoint::new_with_abstract_socket(config, Some(server), socket, runtime)
         })
         .map_err(|source| QuicError::Bind { address, source })?;
     Ok(Some(Quic {
@@ -157,6 +162,45 @@ fn transport() -> TransportConfig {
     t.max_idle_timeout(quinn::IdleTimeout::try_from(IDLE).ok());
     t.congestion_controller_factory(Arc::new(quinn::congestion::CubicConfig::default()));
     t
+}
+
+/// Hands no more to the kernel at once than it sends at once.
+#[derive(Debug)]
+struct Socket(Arc<dyn AsyncUdpSocket>);
+
+impl AsyncUdpSocket for Socket {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        self.0.clone().create_io_poller()
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        self.0.try_send(transmit)
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        self.0.poll_recv(cx, bufs, meta)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.0.max_transmit_segments().min(PACKETS_AT_ONCE)
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.0.max_receive_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.0.may_fragment()
+    }
 }
 
 fn socket(address: SocketAddr) -> io::Result<UdpSocket> {

@@ -13,7 +13,7 @@
 //! ```
 //!
 //! Invariant: an acknowledged record is in the target's spool and synced by its policy.
-//! Invariant: nothing a peer sends costs more memory than a stream's window and one message, or panics.
+//! Invariant: nothing a peer sends costs more memory than a stream's window, one message and a batch for each lane, or panics.
 
 use std::time::Duration;
 
@@ -52,9 +52,12 @@ pub fn transport() -> quinn::TransportConfig {
     t
 }
 
-/// The largest packet that is tried, in bytes of UDP payload; the receiving endpoint has to offer it, too. quinn hands up to 10 packets to
-/// the kernel at once, and more than 64 KiB is lost without an error.
-pub const PACKET_MAX: u16 = 6550;
+/// The largest packet that is tried, in bytes of UDP payload: what a link of 9,000 bytes carries over IPv6. The receiving endpoint has to
+/// offer it, too, and who sends hands [`PACKETS_AT_ONCE`] to the kernel at most.
+pub const PACKET_MAX: u16 = 9000 - 40 - 8;
+
+/// More than 64 KiB at once is lost without an error.
+pub const PACKETS_AT_ONCE: usize = u16::MAX as usize / PACKET_MAX as usize;
 
 /// The most lanes of one shipment.
 pub const LANES_MAX: usize = 4096;

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use gangway_shared::api::{Refusal, RefusalCode, Tally};
 use gangway_shared::id::LaneKey;
 use gangway_shared::ship::{ToSource, ToTarget};
@@ -22,6 +23,8 @@ use crate::spool::{Arriving, Kind, Queue, RejectedBatch, Writer, sync_all};
 const CALM: Duration = Duration::from_millis(20);
 /// How long a lane's stream waits for the message that names the lane.
 const NAMED: Duration = Duration::from_secs(3);
+/// Pieces of a lane's stream, of a packet each, that are taken at once.
+const CHUNKS: usize = 32;
 /// While the spool has no room.
 const RETRY: Duration = Duration::from_millis(1);
 
@@ -334,12 +337,17 @@ async fn stream(
         )));
     }
     let mut arriving = Arriving::default();
-    while let Some(chunk) = s.read_chunk(64 << 10, true).await.map_err(lost)? {
-        let mut bytes = &chunk.bytes[..];
+    let mut chunks = [const { Bytes::new() }; CHUNKS];
+    while let Some(n) = s.read_chunks(&mut chunks).await.map_err(lost)? {
+        let mut pieces = chunks[..n].iter().map(|c| &c[..]);
+        let mut piece = pieces.next().unwrap_or_default();
         loop {
             let garbage = |what: String| ShipError::Protocol(format!("lane {lane}: {what}"));
-            match arriving.push(writer, &mut bytes) {
-                Ok(()) => break,
+            match arriving.push(writer, &mut piece) {
+                Ok(()) => match pieces.next() {
+                    Some(next) => piece = next,
+                    None => break,
+                },
                 Err(RejectedBatch::NoRoom(_)) => {
                     writer.commit();
                     wait_for_room(writer, &incoming).await?;
@@ -353,6 +361,8 @@ async fn stream(
         }
         writer.commit();
         incoming.received.notify_one();
+        // Each keeps the whole packets alive that came with it.
+        chunks[..n].fill(Bytes::new());
     }
     match arriving.pending() {
         0 => Ok(()),

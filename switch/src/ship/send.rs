@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::BytesMut;
 use gangway_shared::api::{Tally, VERSION};
 use gangway_shared::pki::host_server_name;
 use gangway_shared::ship::{LaneOpen, ToSource, ToTarget};
@@ -26,6 +27,8 @@ const SETTLED: Duration = Duration::from_millis(500);
 const HANDSHAKE: Duration = Duration::from_secs(3);
 /// Batches go to QUIC together, up to about so many bytes.
 const CHUNK: usize = 64 << 10;
+/// Batches of fewer bytes are copied into one piece: for each packet quinn goes through the pieces of a stream that are under way.
+const COPIED: usize = 16 << 10;
 /// A lane that has caught up looks again after this long (or at its seal), so that a writer need not wake us for each
 /// of its bursts.
 const CALM: Duration = Duration::from_millis(1);
@@ -238,7 +241,7 @@ async fn pump(
         return Err(d.into());
     }
     let mut stream: Option<SendStream> = None;
-    let mut batches = Vec::new();
+    let (mut batches, mut small) = (Vec::new(), BytesMut::new());
     while !reader.finished() {
         let mut bytes = 0;
         while bytes < CHUNK {
@@ -246,9 +249,15 @@ async fn pump(
                 break;
             };
             bytes += wire.len();
-            batches.push(wire);
+            if wire.len() < COPIED {
+                small.extend_from_slice(&wire);
+            } else {
+                batches.extend((!small.is_empty()).then(|| small.split().freeze()));
+                batches.push(wire);
+            }
             reader.advance_batch();
         }
+        batches.extend((!small.is_empty()).then(|| small.split().freeze()));
         if batches.is_empty() {
             if queue.is_removed() {
                 return Ok(());

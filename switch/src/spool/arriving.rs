@@ -1,95 +1,64 @@
-//! Batches of another host, put together in the queue's segment from the pieces in which they come: each byte is copied once.
+//! Batches of another host, put together from the pieces in which they come, checked, and written to the queue's segment whole.
 //!
-//! Invariant: what is not whole, or not intact, is not passed, and its epoch is not written: neither a reader nor a recovery sees it.
+//! Invariant: what is not whole, or not intact, is not written.
+//! Invariant: a lane takes no more memory than one batch ([`format::BATCH_MAX`]), and none between two.
 
-use super::format::{self, TABLE};
+use super::format::{self, EPOCH, TABLE};
 use super::writer::{RejectedBatch, Writer};
 
 /// One lane's stream, as far as it has come.
 #[derive(Debug, Default)]
 pub struct Arriving {
-    head: Head,
-    /// Bytes of the batch that have come.
-    have: usize,
-    /// All it has; 0 as long as that is not known.
-    want: usize,
-    place: Place,
-}
-
-/// Of a batch, in front of its table.
-#[derive(Debug)]
-struct Head([u8; TABLE]);
-
-impl Default for Head {
-    fn default() -> Head {
-        Head([0; TABLE])
-    }
-}
-
-/// Where the batch's bytes go.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-enum Place {
-    /// Into `head`.
-    #[default]
-    Head,
-    /// Into the segment.
-    Segment,
-    /// Nowhere: it is here already, and was sent again behind a lost connection.
-    Nowhere,
+    /// The batch at hand, as far as it has come, behind room for its epoch.
+    batch: Vec<u8>,
 }
 
 impl Arriving {
-    /// Takes `bytes`, and passes them. What was appended is not committed.
+    /// Takes `bytes`, and passes them. What was appended is not committed. Blocks, as a disk may.
     ///
     /// # Errors
     /// `NoRoom`: the rest of `bytes` later. Otherwise the stream is of no use.
     pub fn push(&mut self, writer: &mut Writer, bytes: &mut &[u8]) -> Result<(), RejectedBatch> {
-        while !bytes.is_empty() || self.is_whole_head() {
-            if self.place == Place::Head {
-                let piece = take(bytes, TABLE - self.have);
-                self.head.0[self.have..][..piece.len()].copy_from_slice(piece);
-                self.have += piece.len();
-                let Some(want) = format::wire_len(&self.head.0[..self.have])? else {
-                    return Ok(());
-                };
-                self.place = match format::last_seq(&self.head.0) < writer.next_seq() {
-                    true => Place::Nowhere,
-                    false => {
-                        writer.arriving(want)?[..TABLE].copy_from_slice(&self.head.0);
-                        Place::Segment
+        loop {
+            let Some(want) = format::wire_len(self.wire())? else {
+                if bytes.is_empty() {
+                    if self.batch.is_empty() {
+                        self.batch = Vec::new();
                     }
-                };
-                self.want = want;
-            }
-            let piece = take(bytes, self.want - self.have);
-            if self.place == Place::Segment {
-                writer.arriving(self.want)?[self.have..][..piece.len()].copy_from_slice(piece);
-            }
-            self.have += piece.len();
-            if self.have == self.want {
-                let whole = std::mem::take(self);
-                if whole.place == Place::Segment {
-                    writer.take_arrived(whole.want)?;
+                    return Ok(());
                 }
+                self.add(bytes, TABLE);
+                continue;
+            };
+            self.add(bytes, want);
+            if self.pending() < want {
+                return Ok(());
             }
+            // One that is here already was sent again behind a lost connection.
+            if format::last_seq(self.wire()) >= writer.next_seq() {
+                writer.take_arrived(&mut self.batch)?;
+            }
+            self.batch.clear();
         }
-        Ok(())
     }
 
     /// Bytes of a batch of which the rest has not come.
     pub fn pending(&self) -> usize {
-        self.have
+        self.wire().len()
     }
 
-    /// There was no room for it.
-    fn is_whole_head(&self) -> bool {
-        self.place == Place::Head && self.have == TABLE
+    fn wire(&self) -> &[u8] {
+        self.batch.get(EPOCH..).unwrap_or_default()
     }
-}
 
-/// The first `n` bytes, or all there are.
-fn take<'b>(bytes: &mut &'b [u8], n: usize) -> &'b [u8] {
-    let (piece, rest) = bytes.split_at(n.min(bytes.len()));
-    *bytes = rest;
-    piece
+    /// Adds the next ones, until the batch has so many.
+    fn add(&mut self, bytes: &mut &[u8], want: usize) {
+        if self.batch.is_empty() {
+            self.batch.extend([0; EPOCH]);
+        }
+        self.batch.reserve_exact(want - self.pending());
+        let (piece, rest) = bytes.split_at(bytes.len().min(want - self.pending()));
+        self.batch.extend_from_slice(piece);
+        *bytes = rest;
+    }
 }

@@ -547,7 +547,7 @@ pub fn wire_len(bytes: &[u8]) -> Result<Option<usize>, BadHeader> {
 }
 
 /// The number of the last record of a batch, as its header in a lane's stream says it; 0 without one.
-pub(super) fn last_seq(head: &[u8; TABLE]) -> u64 {
+pub(super) fn last_seq(head: &[u8]) -> u64 {
     (le64(head, 16).saturating_add(u64::from(le16(head, 12)))).saturating_sub(1)
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Segments live in `pool/` until a queue gets them by a rename. `ready` ones are faulted in; `stale` ones were used
 //! before and are made ready when needed; `waiting` ones belong to a removed hold and somebody still looks. None is zeroed:
-//! each use has an epoch of its own (docs/formats/spool.md).
+//! each use has an epoch of its own (docs/formats/spool.md). What another switch ships is written with `pwrite`, by a thread that may
+//! wait: its segments are not faulted in, for the kernel zeroes each page that it faults in, and none that is written whole.
 //!
 //! Invariant: the sum of all segment files (held, pooled, being made) stays within the quota, and the last quarter of it
 //! is not for growing [`Kind::Local`] queues.
@@ -38,7 +39,7 @@ pub(super) struct Host {
     pub(super) state: Mutex<State>,
     /// Half of the quota is used.
     pub(super) scarce: Arc<AtomicBool>,
-    /// The files are memory: once faulted in, writing to them never faults again.
+    /// The files are memory: once faulted in, storing to them never faults again.
     in_memory: bool,
     epochs: Epochs,
     thread: OnceLock<Thread>,
@@ -113,8 +114,8 @@ impl Host {
             .join(format!("{:08}.seg", state.file_number))
     }
 
-    /// A faulted-in segment for the queue in this directory, its next one by this number. Blocks.
-    pub(super) fn take(&self, dir: &Path, number: u32) -> Result<Segment, SpoolError> {
+    /// A segment for the queue in this directory, its next one by this number; faulted in where a worker writes to it. Blocks.
+    pub(super) fn take(&self, dir: &Path, number: u32, kind: Kind) -> Result<Segment, SpoolError> {
         let to = dir.join(segment_name(number));
         let mut state = lock(&self.state);
         let is_free = |s: &State| {
@@ -127,17 +128,23 @@ impl Host {
         }
         state.held += 1;
         self.set_scarce(&state);
-        let r = if let Some(p) = state.ready.pop().or_else(|| state.stale.pop()) {
+        let may_grow = (state.total + 1) * self.segment_bytes <= self.quota_bytes;
+        let pooled = match kind {
+            Kind::Incoming if may_grow => state.stale.pop(),
+            Kind::Incoming => state.stale.pop().or_else(|| state.ready.pop()),
+            Kind::Source | Kind::Local => state.ready.pop().or_else(|| state.stale.pop()),
+        };
+        let r = if let Some(p) = pooled {
             drop(state);
-            self.place(p, &to)
-        } else if (state.total + 1) * self.segment_bytes <= self.quota_bytes {
+            self.place(p, &to, kind)
+        } else if may_grow {
             state.total += 1;
             // In the pool first: under its name in the queue it is complete or not there.
             let path = self.pool_path(&mut state);
             drop(state);
             Segment::create(&path, self.segment_bytes)
                 .map_err(SpoolError::io(&path))
-                .and_then(|seg| self.place(Pooled { seg, path }, &to))
+                .and_then(|seg| self.place(Pooled { seg, path }, &to, kind))
         } else {
             state.held -= 1;
             drop(state);
@@ -162,9 +169,14 @@ impl Host {
         self.epochs.next()
     }
 
-    /// Makes sure that writing takes no page fault that has to wait.
-    fn touch(&self, seg: &Segment) -> std::io::Result<()> {
-        if self.in_memory { Ok(()) } else { seg.touch() }
+    /// Makes sure that storing takes no page fault that has to wait. What can't be made so is gone.
+    fn touched(&self, mut p: Pooled) -> std::io::Result<Pooled> {
+        if !(self.in_memory && p.seg.is_faulted()) {
+            p.seg.touch().inspect_err(|_| {
+                let _ = std::fs::remove_file(&p.path);
+            })?;
+        }
+        Ok(p)
     }
 
     /// What waits behind a shipment must not take the last room from the shipment: neither would ever get on.
@@ -185,10 +197,14 @@ impl Host {
         self.scarce.store(scarce, Ordering::Relaxed);
     }
 
-    fn place(&self, p: Pooled, to: &PathBuf) -> Result<Segment, SpoolError> {
-        let Pooled { mut seg, path } = p;
+    fn place(&self, p: Pooled, to: &PathBuf, kind: Kind) -> Result<Segment, SpoolError> {
+        let p = match kind {
+            Kind::Incoming => Ok(p),
+            Kind::Source | Kind::Local => self.touched(p),
+        };
+        let Pooled { mut seg, path } = p.map_err(SpoolError::io(to))?;
         seg.reset();
-        match self.touch(&seg).and_then(|()| std::fs::rename(&path, to)) {
+        match std::fs::rename(&path, to) {
             Ok(()) => Ok(seg),
             Err(e) => {
                 let _ = std::fs::remove_file(&path);
@@ -296,7 +312,7 @@ impl Host {
         }
         self.allows(q.hold(), q.kind())?;
         let number = q.next_number();
-        let seg = match self.take(q.dir(), number) {
+        let seg = match self.take(q.dir(), number, q.kind()) {
             // Its directory is gone, or going.
             Err(_) if q.is_removed() => return Ok(()),
             r => r?,
@@ -318,12 +334,13 @@ impl Host {
         }
         let made = if let Some(p) = state.stale.pop() {
             drop(state);
-            self.touch(&p.seg).map(|()| p)
+            self.touched(p)
         } else if (state.total + 1) * self.segment_bytes <= self.quota_bytes {
             state.total += 1;
             let path = self.pool_path(&mut state);
             drop(state);
-            Segment::create(&path, self.segment_bytes).map(|seg| Pooled { seg, path })
+            let made = Segment::create(&path, self.segment_bytes);
+            made.and_then(|seg| self.touched(Pooled { seg, path }))
         } else {
             return false;
         };

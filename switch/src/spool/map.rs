@@ -2,9 +2,9 @@
 //! is published, and the two never overlap.
 //!
 //! Invariant: `published` only grows, and bytes below it are never written again while the segment is shared.
-//! Invariant: the file behind a mapping is really allocated and populated before anybody sees it, so a full disk is an
-//! error of [`Segment::create`], not a SIGBUS; nobody but this process writes or truncates it (the directory is ours
-//! alone, mode 0700).
+//! Invariant: the file behind a mapping is really allocated before anybody sees it, so a full disk is an error of
+//! [`Segment::create`], not a SIGBUS; nobody but this process writes or truncates it (the directory is ours alone, mode
+//! 0700). It is faulted in, too, where a worker writes to it ([`Segment::touch`]).
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -20,10 +20,14 @@ use rustix::fs::{FallocateFlags, fallocate};
 #[derive(Debug)]
 pub(super) struct Segment {
     map: MmapRaw,
+    /// Device and inode of its file.
+    inode: (u64, u64),
     /// Of its present use: see [`Segment::begin`].
     epoch: u64,
     number: u32,
     published: AtomicU32,
+    /// Storing to it takes no page fault, as far as that is up to us.
+    faulted: bool,
     /// Where the writer left it for the next one; valid once `next` is in use.
     end: AtomicU32,
     synced: AtomicU32,
@@ -39,20 +43,22 @@ impl Segment {
         self.synced.load(Ordering::Acquire)
     }
 
-    fn from_map(map: MmapRaw, published: u32) -> Segment {
-        Segment {
-            map,
+    fn map(file: &File, len: u64) -> io::Result<Segment> {
+        Ok(Segment {
+            map: MmapOptions::new().len(len as usize).map_raw(file)?,
+            inode: inode(file)?,
             epoch: 0,
             number: 0,
-            published: AtomicU32::new(published),
+            published: AtomicU32::new(0),
+            faulted: false,
             end: AtomicU32::new(0),
             synced: AtomicU32::new(0),
             has_tail: AtomicBool::new(false),
             next: OnceLock::new(),
-        }
+        })
     }
 
-    /// Makes a file of `len` zeros, really allocated, mapped and populated. Not of any queue yet.
+    /// Makes a file of `len` zeros, really allocated and mapped, not faulted in. Not of any queue yet.
     pub(super) fn create(path: &Path, len: u64) -> io::Result<Segment> {
         let file = File::options()
             .read(true)
@@ -60,19 +66,12 @@ impl Segment {
             .create(true)
             .truncate(true)
             .open(path)?;
-        let made = allocate(&file, len).and_then(|()| {
-            let map = MmapOptions::new().len(len as usize).map_raw(&file)?;
-            populate(&map)?;
-            Ok(map)
-        });
-        match made {
-            Ok(map) => Ok(Segment::from_map(map, 0)),
-            Err(e) => {
-                // Half a file is of no use; the error that matters is `e`.
-                let _ = std::fs::remove_file(path);
-                Err(e)
-            }
+        let made = allocate(&file, len).and_then(|()| Segment::map(&file, len));
+        if made.is_err() {
+            // Half a file is of no use; the error that matters is `made`.
+            let _ = std::fs::remove_file(path);
         }
+        made
     }
 
     /// Maps an existing file of at least one page, unpublished. Its holes, if any, are filled.
@@ -86,9 +85,9 @@ impl Segment {
             ));
         }
         allocate(&file, len)?;
-        let map = MmapOptions::new().len(len as usize).map_raw(&file)?;
-        populate(&map)?;
-        Ok(Segment::from_map(map, 0))
+        let mut segment = Segment::map(&file, len)?;
+        segment.touch()?;
+        Ok(segment)
     }
 
     /// Makes it empty: nothing published, and no header that says anything of the use before. What else that has left
@@ -123,13 +122,29 @@ impl Segment {
         self.next = OnceLock::new();
     }
 
-    /// Makes sure that writing to it takes no page fault that has to wait.
-    pub(super) fn touch(&self) -> io::Result<()> {
-        populate(&self.map)
+    /// Makes sure that storing to it takes no page fault that has to wait.
+    pub(super) fn touch(&mut self) -> io::Result<()> {
+        populate(&self.map)?;
+        self.faulted = true;
+        Ok(())
+    }
+
+    /// It was touched in this process.
+    pub(super) fn is_faulted(&self) -> bool {
+        self.faulted
     }
 
     pub(super) fn len(&self) -> usize {
         self.map.len()
+    }
+
+    /// Its file, for whoever has its [`Tail`]. The path may lead to another one by now: an error.
+    pub(super) fn file(&self, path: &Path) -> io::Result<File> {
+        let file = File::options().write(true).open(path)?;
+        match inode(&file)? == self.inode {
+            true => Ok(file),
+            false => Err(io::ErrorKind::NotFound.into()),
+        }
     }
 
     /// Everything, for recovery: nobody else has it yet.
@@ -333,6 +348,11 @@ impl Page {
     pub(super) fn sync(&self) -> io::Result<()> {
         self.map.flush()
     }
+}
+
+fn inode(file: &File) -> io::Result<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    file.metadata().map(|m| (m.dev(), m.ino()))
 }
 
 /// Allocates really: reserved blocks, or written zeros where the file system can't reserve.

@@ -5,7 +5,7 @@
 //! Invariant: [`Writer::append_run`] takes no lock, allocates nothing and makes no system call, but for one wake-up of the
 //! keeper per segment (and of the syncer per burst, with `sync = "each"`); it copies each frame once and sums what it has copied.
 //! Invariant: what a reader returns has been committed and its checksum was right.
-//! Invariant: nobody who appends waits for a disk; a disk that is too far behind is a reason to have no room.
+//! Invariant: no worker that appends waits for a disk; a disk that is too far behind is a reason to have no room.
 //! Invariant: after an I/O error a queue takes nothing more until the spool is opened again (fail-stop).
 
 use std::fmt;

@@ -140,7 +140,7 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
         state.total += segments.len() as u64;
     }
     if segments.is_empty() {
-        segments.push(Arc::new(host.take(dir, 0)?));
+        segments.push(Arc::new(host.take(dir, 0, header.kind)?));
     }
     let tail_segment = segments[segments.len() - 1].clone();
     let lane = header.lane.clone();

@@ -25,6 +25,8 @@ const FLAG_INSIDE: u64 = 1;
 
 /// Segments ahead of a fast writer, at most.
 const AHEAD_MAX: u32 = 8;
+/// The same of one that writes what is shipped.
+const INCOMING_AHEAD_MAX: u32 = 2;
 
 /// One lane of one hold, shared between its writer, its readers and control.
 #[derive(Debug)]
@@ -433,7 +435,11 @@ impl Queue {
         let goal = if self.scarce.load(Ordering::Relaxed) {
             1
         } else {
-            (1 + number / 2).min(AHEAD_MAX)
+            (1 + number / 2).min(match self.kind {
+                // As fast as a link, and nothing stops while it waits.
+                Kind::Incoming => INCOMING_AHEAD_MAX,
+                Kind::Source | Kind::Local => AHEAD_MAX,
+            })
         };
         ahead < goal
     }

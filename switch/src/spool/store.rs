@@ -132,7 +132,7 @@ impl Spool {
             let meta = dir.join(META);
             let page = Page::create(&meta, &header.encode(QUEUE_MAGIC), PAGE)
                 .map_err(SpoolError::io(&meta))?;
-            let seg = Arc::new(host.take(&dir, 0)?);
+            let seg = Arc::new(host.take(&dir, 0, kind)?);
             let tail = seg
                 .tail()
                 .ok_or_else(|| SpoolError::Stopped("a fresh segment is in use".into()))?;

@@ -1,5 +1,9 @@
 //! The write end of a queue.
 
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use gangway_shared::api::Tally;
@@ -7,6 +11,7 @@ use gangway_shared::api::Tally;
 use super::format::{
     self, BATCH_HEADER, BadHeader, EPOCH, FILE_HEADER, Fields, FileHeader, Marker, Origin,
 };
+use super::keeper::segment_name;
 use super::map::{Segment, Tail};
 use super::queue::Queue;
 use super::syncer::Owed;
@@ -20,6 +25,8 @@ const AHEAD_MAX: u64 = BURST as u64;
 pub struct Writer {
     queue: Arc<Queue>,
     tail: Tail,
+    /// The file of the tail's segment, by its number, once something has arrived for it.
+    file: Option<(u32, File)>,
     /// Segments that were left since the last commit start here.
     left: Option<Arc<Segment>>,
     next_seq: u64,
@@ -71,6 +78,7 @@ impl Writer {
         let mut w = Writer {
             queue,
             tail,
+            file: None,
             left: None,
             next_seq: last_seq + 1,
             tally,
@@ -217,31 +225,50 @@ impl Writer {
         self.took(len, frames.len() as u64, bytes, crc);
     }
 
-    /// The place of the next batch of another host, which has `len` bytes there ([`format::wire_len`]): to be filled, and then
-    /// taken with [`Writer::take_arrived`]. The same place until something is appended.
-    pub(super) fn arriving(&mut self, len: usize) -> Result<&mut [u8], NoRoom> {
-        self.make_room(EPOCH + len)?;
-        let buf = self.tail.buf(EPOCH + len).ok_or(NoRoom)?;
-        Ok(&mut buf[EPOCH..])
-    }
-
-    /// Appends the batch that was put there, after checking it.
-    pub(super) fn take_arrived(&mut self, len: usize) -> Result<(), RejectedBatch> {
+    /// Appends a batch of another host, after checking it: what was sent of it, behind room for its epoch. Blocks, as a disk may.
+    pub(super) fn take_arrived(&mut self, batch: &mut [u8]) -> Result<(), RejectedBatch> {
         let salt = self.queue.salt();
-        let epoch = self.tail.segment().epoch();
-        let buf = self.tail.buf(EPOCH + len).ok_or(NoRoom)?;
-        let (place, wire) = buf.split_at_mut(EPOCH);
-        let batch = format::shipped(wire, salt).ok_or(RejectedBatch::Garbage)?;
-        if batch.first_seq != self.next_seq {
+        let len = batch.len();
+        self.make_room(len)?;
+        let (place, wire) = batch.split_at_mut(EPOCH);
+        let arrived = format::shipped(wire, salt).ok_or(RejectedBatch::Garbage)?;
+        if arrived.first_seq != self.next_seq {
             return Err(RejectedBatch::Sequence {
-                found: batch.first_seq,
+                found: arrived.first_seq,
                 expected: self.next_seq,
             });
         }
-        place.copy_from_slice(&epoch.to_le_bytes());
-        let (span, count, bytes, crc) = (batch.span(), batch.count, batch.bytes, batch.crc);
-        self.took(span, u64::from(count), bytes, crc);
+        let (count, bytes, crc) = (u64::from(arrived.count), arrived.bytes, arrived.crc);
+        place.copy_from_slice(&self.tail.segment().epoch().to_le_bytes());
+        self.write(batch)?;
+        self.took(len, count, bytes, crc);
         Ok(())
+    }
+
+    /// Writes through the file: a page that is new and written whole is not zeroed before.
+    fn write(&mut self, batch: &[u8]) -> Result<(), NoRoom> {
+        let at = u64::from(self.tail.at());
+        let written = self.file().and_then(|f| f.write_all_at(batch, at));
+        written.map_err(|e| {
+            if !self.queue.is_removed() {
+                let path = segment_path(&self.queue, self.tail.segment());
+                let why = format!("{}: {e}", path.display());
+                tracing::error!(lane = %self.queue.lane(), hold = %self.queue.hold(), "writing to the spool failed: {why}");
+                self.queue.fail(why);
+            }
+            NoRoom
+        })
+    }
+
+    /// Of the tail's segment.
+    fn file(&mut self) -> io::Result<&File> {
+        let segment = self.tail.segment();
+        let number = segment.number();
+        let file = match self.file.take().filter(|f| f.0 == number) {
+            Some(same) => same,
+            None => (number, segment.file(&segment_path(&self.queue, segment))?),
+        };
+        Ok(&self.file.insert(file).1)
     }
 
     fn took(&mut self, len: usize, frames: u64, bytes: u64, crc: u32) {
@@ -319,6 +346,10 @@ impl Writer {
         self.tail.publish();
         self.queue.committed(self.next_seq - 1, &self.tally, seal);
     }
+}
+
+fn segment_path(queue: &Queue, segment: &Segment) -> PathBuf {
+    queue.dir().join(segment_name(segment.number()))
 }
 
 fn put_header(tail: &mut Tail, header: &FileHeader) {

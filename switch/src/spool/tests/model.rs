@@ -233,7 +233,7 @@ fn a_batch_of_the_other_host_keeps_its_digest() {
     w.seal();
     let mut r = q.reader();
     let mut first = None;
-    let arrive = |w: &mut Writer, wire: &[u8]| Arriving::default().push(w, &mut &wire[..]);
+    let arrive = |w: &mut Writer, wire: &[u8]| push(&mut Arriving::default(), w, wire);
     while let Some(b) = r.peek_batch().unwrap() {
         let wire = b.wire.to_vec();
         until(|| tw.has_room(2000) && ow.has_room(2000));
@@ -248,7 +248,7 @@ fn a_batch_of_the_other_host_keeps_its_digest() {
         let mut bad = first.clone();
         bad[at] ^= 0x10;
         let mut arriving = Arriving::default();
-        let r = arriving.push(&mut ow, &mut &bad[..]);
+        let r = push(&mut arriving, &mut ow, &bad);
         // A length that is too long waits for more.
         assert!(r.is_err() || arriving.pending() > 0, "byte {at}: {r:?}");
     }
@@ -257,4 +257,107 @@ fn a_batch_of_the_other_host_keeps_its_digest() {
     tw.seal();
     assert_eq!(tq.tally(), q.tally());
     assert_eq!(tq.tally(), r.tally());
+}
+
+fn push(arriving: &mut Arriving, w: &mut Writer, wire: &[u8]) -> Result<(), RejectedBatch> {
+    arriving.push(w, &mut &wire[..])
+}
+
+/// What a lane's stream carries of `count` records.
+fn stream(count: u64) -> (Vec<u8>, Tally) {
+    let dir = tmp();
+    let (source, _) = open(dir.path());
+    let (mut w, q) = source.create(HOLD, Kind::Source, &lane(0)).unwrap();
+    for n in 0..count {
+        put(&mut w, n, 14 + (n * 37 % 2000) as usize);
+    }
+    w.seal();
+    let (mut r, mut all) = (q.reader(), Vec::new());
+    while let Some(b) = r.wire().unwrap() {
+        all.extend_from_slice(&b);
+        r.advance_batch();
+    }
+    (all, q.tally())
+}
+
+#[test]
+fn a_stream_arrives_whole_in_whatever_pieces() {
+    let (all, tally) = stream(400);
+    // Pieces of a byte, of less than a head, of several batches.
+    for most in [1, 39, 41, 5000, 300_000] {
+        let dir = tmp();
+        let (target, _) = open(dir.path());
+        let (mut w, q) = target.create(HOLD, Kind::Incoming, &lane(0)).unwrap();
+        let mut arriving = Arriving::default();
+        let (mut rest, mut n) = (&all[..], 0);
+        while !rest.is_empty() {
+            n += 1;
+            let (mut piece, behind) = rest.split_at((n * n % most + 1).min(rest.len()));
+            rest = behind;
+            until(|| match arriving.push(&mut w, &mut piece) {
+                Err(RejectedBatch::NoRoom(_)) => false,
+                r => r.is_ok(),
+            });
+            assert!(piece.is_empty());
+        }
+        assert_eq!(arriving.pending(), 0);
+        w.seal();
+        assert_eq!(q.tally(), tally, "{most} bytes");
+        let mut r = q.reader();
+        r.skip_to(400);
+        assert_eq!(r.tally(), tally);
+    }
+}
+
+#[test]
+fn what_arrives_for_a_removed_queue_is_not_written_to_the_one_that_has_its_place() {
+    let (all, tally) = stream(3);
+    let dir = tmp();
+    let (target, _) = open(dir.path());
+    let (mut w, _) = target.create(HOLD, Kind::Incoming, &lane(0)).unwrap();
+    let mut arriving = Arriving::default();
+    let (head, rest) = all.split_at(40);
+    push(&mut arriving, &mut w, head).unwrap();
+    target.remove_hold(HOLD).unwrap();
+    let (mut new, q) = target.create(HOLD, Kind::Incoming, &lane(0)).unwrap();
+    push(&mut Arriving::default(), &mut new, &all).unwrap();
+    assert_eq!(
+        push(&mut arriving, &mut w, rest),
+        Err(RejectedBatch::NoRoom(NoRoom))
+    );
+    new.seal();
+    let mut r = q.reader();
+    r.skip_to(3);
+    assert_eq!((q.tally(), r.tally(), q.failed()), (tally, tally, None));
+}
+
+#[test]
+fn a_queue_whose_file_can_not_be_written_takes_nothing_more_and_says_so() {
+    let (all, _) = stream(3);
+    let dir = tmp();
+    let (target, _) = open(dir.path());
+    let (mut w, q) = target.create(HOLD, Kind::Incoming, &lane(0)).unwrap();
+    std::fs::remove_file(q.dir().join("000000.seg")).unwrap();
+    assert_eq!(
+        push(&mut Arriving::default(), &mut w, &all),
+        Err(RejectedBatch::NoRoom(NoRoom))
+    );
+    let why = q.failed().expect("it has failed");
+    assert!(why.contains("000000.seg"), "{why}");
+    assert_eq!(q.tally().frames, 0);
+    assert!(!w.has_room(64));
+}
+
+#[test]
+fn a_segment_opens_no_file_but_its_own() {
+    use crate::spool::map::Segment;
+    let dir = tmp();
+    let (path, elsewhere) = (dir.path().join("a"), dir.path().join("b"));
+    let first = Segment::create(&path, 4096).unwrap();
+    assert!(first.file(&path).is_ok());
+    std::fs::rename(&path, &elsewhere).unwrap();
+    let second = Segment::create(&path, 4096).unwrap();
+    assert!(second.file(&path).is_ok());
+    assert!(first.file(&path).is_err(), "its name is another's");
+    assert!(first.file(&elsewhere).is_ok());
 }
