@@ -107,7 +107,7 @@ impl Switch {
                 opened.push((slot, device.with_context(|| format!("port {}", p.name))?));
             }
         }
-        let acceptor = Arc::new(Acceptor::new());
+        let acceptor = Arc::new(Acceptor::new().context("cannot start the threads that ship")?);
         let dialer = match quic {
             Some(q) => Some((q.endpoint.clone(), q.ship_client()?)),
             None => None,

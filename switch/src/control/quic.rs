@@ -4,6 +4,7 @@ use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ use quinn::{
 };
 use rustls::pki_types::{CertificateDer, UnixTime};
 
-use crate::ship::{PACKET_MAX, PACKETS_AT_ONCE};
+use crate::ship::{PACKET_MAX, SENT_MAX};
 
 /// What may be under way: 10 Gbit/s for 13 ms.
 const WINDOW_BYTES: u32 = 16 << 20;
@@ -135,7 +136,7 @@ pub fn endpoint(cfg: &HostConfig) -> Result<Option<Quic>, QuicError> {
             config
                 .max_udp_payload_size(PACKET_MAX)
                 .map_err(io::Error::other)?;
-            let socket = Arc::new(Socket(runtime.wrap_udp_socket(s)?));
+            let socket = Arc::new(wrap(runtime.wrap_udp_socket(s)?));
             Endpoint::new_with_abstract_socket(config, Some(server), socket, runtime)
         })
         .map_err(|source| QuicError::Bind { address, source })?;
@@ -164,17 +165,45 @@ fn transport() -> TransportConfig {
     t
 }
 
-/// Hands no more to the kernel at once than it sends at once.
+/// Hands no more to the kernel at once than that sends at once. quinn hands over ten packets, however large they are.
 #[derive(Debug)]
-struct Socket(Arc<dyn AsyncUdpSocket>);
+struct Socket {
+    inner: Arc<dyn AsyncUdpSocket>,
+    /// The size of the last packets that went out together.
+    packet: AtomicUsize,
+}
+
+fn wrap(inner: Arc<dyn AsyncUdpSocket>) -> Socket {
+    Socket {
+        inner,
+        packet: AtomicUsize::new(PACKET_MAX.into()),
+    }
+}
+
+impl Socket {
+    fn packets(&self) -> usize {
+        (SENT_MAX / self.packet.load(Ordering::Relaxed)).max(1)
+    }
+}
 
 impl AsyncUdpSocket for Socket {
     fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        self.0.clone().create_io_poller()
+        self.inner.clone().create_io_poller()
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.0.try_send(transmit)
+        let Some(size) = transmit.segment_size.filter(|s| *s > 0) else {
+            return self.inner.try_send(transmit);
+        };
+        self.packet.store(size, Ordering::Relaxed);
+        // The first ones of a new size may be too many. What is sent again because the rest had no room does no harm.
+        for contents in transmit.contents.chunks(self.packets() * size) {
+            self.inner.try_send(&Transmit {
+                contents,
+                ..transmit.clone()
+            })?;
+        }
+        Ok(())
     }
 
     fn poll_recv(
@@ -183,23 +212,23 @@ impl AsyncUdpSocket for Socket {
         bufs: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
-        self.0.poll_recv(cx, bufs, meta)
+        self.inner.poll_recv(cx, bufs, meta)
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.0.local_addr()
+        self.inner.local_addr()
     }
 
     fn max_transmit_segments(&self) -> usize {
-        self.0.max_transmit_segments().min(PACKETS_AT_ONCE)
+        self.inner.max_transmit_segments().min(self.packets())
     }
 
     fn max_receive_segments(&self) -> usize {
-        self.0.max_receive_segments()
+        self.inner.max_receive_segments()
     }
 
     fn may_fragment(&self) -> bool {
-        self.0.may_fragment()
+        self.inner.may_fragment()
     }
 }
 
@@ -232,4 +261,47 @@ pub(super) fn peer(conn: &Connection) -> Result<Identity, PkiError> {
         .and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok())
         .ok_or(PkiError::NoCertificate)?;
     peer_identity(chain.first().ok_or(PkiError::NoCertificate)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn no_packet_of_a_burst_is_lost_however_large_they_are() {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let to = socket(any).unwrap();
+        to.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let runtime = quinn::default_runtime().unwrap();
+        let from = Arc::new(wrap(runtime.wrap_udp_socket(socket(any).unwrap()).unwrap()));
+        let mut ready = from.clone().create_io_poller();
+        let most = from.inner.max_transmit_segments();
+        let mut sent = 0;
+        for size in [PACKET_MAX.into(), 1452, PACKET_MAX.into(), 1200_usize] {
+            // As quinn does, which asks before and knows no sizes.
+            let packets = most.min(10);
+            let contents: Vec<u8> = (0..packets * size - 7).map(|n| (n / size) as u8).collect();
+            let transmit = Transmit {
+                destination: to.local_addr().unwrap(),
+                ecn: None,
+                contents: &contents,
+                segment_size: Some(size),
+                src_ip: None,
+            };
+            std::future::poll_fn(|cx| ready.as_mut().poll_writable(cx))
+                .await
+                .unwrap();
+            from.try_send(&transmit).unwrap();
+            assert!(from.max_transmit_segments() * size <= SENT_MAX);
+            let mut packet = vec![0; 1 << 16];
+            for n in 0..packets {
+                let len = to.recv(&mut packet).unwrap();
+                let want = size - if n == packets - 1 { 7 } else { 0 };
+                assert_eq!((len, packet[0], packet[len - 1]), (want, n as u8, n as u8));
+                sent += 1;
+            }
+        }
+        assert!(sent >= 4);
+        assert_eq!(from.max_transmit_segments(), most.min(SENT_MAX / 1200));
+    }
 }

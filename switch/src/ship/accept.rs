@@ -1,6 +1,7 @@
 //! Who may ship what: the first words on a connection.
 
 use std::collections::HashMap;
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use gangway_shared::api::{Refusal, RefusalCode, VERSION};
 use gangway_shared::id::HoldId;
 use gangway_shared::ship::{ToSource, ToTarget};
 use quinn::{Connection, SendStream};
+use tokio::runtime::Runtime;
 use tokio::time::timeout;
 
 use super::incoming::Incoming;
@@ -18,16 +20,30 @@ use crate::said::Said;
 const HELLO: Duration = Duration::from_secs(3);
 
 /// The shipments that are expected on this host.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Acceptor {
     expected: Mutex<HashMap<HoldId, Arc<Incoming>>>,
     said: Said,
+    /// What takes lanes may wait for the spool's disk, and nothing else shall. Taken when we go.
+    lanes: Option<Runtime>,
 }
 
+/// Threads that take lanes.
+const THREADS: usize = 2;
+
 impl Acceptor {
-    /// Expects nothing yet.
-    pub fn new() -> Acceptor {
-        Acceptor::default()
+    /// Expects nothing yet. Starts the threads that take lanes.
+    pub fn new() -> io::Result<Acceptor> {
+        let lanes = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(THREADS)
+            .thread_name("ship")
+            .enable_all()
+            .build()?;
+        Ok(Acceptor {
+            expected: Mutex::default(),
+            said: Said::default(),
+            lanes: Some(lanes),
+        })
     }
 
     /// Expects a shipment. One of the same hold is stopped and returned.
@@ -100,7 +116,11 @@ impl Acceptor {
             *of = Some(*hold);
         }
         match self.admit(&first, peer) {
-            Ok(incoming) => receive::run(incoming, conn, control, answers).await,
+            Ok(incoming) => {
+                let lanes = self.lanes.as_ref().map(Runtime::handle);
+                let lanes = lanes.cloned().ok_or(ShipError::Closed)?;
+                receive::run(incoming, conn, control, answers, lanes).await
+            }
             Err(r) => {
                 refuse(conn, &mut answers, r.clone()).await;
                 Err(ShipError::Refused(r))
@@ -140,6 +160,15 @@ impl Acceptor {
             return refuse(RefusalCode::Unknown, m);
         }
         Ok(incoming)
+    }
+}
+
+impl Drop for Acceptor {
+    fn drop(&mut self) {
+        if let Some(lanes) = self.lanes.take() {
+            // Also from inside of a runtime, where nothing may block.
+            lanes.shutdown_background();
+        }
     }
 }
 

@@ -36,7 +36,8 @@ pub use outgoing::{LaneShip, Lanes, Outgoing, OutgoingArgs};
 
 use crate::spool::Damaged;
 
-/// What quinn should be told on both sides of a connection that ships (its defaults suit 100 Mbit/s and 100 streams).
+/// What quinn should be told on both sides of a connection that ships (its defaults suit 100 Mbit/s and 100 streams). Between
+/// endpoints that both offer packets of [`PACKET_MAX`] it needs a socket as `control::quic` has it.
 pub fn transport() -> quinn::TransportConfig {
     let mut t = quinn::TransportConfig::default();
     let mut mtu = quinn::MtuDiscoveryConfig::default();
@@ -53,11 +54,11 @@ pub fn transport() -> quinn::TransportConfig {
 }
 
 /// The largest packet that is tried, in bytes of UDP payload: what a link of 9,000 bytes carries over IPv6. The receiving endpoint has to
-/// offer it, too, and who sends hands [`PACKETS_AT_ONCE`] to the kernel at most.
+/// offer it, too, and who sends must not hand more than [`SENT_MAX`] to the kernel at once, as quinn's own socket does.
 pub const PACKET_MAX: u16 = 9000 - 40 - 8;
 
-/// More than 64 KiB at once is lost without an error.
-pub const PACKETS_AT_ONCE: usize = u16::MAX as usize / PACKET_MAX as usize;
+/// Bytes of packets that the kernel takes at once; more is lost without an error.
+pub const SENT_MAX: usize = u16::MAX as usize - 40 - 8;
 
 /// The most lanes of one shipment.
 pub const LANES_MAX: usize = 4096;

@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bytes::Bytes;
 use gangway_shared::api::{Refusal, RefusalCode, Tally};
 use gangway_shared::id::LaneKey;
 use gangway_shared::ship::{ToSource, ToTarget};
 use quinn::{Connection, RecvStream, SendStream};
+use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
@@ -23,8 +23,10 @@ use crate::spool::{Arriving, Kind, Queue, RejectedBatch, Writer, sync_all};
 const CALM: Duration = Duration::from_millis(20);
 /// How long a lane's stream waits for the message that names the lane.
 const NAMED: Duration = Duration::from_secs(3);
-/// Pieces of a lane's stream, of a packet each, that are taken at once.
-const CHUNKS: usize = 32;
+/// Bytes that are taken from a lane's stream at once: the peer may send as many more.
+const CHUNK: usize = 64 << 10;
+/// Pieces of a lane's stream that are committed together, at most.
+const AT_ONCE: usize = 32;
 /// While the spool has no room.
 const RETRY: Duration = Duration::from_millis(1);
 
@@ -53,12 +55,13 @@ impl Numbers {
     }
 }
 
-/// Until the connection ends. One that was there before is ended first.
+/// Until the connection ends. One that was there before is ended first. What comes of the lanes is taken on the threads of `lanes`.
 pub(super) async fn run(
     incoming: Arc<Incoming>,
     conn: &Connection,
     control: RecvStream,
     mut answers: SendStream,
+    lanes: Handle,
 ) -> Result<(), ShipError> {
     let old = incoming.update(|s| {
         if s.stopped {
@@ -80,7 +83,7 @@ pub(super) async fn run(
     }
     let _turn = incoming.turn.lock().await;
     let mut tasks = JoinSet::new();
-    let r = session(&incoming, conn, control, &mut answers, &mut tasks).await;
+    let r = session(&incoming, conn, control, &mut answers, &mut tasks, &lanes).await;
     // Each gives its writer back when it is dropped.
     tasks.shutdown().await;
     incoming.update(|s| {
@@ -110,6 +113,7 @@ async fn session(
     control: RecvStream,
     answers: &mut SendStream,
     tasks: &mut JoinSet<Result<(), ShipError>>,
+    lanes: &Handle,
 ) -> Result<(), ShipError> {
     let all: Vec<_> = incoming
         .lock()
@@ -135,7 +139,8 @@ async fn session(
                 Err(e) => return Err(ShipError::Connection(format!("a task failed: {e}"))),
             },
             s = conn.accept_uni() => {
-                tasks.spawn(stream(incoming.clone(), s.map_err(lost)?, numbers.clone()));
+                let stream = stream(incoming.clone(), s.map_err(lost)?, numbers.clone());
+                tasks.spawn_on(stream, lanes);
             }
             () = incoming.received.notified() => {
                 acknowledge(incoming, &numbers, &mut acked, answers).await?;
@@ -337,17 +342,28 @@ async fn stream(
         )));
     }
     let mut arriving = Arriving::default();
-    let mut chunks = [const { Bytes::new() }; CHUNKS];
-    while let Some(n) = s.read_chunks(&mut chunks).await.map_err(lost)? {
-        let mut pieces = chunks[..n].iter().map(|c| &c[..]);
-        let mut piece = pieces.next().unwrap_or_default();
+    let mut uncommitted = 0;
+    loop {
+        let chunk = tokio::select! {
+            biased;
+            chunk = s.read_chunk(CHUNK, true), if uncommitted < AT_ONCE => chunk,
+            // Enough, or no more is here.
+            () = std::future::ready(()) => {
+                uncommitted = 0;
+                writer.commit();
+                incoming.received.notify_one();
+                s.read_chunk(CHUNK, true).await
+            }
+        };
+        let Some(chunk) = chunk.map_err(lost)? else {
+            break;
+        };
+        uncommitted += 1;
+        let mut bytes = &chunk.bytes[..];
         loop {
             let garbage = |what: String| ShipError::Protocol(format!("lane {lane}: {what}"));
-            match arriving.push(writer, &mut piece) {
-                Ok(()) => match pieces.next() {
-                    Some(next) => piece = next,
-                    None => break,
-                },
+            match arriving.push(writer, &mut bytes) {
+                Ok(()) => break,
                 Err(RejectedBatch::NoRoom(_)) => {
                     writer.commit();
                     wait_for_room(writer, &incoming).await?;
@@ -359,10 +375,6 @@ async fn stream(
                 Err(e) => return Err(garbage(e.to_string())),
             }
         }
-        writer.commit();
-        incoming.received.notify_one();
-        // Each keeps the whole packets alive that came with it.
-        chunks[..n].fill(Bytes::new());
     }
     match arriving.pending() {
         0 => Ok(()),

@@ -1,6 +1,6 @@
 //! Batches of another host, put together from the pieces in which they come, checked, and written to the queue's segment whole.
 //!
-//! Invariant: what is not whole, or not intact, is not written.
+//! Invariant: what is not whole, or not intact, is not written. (A death in the middle of the write leaves a torn tail, as a loss of power does.)
 //! Invariant: a lane takes no more memory than one batch ([`format::BATCH_MAX`]), and none between two.
 
 use super::format::{self, EPOCH, TABLE};

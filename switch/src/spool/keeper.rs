@@ -1,7 +1,7 @@
 //! The keeper: a thread that gets segments ready, away from the data path.
 //!
 //! Segments live in `pool/` until a queue gets them by a rename. `ready` ones are faulted in; `stale` ones were used
-//! before and are made ready when needed; `waiting` ones belong to a removed hold and somebody still looks. None is zeroed:
+//! before and are made ready when needed, but for what is shipped, which gets them as they are; `waiting` ones belong to a removed hold and somebody still looks. None is zeroed:
 //! each use has an epoch of its own (docs/formats/spool.md). What another switch ships is written with `pwrite`, by a thread that may
 //! wait: its segments are not faulted in, for the kernel zeroes each page that it faults in, and none that is written whole.
 //!
@@ -150,6 +150,10 @@ impl Host {
             drop(state);
             return Err(self.used_up());
         };
+        let r = r.or_else(|e| match self.spare(kind) {
+            Some(p) => self.place(p, &to, kind),
+            None => Err(e),
+        });
         match r {
             Ok(mut seg) => {
                 seg.begin(number, self.epochs.next());
@@ -162,6 +166,14 @@ impl Host {
                 Err(e)
             }
         }
+    }
+
+    /// Instead of one that could not be made: the disk may be full.
+    fn spare(&self, kind: Kind) -> Option<Pooled> {
+        let mut state = lock(&self.state);
+        let spare = (kind == Kind::Incoming).then(|| state.ready.pop())??;
+        state.total -= 1;
+        Some(spare)
     }
 
     /// For a queue's segment whose earlier use is not known.
@@ -237,7 +249,9 @@ impl Host {
                 continue;
             }
             match Arc::into_inner(seg) {
-                Some(mut seg) if state.stale.len() < keep => {
+                Some(mut seg)
+                    if state.stale.len() < keep && seg.len() as u64 == self.segment_bytes =>
+                {
                     seg.unlink();
                     state.held -= 1;
                     state.stale.push(Pooled { seg, path });

@@ -260,6 +260,15 @@ impl Tail {
         })
     }
 
+    /// The same through the segment's file, which may wait for a disk: pages that are new and written whole are not zeroed before.
+    pub(super) fn write(&mut self, file: &File, bytes: &[u8]) -> io::Result<()> {
+        use std::os::unix::fs::FileExt;
+        match bytes.len() <= self.room() {
+            true => file.write_all_at(bytes, u64::from(self.at)),
+            false => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+
     /// Passes `len` bytes that were written.
     pub(super) fn advance(&mut self, len: usize) {
         debug_assert!(len <= self.room());

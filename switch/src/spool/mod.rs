@@ -106,7 +106,7 @@ pub struct Recovered {
     /// Records that were there and are not intact any more, oldest first. Must be empty in a queue that is to be
     /// shipped; a reader reports each as [`Damaged`].
     pub damaged: Vec<Damaged>,
-    /// Bytes of a batch that was not complete when the host went down; it was never committed and is gone.
+    /// Bytes of a batch that was not complete when the host or the switch went down; it was never committed and is gone.
     pub torn_bytes: u64,
 }
 

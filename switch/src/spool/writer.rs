@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -245,10 +244,19 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes through the file: a page that is new and written whole is not zeroed before.
     fn write(&mut self, batch: &[u8]) -> Result<(), NoRoom> {
-        let at = u64::from(self.tail.at());
-        let written = self.file().and_then(|f| f.write_all_at(batch, at));
+        let written = match open(&mut self.file, &self.queue, self.tail.segment()) {
+            Ok(file) => self.tail.write(file, batch),
+            // Too many are open, which will pass: it is mapped all the same.
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                self.tail
+                    .buf(batch.len())
+                    .ok_or(NoRoom)?
+                    .copy_from_slice(batch);
+                Ok(())
+            }
+            gone => gone.map(drop),
+        };
         written.map_err(|e| {
             if !self.queue.is_removed() {
                 let path = segment_path(&self.queue, self.tail.segment());
@@ -258,17 +266,6 @@ impl Writer {
             }
             NoRoom
         })
-    }
-
-    /// Of the tail's segment.
-    fn file(&mut self) -> io::Result<&File> {
-        let segment = self.tail.segment();
-        let number = segment.number();
-        let file = match self.file.take().filter(|f| f.0 == number) {
-            Some(same) => same,
-            None => (number, segment.file(&segment_path(&self.queue, segment))?),
-        };
-        Ok(&self.file.insert(file).1)
     }
 
     fn took(&mut self, len: usize, frames: u64, bytes: u64, crc: u32) {
@@ -346,6 +343,20 @@ impl Writer {
         self.tail.publish();
         self.queue.committed(self.next_seq - 1, &self.tally, seal);
     }
+}
+
+/// The segment's file, which stays open until another one is asked for.
+fn open<'f>(
+    last: &'f mut Option<(u32, File)>,
+    queue: &Queue,
+    segment: &Segment,
+) -> io::Result<&'f File> {
+    let number = segment.number();
+    let file = match last.take().filter(|f| f.0 == number) {
+        Some(same) => same,
+        None => (number, segment.file(&segment_path(queue, segment))?),
+    };
+    Ok(&last.insert(file).1)
 }
 
 fn segment_path(queue: &Queue, segment: &Segment) -> PathBuf {

@@ -88,7 +88,7 @@ impl World {
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
         let listen = quinn::Endpoint::server(server, any).unwrap();
         let address = listen.local_addr().unwrap();
-        let acceptor = Arc::new(Acceptor::new());
+        let acceptor = Arc::new(Acceptor::new().unwrap());
         let conns = Arc::new(std::sync::Mutex::new(Vec::new()));
         rt.spawn({
             let (acceptor, conns) = (acceptor.clone(), conns.clone());

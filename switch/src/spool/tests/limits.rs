@@ -1,3 +1,5 @@
+use std::io::Write;
+
 use super::*;
 
 #[test]
@@ -165,6 +167,7 @@ fn a_full_disk_is_backpressure_and_no_signal() {
             .args(["-t", "tmpfs", "-o", "size=3m", "none", &dir])
             .status();
         assert!(out.unwrap().success());
+        shipment_on_a_full_disk(&Path::new(&dir).join("shipment"));
         return full_disk(Path::new(&dir));
     }
     if !rustix::process::geteuid().is_root() {
@@ -188,6 +191,26 @@ fn a_full_disk_is_backpressure_and_no_signal() {
         out.status.success() && text.contains("full disk seen"),
         "{out:?}"
     );
+}
+
+/// What is ready is for a shipment, too, where nothing can be made.
+fn shipment_on_a_full_disk(dir: &Path) {
+    const SEGMENT: u64 = 256 << 10;
+    {
+        let (spool, _) = Spool::open(&config(dir, SEGMENT, 16 * SEGMENT)).unwrap();
+        until(|| disk_bytes(&dir.join("pool")) == 2 * SEGMENT);
+        let filler = std::fs::File::create(dir.join("filler")).unwrap();
+        while (&filler).write_all(&[1; 4096]).is_ok() {}
+        let len = filler.metadata().unwrap().len();
+        filler.set_len(len - SEGMENT / 2).unwrap();
+        for n in 0..2 {
+            spool.create(HOLD, Kind::Incoming, &lane(n)).unwrap();
+        }
+        let e = spool.create(HOLD, Kind::Incoming, &lane(2)).unwrap_err();
+        assert!(e.to_string().contains("No space left"), "{e}");
+        assert_eq!(spool.used_bytes(), 2 * SEGMENT);
+    }
+    std::fs::remove_dir_all(dir).unwrap();
 }
 
 fn full_disk(dir: &Path) {
