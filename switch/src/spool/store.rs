@@ -235,7 +235,7 @@ impl Spool {
             let synced = File::open(root).and_then(|d| d.sync_all());
             synced.map_err(SpoolError::io(root))?;
         }
-        std::fs::remove_dir_all(&gone).map_err(SpoolError::io(gone))
+        remove_dir(&gone)
     }
 
     /// The holds that have a directory.
@@ -280,7 +280,7 @@ impl Spool {
         for q in &gone {
             q.set_removed();
             self.host.give_back(q);
-            std::fs::remove_dir_all(q.dir()).map_err(SpoolError::io(q.dir()))?;
+            remove_dir(q.dir())?;
         }
         Ok(())
     }
@@ -307,10 +307,53 @@ pub(super) fn queue_dir(dir: &Path, hold: HoldId, kind: Kind, index: u32) -> Pat
     hold_dir(dir, hold).join(format!("{}-{index:04}", kind.letter()))
 }
 
+/// With all that is in it. The keeper may be putting a segment there at this moment, whose queue was not removed yet when it looked;
+/// no further one.
+fn remove_dir(path: &Path) -> Result<(), SpoolError> {
+    let mut tries = 0;
+    loop {
+        match std::fs::remove_dir_all(path) {
+            Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty && tries < 1000 => {
+                tries += 1;
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            r => return r.map_err(SpoolError::io(path)),
+        }
+    }
+}
+
 fn make_dir(path: &Path) -> Result<(), SpoolError> {
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(path)
         .map_err(SpoolError::io(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_goes_that_gets_another_file_meanwhile() {
+        let dir = tempfile::tempdir().unwrap();
+        let hold = dir.path().join("hold");
+        std::fs::create_dir(&hold).unwrap();
+        for n in 0..5000 {
+            File::create(hold.join(n.to_string())).unwrap();
+        }
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                // Until some are gone, and then behind what was listed.
+                while hold.join("0").exists() && hold.join("4999").exists() {
+                    std::hint::spin_loop();
+                }
+                for n in 0..200 {
+                    let _ = File::create(hold.join(format!("late-{n}")));
+                }
+            });
+            remove_dir(&hold).unwrap();
+        });
+        assert!(!hold.exists());
+    }
 }
