@@ -276,9 +276,8 @@ mod tests {
         let from = Arc::new(wrap(runtime.wrap_udp_socket(socket(any).unwrap()).unwrap()));
         let mut ready = from.clone().create_io_poller();
         let most = from.inner.max_transmit_segments();
-        let mut sent = 0;
         for size in [PACKET_MAX.into(), 1452, PACKET_MAX.into(), 1200_usize] {
-            // As quinn does, which asks before and knows no sizes.
+            // quinn asks how many before it knows how large they are.
             let packets = most.min(10);
             let contents: Vec<u8> = (0..packets * size - 7).map(|n| (n / size) as u8).collect();
             let transmit = Transmit {
@@ -298,10 +297,8 @@ mod tests {
                 let len = to.recv(&mut packet).unwrap();
                 let want = size - if n == packets - 1 { 7 } else { 0 };
                 assert_eq!((len, packet[0], packet[len - 1]), (want, n as u8, n as u8));
-                sent += 1;
             }
         }
-        assert!(sent >= 4);
         assert_eq!(from.max_transmit_segments(), most.min(SENT_MAX / 1200));
     }
 }
