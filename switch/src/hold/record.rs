@@ -102,6 +102,11 @@ impl Stand {
             return None;
         }
         let (_, state) = STATES.iter().find(|(c, _)| *c == b[8])?;
+        // There is always a next one.
+        let number = le64(b, 0);
+        if number == u64::MAX {
+            return None;
+        }
         let stand = Stand {
             state: *state,
             announced: b[9] & 1 != 0,
@@ -111,7 +116,7 @@ impl Stand {
             thawed_ns: le64(b, 32),
             drained_ns: le64(b, 40),
         };
-        Some((le64(b, 0), stand))
+        Some((number, stand))
     }
 }
 

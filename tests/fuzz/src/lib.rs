@@ -11,7 +11,9 @@ mod input;
 mod keeper;
 mod ledger;
 mod packet;
+mod positions;
 mod qmp;
+mod record;
 mod rings;
 mod shipment;
 mod spool;
@@ -21,7 +23,7 @@ mod vhost_user;
 pub type Target = fn(&[u8]);
 
 /// All of them, by name.
-pub const TARGETS: [(&str, Target); 12] = [
+pub const TARGETS: [(&str, Target); 14] = [
     ("vhost_user", vhost_user::run),
     ("keeper", keeper::run),
     ("split_ring", rings::split),
@@ -31,6 +33,8 @@ pub const TARGETS: [(&str, Target); 12] = [
     ("shipment", shipment::run),
     ("spool_scan", spool::scan),
     ("spool_open", spool::open),
+    ("record", record::run),
+    ("positions", positions::run),
     ("ledger", ledger::run),
     ("config", config::run),
     ("qmp", qmp::run),

@@ -234,7 +234,7 @@ impl Position {
     /// So many more frames were given back; the ring stands at `at`. Behind the used entries, before the driver sees them.
     #[inline]
     pub fn set(&mut self, frames: u64, at: u16) {
-        self.count += frames;
+        self.count = self.count.wrapping_add(frames);
         if !self.is_packed
             && let Some(w) = self.word()
         {
