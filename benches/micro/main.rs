@@ -172,7 +172,7 @@ fn gates(c: &mut Criterion) {
     group.bench_function("forward", |b| {
         b.iter(|| {
             assert!(lane.accepts(f.len, || false));
-            lane.take(&f, Origin::NONE, || 1, &mut |f| {
+            lane.take(&f, 0, Origin::NONE, || 1, &mut |f| {
                 black_box(f);
                 Sent::Yes
             })

@@ -126,10 +126,21 @@ impl Switch {
         manager.take_up(left);
         let awaited = Awaited::new(&engine, cfg);
         let mut devices = Vec::new();
+        let mut inputs = Vec::new();
         for (slot, Opened { rx, tx, health }) in opened {
             engine.set_tx(slot, vec![(0, tx)]);
-            engine.attach_rx(slot, 0, rx);
+            inputs.push((slot, rx));
             devices.push((slot, health));
+        }
+        // Receivers are there, or awaited; senders are not there yet.
+        let frames = engine.take_up().context("the backlogs of an earlier run")?;
+        if frames > 0 {
+            tracing::info!(
+                "{frames} frames waited for their receivers in an earlier run, and do again"
+            );
+        }
+        for (slot, rx) in inputs {
+            engine.attach_rx(slot, 0, rx);
         }
         let mut vhost = Vec::new();
         for (slot, p) in cfg.ports.iter().enumerate() {
@@ -173,6 +184,11 @@ impl Switch {
         self.watch.abort();
         match self.engine.rest(REST) {
             Ok(true) => {}
+            Ok(false) if self.engine.shared().shelf.is_some() => {
+                tracing::info!(
+                    "receivers do not take what waits for them; it is there for the next run"
+                );
+            }
             Ok(false) => tracing::warn!("receivers do not take what waits for them; it is lost"),
             Err(e) => tracing::warn!("{e}"),
         }

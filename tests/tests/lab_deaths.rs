@@ -1,6 +1,7 @@
 //! A switch that is killed again and again under load, behind a keeper: real processes, and a guest that numbers its frames.
 //!
-//! What a hold has accepted is there once, and in order (ADR-0021). What is forwarded is there once, or a burst of it twice.
+//! What a hold has accepted is there once, and in order (ADR-0021). What is forwarded is there once, or a burst of it twice; also what waits for
+//! a receiver without room (ADR-0038).
 
 use std::net::UdpSocket;
 use std::path::{Path, PathBuf};
@@ -33,7 +34,7 @@ const PAGE: usize = 4096;
 const NUMBER: usize = HEADER + 44;
 const BYTES: usize = 100;
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Frames on their way, at most, while they are forwarded: what has no room at its receiver is in the switch's memory.
+/// Frames on their way, at most, while they are forwarded: the receiver has room for them.
 const WINDOW: u64 = 200;
 const SIZE: Size = Size {
     ports: 2,
@@ -109,6 +110,11 @@ struct Guests<R> {
 impl<R: Ring> Guests<R> {
     /// Sends as much as there is room for, up to so many on their way, and takes what has come.
     fn turn(&mut self, window: u64) {
+        self.send(window);
+        self.take();
+    }
+
+    fn send(&mut self, window: u64) {
         self.from.tx.reap(1, |_, _| {});
         let mut n = 0;
         while self.from.tx.outstanding() + n < NUM
@@ -125,6 +131,9 @@ impl<R: Ring> Guests<R> {
                 self.from.front.kick(1);
             }
         }
+    }
+
+    fn take(&mut self) {
         let (memory, buffers) = (&self.to.memory, self.to.rx.place().buffers);
         let came = &mut self.came;
         let n = self.to.rx.reap(1, |buffer, _| {
@@ -192,7 +201,10 @@ struct World<R> {
 
 impl<R: Ring> World<R> {
     fn new() -> World<R> {
-        let dir = TempDir::new().unwrap();
+        World::at(TempDir::new().unwrap())
+    }
+
+    fn at(dir: TempDir) -> World<R> {
         let pki = dir.path().join("pki");
         let ok =
             |r: Result<_, gangway::exit::Failure>| r.unwrap_or_else(|f| panic!("{}", f.message));
@@ -422,6 +434,45 @@ fn at_most_a_burst_comes_twice<R: Ring>() {
     eprintln!("{} frames, {twice} twice; 5 deaths", w.guests.sent);
     assert_eq!(missing, Vec::<u64>::new());
     assert!(twice <= 32 * (deaths + 1), "{twice} frames twice");
+}
+
+fn what_waits_for_a_receiver_is_there<R: Ring>() {
+    // The keeper's folder has to be in memory.
+    let mut w = World::<R>::at(TempDir::new_in("/dev/shm").unwrap());
+    w.guests.turns(Duration::from_millis(200), WINDOW);
+    w.settle();
+    let came = w.guests.came.len();
+    let deaths = 6;
+    for n in 1..=deaths {
+        // The receiver takes nothing, and more than its ring has room for.
+        let window = u64::from(NUM) + 300 * n;
+        let since = Instant::now();
+        while w.guests.sent - w.guests.came.last().copied().unwrap_or(0) < window
+            || w.guests.from.tx.outstanding() > 0
+        {
+            w.guests.send(window);
+            let waits = w.guests.from.tx.outstanding();
+            assert!(
+                since.elapsed() < PATIENCE,
+                "{waits} not taken: {}",
+                w.said()
+            );
+        }
+        std::thread::sleep(LIVES);
+        w.die_now(0);
+    }
+    assert_eq!(w.guests.came.len(), came, "nothing was received meanwhile");
+    w.settle();
+    let (missing, twice) = w.guests.judge();
+    eprintln!("{} frames, {twice} twice; {deaths} deaths", w.guests.sent);
+    assert_eq!(missing, Vec::<u64>::new());
+    assert!(twice <= 32 * deaths as usize, "{twice} frames twice");
+}
+
+#[test]
+fn what_waits_for_a_receiver_is_there_however_often_the_switch_dies() {
+    what_waits_for_a_receiver_is_there::<Split>();
+    what_waits_for_a_receiver_is_there::<Packed>();
 }
 
 #[test]

@@ -1,30 +1,161 @@
 //! A bounded queue of frames in memory, for a lane whose receiver has no room at the moment: what a network device's
-//! transmit queue is to a TAP. One ring of bytes, allocated when it is first needed.
+//! transmit queue is to a TAP. One ring of bytes, got when it is first needed.
+//!
+//! Its frames were given back to their sender, so they must not die with the switch: where there is a place for it
+//! ([`super::shelf`]) the ring is a file in memory that is mapped, and two words of it say what waits. A record's bytes are there before
+//! `TAIL` says so, and `HEAD` passes a frame when its receiver can see it ([`Backlog::note`]): a switch that is killed loses none of them,
+//! and repeats at most what it was delivering.
+//!
+//! ```text
+//!   HEAD, TAIL  places: bytes since some start, modulo the ring's length where they are; HEAD >= TAIL: nothing waits
+//!   record      length (32 bits, ff ff ff ff: the next one is at the ring's begin) | 10 bytes virtio_net_hdr | queue (16 bits) | frame | to 16
+//! ```
+//!
+//! Invariant: bytes between `HEAD` and `TAIL` are not written.
+//! Invariant: no bytes of a file panic; what is no record ends what waits.
 
-use crate::port::{BURST, Burst, Frame, VnetHdr};
+use std::path::Path;
+use std::sync::atomic::Ordering;
+
+use crate::port::{BURST, Burst, FRAME_MAX, FRAME_MIN, Frame, VnetHdr};
+use crate::spool::Room;
+
+use super::shelf::Spot;
 
 /// Bytes of frames and their headers that a lane keeps at most before it drops.
 pub const BACKLOG_BYTES: usize = 1 << 20;
 /// What they take in the spool at most, written in runs: a frame of 14 bytes takes a ninth more there.
 pub const SPOOLED_MAX: usize = BACKLOG_BYTES / 8 * 9;
+/// Of a record; also what records are multiples of.
 const HEADER: usize = 16;
+/// Where a frame would go on at the ring's begin.
+const SKIP: u32 = u32::MAX;
+/// By how much a file grows.
+const STEP: usize = 64 << 10;
+/// Words of the file.
+const HEAD: usize = 0;
+const TAIL: usize = 1;
 
 fn need(len: u32) -> usize {
-    HEADER + (len as usize).next_multiple_of(8)
+    HEADER + (len as usize).next_multiple_of(HEADER)
+}
+
+/// Where a place lies in the ring.
+fn offset(place: u64) -> usize {
+    (place % BACKLOG_BYTES as u64) as usize
+}
+
+/// Where the records are.
+#[derive(Default)]
+enum Ring {
+    /// Nothing ever waited.
+    #[default]
+    None,
+    /// Dies with this process.
+    Own(Box<[u8]>),
+    /// Does not.
+    Kept(Box<Room>),
+}
+
+impl Ring {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Ring::None => &[],
+            Ring::Own(b) => b,
+            Ring::Kept(r) => r.bytes(),
+        }
+    }
+
+    /// The first `to` bytes, to be written; none if there is no memory for them.
+    fn bytes_mut(&mut self, to: usize) -> Option<&mut [u8]> {
+        match self {
+            Ring::None => None,
+            Ring::Own(b) => b.get_mut(..to),
+            Ring::Kept(r) => {
+                let to = to.next_multiple_of(STEP).min(BACKLOG_BYTES);
+                r.need(to).ok()?;
+                Some(r.bytes_mut())
+            }
+        }
+    }
+
+    fn set(&self, word: usize, place: u64) {
+        if let Ring::Kept(r) = self {
+            r.word(word).store(place, Ordering::Release);
+        }
+    }
 }
 
 /// See the module.
 #[derive(Default)]
 pub struct Backlog {
-    ring: Box<[u8]>,
-    head: usize,
-    tail: usize,
-    /// Where the records before the wrap end; meaningful while `tail < head`.
-    end: usize,
+    ring: Ring,
+    /// Where to put it.
+    spot: Spot,
+    head: u64,
+    tail: u64,
+    /// What lies before is not wanted any more.
+    noted: u64,
     frames: usize,
 }
 
 impl Backlog {
+    /// Without a frame; its ring will be there.
+    pub fn at(spot: Spot) -> Backlog {
+        Backlog {
+            spot,
+            ..Backlog::default()
+        }
+    }
+
+    /// What an earlier run has left in a file of [`super::shelf`], and where that says that it belongs.
+    pub(super) fn open(path: &Path) -> std::io::Result<(Backlog, Vec<u8>)> {
+        let (mut room, header) = Room::open(path, BACKLOG_BYTES)?;
+        let get = |word| room.word(word).load(Ordering::Acquire);
+        let (head, said) = (get(HEAD), get(TAIL));
+        let waits = said.checked_sub(head).filter(|n| {
+            let whole = n.is_multiple_of(HEADER as u64) && head.is_multiple_of(HEADER as u64);
+            whole && said < 1 << 62 && (1..=BACKLOG_BYTES as u64).contains(n)
+        });
+        // A fresh one, or one that cannot be read.
+        let (head, said) = waits.map_or((0, 0), |_| (head, said));
+        if head < said {
+            room.need(BACKLOG_BYTES)?;
+        }
+        let mut found = Backlog {
+            ring: Ring::Kept(Box::new(room)),
+            spot: Spot::default(),
+            head,
+            tail: said,
+            noted: head,
+            frames: 0,
+        };
+        let mut at = head;
+        while at < said {
+            let Some((next, is_frame)) = found.next(at).filter(|(next, _)| *next <= said) else {
+                break;
+            };
+            at = next;
+            found.frames += usize::from(is_frame);
+        }
+        found.tail = at;
+        found.ring.set(HEAD, head);
+        found.ring.set(TAIL, at);
+        Ok((found, header))
+    }
+
+    /// The place behind the record there, and whether that is a frame; none if it is no record.
+    fn next(&self, at: u64) -> Option<(u64, bool)> {
+        let place = offset(at);
+        let r = self.ring.bytes().get(place..)?;
+        let len = u32::from_le_bytes(*r.first_chunk()?);
+        if len == SKIP {
+            return Some((at + (BACKLOG_BYTES - place) as u64, false));
+        }
+        let is_frame = (FRAME_MIN..=FRAME_MAX).contains(&(len as usize)) && need(len) <= r.len();
+        is_frame.then(|| (at + need(len) as u64, true))
+    }
+
     /// True if no frame waits.
     pub fn is_empty(&self) -> bool {
         self.frames == 0
@@ -35,93 +166,124 @@ impl Backlog {
         self.frames
     }
 
-    /// Whether [`Backlog::push`] would take a frame of this length.
+    /// Whether [`Backlog::push`] would take a frame of this length, as far as there is memory.
     pub fn has_room(&self, len: u32) -> bool {
         self.place(len).is_some()
     }
 
-    /// Where a frame would go, and whether that is behind a wrap.
-    fn place(&self, len: u32) -> Option<(usize, bool)> {
-        let need = need(len);
-        let (head, tail) = match self.frames {
-            0 => (0, 0),
-            _ => (self.head, self.tail),
+    /// Where a frame would go. Not where the ring ends: then everything up to there is passed.
+    fn place(&self, len: u32) -> Option<u64> {
+        let left = BACKLOG_BYTES - offset(self.tail);
+        let at = match need(len) <= left {
+            true => self.tail,
+            false => self.tail + left as u64,
         };
-        if self.frames > 0 && tail <= head {
-            (head - tail >= need).then_some((tail, false))
-        } else if BACKLOG_BYTES - tail >= need {
-            Some((tail, false))
-        } else {
-            (head >= need).then_some((0, true))
-        }
+        let end = at + need(len) as u64;
+        (end - self.noted <= BACKLOG_BYTES as u64).then_some(at)
     }
 
-    /// Copies the frame to the end; false if there is no room.
+    /// Copies the frame, which came in at this queue of its sender's, to the end; false if there is no room.
     #[must_use]
-    pub fn push(&mut self, f: &Frame<'_>) -> bool {
-        if self.ring.is_empty() {
-            self.ring = vec![0; BACKLOG_BYTES].into_boxed_slice();
+    pub fn push(&mut self, f: &Frame<'_>, queue: u16) -> bool {
+        if matches!(self.ring, Ring::None) {
+            self.ring = match self.spot.room(BACKLOG_BYTES) {
+                Some(room) => Ring::Kept(Box::new(room)),
+                None => Ring::Own(vec![0; BACKLOG_BYTES].into_boxed_slice()),
+            };
         }
-        let Some((at, wraps)) = self.place(f.len) else {
+        if self.noted == self.tail {
+            self.begin_again();
+        }
+        let Some(at) = self.place(f.len) else {
             return false;
         };
-        let need = need(f.len);
-        if self.frames == 0 {
-            self.head = 0;
+        let passed = offset(self.tail);
+        let from = offset(at);
+        let to = from + need(f.len);
+        let Some(bytes) = self.ring.bytes_mut(to.max(passed + 4)) else {
+            return false;
+        };
+        if at != self.tail {
+            bytes[passed..passed + 4].copy_from_slice(&SKIP.to_le_bytes());
         }
-        if wraps {
-            self.end = self.tail;
-        }
-        let r = &mut self.ring[at..at + need];
+        let r = &mut bytes[from..to];
         r[..4].copy_from_slice(&f.len.to_le_bytes());
         r[4..14].copy_from_slice(&f.vnet.0);
+        r[14..16].copy_from_slice(&queue.to_le_bytes());
         f.copy_to(&mut r[HEADER..HEADER + f.len as usize]);
-        self.tail = at + need;
+        self.tail = at + need(f.len) as u64;
+        self.ring.set(TAIL, self.tail);
         self.frames += 1;
         true
     }
 
-    /// The oldest frame.
-    pub fn front(&self) -> Option<Frame<'_>> {
-        (self.frames > 0).then(|| self.record(self.head))
+    /// Nothing waits: the ring's first bytes are those that are in the processor's cache. Empty all the time, also for who finds it so.
+    fn begin_again(&mut self) {
+        let start = self.tail.next_multiple_of(BACKLOG_BYTES as u64);
+        self.ring.set(HEAD, start);
+        self.ring.set(TAIL, start);
+        (self.head, self.tail, self.noted) = (start, start, start);
+    }
+
+    /// The oldest frame, and the queue where it came in.
+    pub fn front(&self) -> Option<(Frame<'_>, u16)> {
+        self.record(self.head).map(|(f, queue, _)| (f, queue))
+    }
+
+    /// Where the frames came in, each queue once.
+    pub fn queues(&self) -> Vec<u16> {
+        let mut out = std::collections::BTreeSet::new();
+        let mut at = self.head;
+        while let Some((_, queue, next)) = self.record(at) {
+            out.insert(queue);
+            at = next;
+        }
+        out.into_iter().collect()
     }
 
     /// The oldest frames, a burst of them at most.
     pub fn oldest(&self) -> Burst<'_> {
         let mut out = Burst::new();
         let mut at = self.head;
-        let mut wrapped = self.tail <= self.head;
-        while out.len() < self.frames.min(BURST) {
-            let frame = self.record(at);
-            at += need(frame.len);
+        while out.len() < BURST
+            && let Some((frame, _, next)) = self.record(at)
+        {
+            at = next;
             out.push(frame);
-            if wrapped && at == self.end {
-                (at, wrapped) = (0, false);
-            }
         }
         out
     }
 
-    fn record(&self, at: usize) -> Frame<'_> {
-        let r = &self.ring[at..];
-        let len = u32::from_le_bytes([r[0], r[1], r[2], r[3]]) as usize;
-        let mut vnet = VnetHdr::default();
-        vnet.0.copy_from_slice(&r[4..14]);
-        Frame::from_slice(vnet, &r[HEADER..HEADER + len])
+    /// The first frame from there on, its queue, and the place behind it.
+    fn record(&self, mut at: u64) -> Option<(Frame<'_>, u16, u64)> {
+        loop {
+            let (next, is_frame) = (at < self.tail).then(|| self.next(at))??;
+            if is_frame {
+                let r = &self.ring.bytes()[offset(at)..];
+                let len = (next - at) as usize;
+                let said = u32::from_le_bytes([r[0], r[1], r[2], r[3]]) as usize;
+                let mut vnet = VnetHdr::default();
+                vnet.0.copy_from_slice(&r[4..14]);
+                let frame = Frame::from_slice(vnet, &r[HEADER..len][..said]);
+                return Some((frame, u16::from_le_bytes([r[14], r[15]]), next));
+            }
+            at = next;
+        }
     }
 
-    /// Removes the oldest frame.
+    /// Removes the oldest frame. It is still there for the next run of the switch, until [`Backlog::note`].
     pub fn pop(&mut self) {
-        if self.frames == 0 {
-            return;
+        if let Some((_, _, next)) = self.record(self.head) {
+            self.head = next;
+            self.frames -= 1;
         }
-        let r = &self.ring[self.head..];
-        let len = u32::from_le_bytes([r[0], r[1], r[2], r[3]]) as usize;
-        let wrapped = self.tail <= self.head;
-        self.head += HEADER + len.next_multiple_of(8);
-        self.frames -= 1;
-        if wrapped && self.frames > 0 && self.head == self.end {
-            self.head = 0;
+    }
+
+    /// What was removed is where it belongs, whatever becomes of this process.
+    pub fn note(&mut self) {
+        if self.noted != self.head {
+            self.noted = self.head;
+            self.ring.set(HEAD, self.head);
         }
     }
 }
@@ -132,6 +294,8 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::VecDeque;
 
+    use super::super::shelf::Shelf;
+
     proptest! {
         #[test]
         fn is_a_bounded_queue(ops in proptest::collection::vec((any::<bool>(), 14usize..65_000), 1..400)) {
@@ -140,24 +304,87 @@ mod tests {
             for (i, (push, len)) in ops.into_iter().enumerate() {
                 if push {
                     let bytes: Vec<u8> = (0..len).map(|k| (k * 31 + i) as u8).collect();
-                    let used: usize = model.iter().map(|m| m.len() + 24).sum();
-                    if b.push(&Frame::from_slice(VnetHdr([i as u8; 10]), &bytes)) {
+                    let used: usize = model.iter().map(|m| m.len() + 32).sum();
+                    if b.push(&Frame::from_slice(VnetHdr([i as u8; 10]), &bytes), i as u16 % 3) {
                         model.push_back(bytes);
                     } else {
                         // A refusal is right only when it is really full (a wrap wastes at most one frame's room).
-                        prop_assert!(used + 2 * (len + 24) + 65_000 > BACKLOG_BYTES);
+                        prop_assert!(used + 2 * (len + 32) + 65_000 > BACKLOG_BYTES);
                     }
                 } else if let Some(want) = model.pop_front() {
                     let lengths: Vec<_> = b.oldest().iter().map(|f| f.len as usize).collect();
                     let expected = std::iter::once(&want).chain(&model).map(Vec::len);
                     prop_assert_eq!(lengths, expected.take(BURST).collect::<Vec<_>>());
-                    let got = b.front().expect("a frame");
+                    let got = b.front().expect("a frame").0;
                     let mut out = vec![0; got.len as usize];
                     got.copy_to(&mut out);
                     prop_assert_eq!(out, want);
                     b.pop();
+                    b.note();
                 }
                 prop_assert_eq!(b.len(), model.len());
+            }
+        }
+    }
+
+    fn bytes(n: usize, len: usize) -> Vec<u8> {
+        (0..len).map(|k| (k * 31 + n) as u8).collect()
+    }
+
+    /// All that waits, oldest first.
+    fn waits(mut b: Backlog) -> Vec<Vec<u8>> {
+        let mut out = Vec::new();
+        while let Some((f, _)) = b.front() {
+            let mut bytes = vec![0; f.len as usize];
+            f.copy_to(&mut bytes);
+            out.push(bytes);
+            b.pop();
+        }
+        assert!(b.is_empty());
+        out
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// A switch that is killed anywhere: what was pushed and is not noted as delivered is there, and nothing else.
+        #[test]
+        fn the_next_run_finds_what_waits(ops in proptest::collection::vec((0u8..8, 14usize..65_000), 1..300)) {
+            let dir = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+            let shelf = Shelf::open(dir.path(), vec!["a".into(), "b".into()]).expect("a shelf").0;
+            let mut b = Backlog::at(shelf.spot(0, 0, 1));
+            let mut model: VecDeque<Vec<u8>> = VecDeque::new();
+            let mut popped = 0;
+            for (i, (op, len)) in ops.into_iter().enumerate() {
+                // Long ones, so that it wraps, and short ones, so that it runs empty.
+                let len = if i % 3 == 0 { len } else { 14 + len % 1500 };
+                match op {
+                    0..4 => {
+                        let bytes = bytes(i, len);
+                        if b.push(&Frame::from_slice(VnetHdr([i as u8; 10]), &bytes), i as u16 % 3) {
+                            model.push_back(bytes);
+                        }
+                    }
+                    4..7 if !b.is_empty() => {
+                        b.pop();
+                        popped += 1;
+                    }
+                    7 => {
+                        b.note();
+                        model.drain(..popped);
+                        popped = 0;
+                    }
+                    _ => {}
+                }
+                if i % 16 == 15 {
+                    let path = dir.path().join(shelf.name(0, 0, 1));
+                    if path.exists() {
+                        let (found, _) = Backlog::open(&path).expect("a file");
+                        prop_assert_eq!(found.len(), model.len());
+                        prop_assert_eq!(waits(found), model.iter().cloned().collect::<Vec<_>>());
+                    } else {
+                        prop_assert!(model.is_empty());
+                    }
+                }
             }
         }
     }

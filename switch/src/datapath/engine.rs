@@ -12,6 +12,7 @@ use super::crew::{Crew, NoAck, Place};
 use super::fdb::Fdb;
 use super::reading::Reading;
 use super::seating::Seating;
+use super::shelf::{Found, Shelf};
 use super::stats::{Books, PortCounters};
 use super::steering::Steering;
 use super::worker::{Command, Order, Outcome, QueueId, Seat, seconds_since};
@@ -227,6 +228,8 @@ pub struct Shared {
     pub fdb: Fdb,
     /// What each worker has moved.
     pub books: Books,
+    /// Where backlogs are that outlive this process.
+    pub shelf: Option<Arc<Shelf>>,
     start: Instant,
     stop: AtomicBool,
 }
@@ -251,6 +254,8 @@ pub struct Engine {
     pub(super) seating: Mutex<Seating>,
     /// Held while workers come and go.
     pub(super) changing: Mutex<()>,
+    /// What an earlier run had taken and not delivered.
+    left: Mutex<Vec<Found>>,
     /// How often in a row a queue has not moved, as guests had not read.
     unread: AtomicU32,
 }
@@ -322,7 +327,20 @@ impl Engine {
                 error: Mutex::new(None),
             })
         });
+        let names = cfg.ports.iter().map(|p| p.name.clone()).collect();
+        let kept = cfg.keeper_dir.as_ref().map(|d| d.join("backlog"));
+        let opened = kept.map(|dir| (Shelf::open(&dir, names), dir));
+        let (shelf, left) = match opened {
+            Some((Ok((shelf, left)), _)) => (Some(shelf), left),
+            Some((Err(e), dir)) => {
+                let dir = dir.display();
+                tracing::warn!("{dir}: {e}; what waits for a receiver dies with this switch");
+                (None, Vec::new())
+            }
+            None => (None, Vec::new()),
+        };
         let shared = Arc::new(Shared {
+            shelf,
             books: Books::default(),
             ports: ports.collect(),
             fdb: Fdb::new(cfg.fdb_capacity, cfg.fdb_ageing_s)?,
@@ -341,8 +359,38 @@ impl Engine {
             crew: Mutex::new(crew),
             seating: Mutex::new(Seating::new(count)),
             changing: Mutex::new(()),
+            left: Mutex::new(left),
             unread: AtomicU32::new(0),
         }))
+    }
+
+    /// Has the lanes deliver what an earlier run of the switch had taken for them, before anything newer comes in at their ports. To be
+    /// called when receivers are there or awaited. Returns how many frames that are.
+    ///
+    /// # Errors
+    /// If a worker does not answer.
+    pub fn take_up(&self) -> Result<usize, NoAck> {
+        let left = std::mem::take(&mut *lock(&self.left));
+        let Some(shelf) = &self.shared.shelf else {
+            return Ok(0);
+        };
+        let left = shelf.settle(left, self.workers().len());
+        let frames = left.iter().map(|f| f.backlog.len()).sum();
+        let mut seating = lock(&self.seating);
+        let order = |f: Found| {
+            for queue in f.queues {
+                let id = QueueId {
+                    port: f.seat.port,
+                    queue,
+                };
+                seating.begin_at(id, f.seat.worker);
+            }
+            let backlog = Box::new(f.backlog);
+            (f.seat.worker, Order::TakeUp(f.seat.port, f.to, backlog))
+        };
+        let orders = left.into_iter().map(order).collect();
+        self.orders(orders)?;
+        Ok(frames)
     }
 
     /// Ports, FDB and counters.

@@ -27,6 +27,7 @@ use gangway_shared::ledger::Account;
 
 use super::backlog::Backlog;
 use super::reading::Reading;
+use super::shelf::Spot;
 use super::stats::{DROP_NAMES, Drop, add};
 use crate::port::{Frame, Sent};
 use crate::spool::{Origin, Owed, Queue, Reader, Writer};
@@ -284,6 +285,29 @@ impl Default for Lane {
 }
 
 impl Lane {
+    /// It forwards, and its backlog will be there.
+    pub fn at(spot: Spot) -> Lane {
+        Lane {
+            backlog: Backlog::at(spot),
+            ..Lane::default()
+        }
+    }
+
+    /// What an earlier run of the switch had taken and not delivered. It forwarded then: all of it is newer than what is being put
+    /// back or was shipped, and older than what comes.
+    pub fn take_up(&mut self, backlog: Backlog, now_ns: u64) {
+        self.backlog = backlog;
+        let Some(writer) = (match &mut self.gate {
+            Gate::Hold(w) => Some(w),
+            Gate::Drain(d) => d.behind.as_mut().map(|b| &mut b.writer),
+            _ => None,
+        }) else {
+            return;
+        };
+        while !self.backlog.is_empty() && spool(&mut self.backlog, writer, now_ns) == 0 {}
+        writer.commit();
+    }
+
     /// It forwards, and nothing waits: a frame may go straight to the receiver.
     #[inline]
     pub fn is_plain(&self) -> bool {
@@ -331,10 +355,11 @@ impl Lane {
         }
     }
 
-    /// Takes a frame that [`Lane::accepts`] has agreed to, and that came in behind `from`. `Err` counts as dropped.
+    /// Takes a frame that [`Lane::accepts`] has agreed to, and that came in at this queue, behind `from`. `Err` counts as dropped.
     pub fn take(
         &mut self,
         frame: &Frame<'_>,
+        queue: u16,
         from: Origin,
         now_ns: impl FnOnce() -> u64,
         send: &mut Send<'_>,
@@ -349,7 +374,7 @@ impl Lane {
                         Sent::Full => {}
                     }
                 }
-                return if self.backlog.push(frame) {
+                return if self.backlog.push(frame, queue) {
                     Ok(())
                 } else {
                     Err(Drop::Full)
@@ -396,7 +421,7 @@ impl Lane {
                 }
             }
         }
-        while let Some(f) = self.backlog.front() {
+        while let Some((f, _)) = self.backlog.front() {
             if left == 0 {
                 return Step::More;
             }
@@ -415,6 +440,7 @@ impl Lane {
     /// Notes what of the spool is delivered. To be called when the receiver can see it: a crash must rather repeat a burst
     /// than lose it.
     pub fn note(&mut self) {
+        self.backlog.note();
         if let Gate::Drain(d) = &mut self.gate {
             d.note();
         }
@@ -432,13 +458,11 @@ impl Lane {
         }
         let mut lost = 0;
         while !self.backlog.is_empty() {
-            let run = self.backlog.oldest();
-            let (done, all) = (writer.append_run(now_ns, &run, Origin::NONE), run.len());
-            drop(run);
-            let no_room = usize::from(done < all);
-            (0..done + no_room).for_each(|_| self.backlog.pop());
+            let no_room = spool(&mut self.backlog, &mut writer, now_ns);
+            (0..no_room).for_each(|_| self.backlog.pop());
             lost += no_room as u64;
         }
+        self.backlog.note();
         writer.commit();
         self.gate = Gate::Hold(writer);
         Ok(lost)
@@ -594,6 +618,17 @@ impl Source {
     }
 }
 
+/// Moves the oldest frames, a burst of them at most. 1 if the next one finds no room. What is in a spool is there for a switch that
+/// starts, committed or not, so it is passed at once: one that is killed here repeats at most this burst.
+fn spool(backlog: &mut Backlog, writer: &mut Writer, now_ns: u64) -> usize {
+    let run = backlog.oldest();
+    let (done, all) = (writer.append_run(now_ns, &run, Origin::NONE), run.len());
+    drop(run);
+    (0..done).for_each(|_| backlog.pop());
+    backlog.note();
+    usize::from(done < all)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -668,7 +703,7 @@ mod tests {
                     if !lane.accepts(f.len, || true) {
                         break;
                     }
-                    assert_eq!(lane.take(&f, Origin::NONE, || 1, &mut full), Ok(()));
+                    assert_eq!(lane.take(&f, 0, Origin::NONE, || 1, &mut full), Ok(()));
                     n += 1;
                 }
                 // The keeper is gone: what was reserved is all there is.
@@ -693,7 +728,7 @@ mod tests {
         let mut n = 0;
         while lane.accepts(f.len, || true) {
             assert_eq!(
-                lane.take(&f, Origin::NONE, || 1, &mut full),
+                lane.take(&f, 0, Origin::NONE, || 1, &mut full),
                 Ok(()),
                 "what it accepts it keeps"
             );
@@ -702,7 +737,7 @@ mod tests {
         assert!(n > 500);
         assert!(lane.accepts(f.len, || false));
         assert_eq!(
-            lane.take(&f, Origin::NONE, || 1, &mut full),
+            lane.take(&f, 0, Origin::NONE, || 1, &mut full),
             Err(Drop::Full)
         );
         let mut out = 0;
@@ -754,7 +789,7 @@ mod tests {
                         next += 1;
                         let bytes = frame(next, usize::from(len));
                         if !lane.accepts(bytes.len() as u32, || false) { continue; }
-                        if lane.take(&Frame::from_slice(VnetHdr::default(), &bytes), Origin::NONE, || 1, &mut send).is_ok() {
+                        if lane.take(&Frame::from_slice(VnetHdr::default(), &bytes), 0, Origin::NONE, || 1, &mut send).is_ok() {
                             accepted.push(next);
                         } else { dropped += 1; }
                     },

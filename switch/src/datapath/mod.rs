@@ -6,7 +6,7 @@
 //! (ADR-0011). Control changes lanes only by [`engine`]'s batches, which each worker applies between two bursts and
 //! acknowledges: that acknowledgement is the cut of a freeze.
 //!
-//! Invariant: nothing here logs, and nothing allocates per frame (a lane allocates its backlog once, when it first
+//! Invariant: nothing here logs, and nothing allocates per frame (a lane gets its backlog when it first
 //! meets a full receiver).
 //! Invariant: a frame is released to its sender only after it was delivered, committed to a spool, or counted.
 //! Invariant: per lane, frames leave in the order in which they came (ADR-0001).
@@ -22,6 +22,7 @@ pub mod lane;
 pub mod parse;
 pub mod reading;
 pub mod seating;
+pub mod shelf;
 pub mod stats;
 pub mod steering;
 mod stuck;

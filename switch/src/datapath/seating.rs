@@ -28,6 +28,8 @@ pub struct Seating {
     last: BTreeMap<QueueId, usize>,
     /// Ports whose seats are those of an earlier run.
     restored: Vec<usize>,
+    /// What came in there in an earlier run waits in this worker's lanes.
+    before: BTreeMap<QueueId, usize>,
 }
 
 impl Seating {
@@ -41,7 +43,14 @@ impl Seating {
             pinned: Vec::new(),
             last: BTreeMap::new(),
             restored: Vec::new(),
+            before: BTreeMap::new(),
         }
+    }
+
+    /// The queue goes to this worker when it comes for the first time, if nothing pinned says otherwise: what came in there before waits
+    /// in that one's lanes.
+    pub fn begin_at(&mut self, id: QueueId, worker: usize) {
+        self.before.insert(id, worker);
     }
 
     /// So many workers shall there be. More of them have come; or the last ones leave, until [`Seating::dismiss`] or until
@@ -108,13 +117,14 @@ impl Seating {
             0 => (0..n).collect(),
             _ => self.seats(id.port),
         };
+        let before = self.before.remove(&id).filter(|w| all.contains(w));
         // Of equals the one whose turn it would be if all had the same number of queues.
         let turn = id.port + usize::from(id.queue);
         let order = |w: &usize| {
             let turn = (*w % n + n - turn % n) % n;
             (self.share(id.port, *w), self.load[*w], turn)
         };
-        let last = self.last.get(&id).copied();
+        let last = self.last.get(&id).copied().or(before);
         let to = last
             .or_else(|| all.into_iter().min_by_key(order))
             .unwrap_or(0);

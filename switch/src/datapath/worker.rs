@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use arrayvec::ArrayVec;
 use gangway_shared::config::valid::Poll;
 
+use super::backlog::Backlog;
 use super::crew::{Place, Unpinned};
 use super::egress::{Egress, Outbox, Towards};
 use super::engine::Shared;
@@ -94,8 +95,10 @@ pub enum Order {
     Run(Place),
     /// Says what waits here, and what it serves.
     Idle,
-    /// Says what waits here and would be lost with this process.
+    /// Says what waits here in memory.
     Backlogs,
+    /// Delivers what an earlier run had taken for a lane: sending port, destination port.
+    TakeUp(usize, usize, Box<Backlog>),
     /// Ends.
     Retire,
     /// Something about a lane.
@@ -383,6 +386,11 @@ impl Worker {
                     out.busy
                         .extend(sides.filter_map(|(n, s)| Some((n, s.backlog()?))));
                 }
+                Order::TakeUp(port, to, backlog) => {
+                    let side = self.side(port);
+                    side.lanes[to].take_up(*backlog, now_ns());
+                    side.is_pending(to);
+                }
                 Order::Retire => self.retired = true,
                 Order::Lane(c) => self.lane(c, &mut out),
             }
@@ -420,7 +428,11 @@ impl Worker {
     fn side(&mut self, port: usize) -> &mut Side {
         let side = &mut self.sides[port];
         if side.lanes.is_empty() {
-            side.lanes = self.shared.ports.iter().map(|_| Lane::default()).collect();
+            let lane = |to| match &self.shared.shelf {
+                Some(shelf) => Lane::at(shelf.spot(port, self.n, to)),
+                None => Lane::default(),
+            };
+            side.lanes = (0..self.shared.ports.len()).map(lane).collect();
         }
         side
     }
@@ -617,9 +629,13 @@ impl Rx {
             for &to in &self.targets {
                 let lane = &mut side.lanes[to];
                 let now_ns = || *now_ns.get_or_init(self::now_ns);
-                match lane.take(frame, before.behind(done), now_ns, &mut |f| {
-                    egress.send(to, f)
-                }) {
+                match lane.take(
+                    frame,
+                    self.id.queue,
+                    before.behind(done),
+                    now_ns,
+                    &mut |f| egress.send(to, f),
+                ) {
                     Ok(()) => {}
                     Err(why) => shared.ports[to].counters.drop(why),
                 }

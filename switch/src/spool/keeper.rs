@@ -19,7 +19,7 @@ use std::time::Duration;
 use gangway_shared::config::valid::{SpoolConfig, SpoolLimits, Sync as SyncPolicy};
 use gangway_shared::id::HoldId;
 
-use super::map::Segment;
+use super::map::{Segment, is_memory};
 use super::queue::{Queue, lock};
 use super::syncer::Syncer;
 use super::{Kind, SpoolError};
@@ -81,7 +81,7 @@ impl Epochs {
 impl Host {
     pub(super) fn new(cfg: &SpoolConfig) -> Host {
         Host {
-            in_memory: is_tmpfs(&cfg.dir),
+            in_memory: is_memory(&cfg.dir),
             epochs: Epochs(RandomState::new(), AtomicU64::new(0)),
             dir: cfg.dir.clone(),
             segment_bytes: cfg.segment_bytes,
@@ -436,9 +436,4 @@ pub(super) fn segment_number(name: &str) -> Option<u32> {
     let digits = name.strip_suffix(".seg")?;
     let number = digits.parse().ok()?;
     (segment_name(number) == name).then_some(number)
-}
-
-fn is_tmpfs(dir: &Path) -> bool {
-    const TMPFS_MAGIC: i64 = 0x0102_1994;
-    rustix::fs::statfs(dir).is_ok_and(|s| s.f_type == TMPFS_MAGIC)
 }

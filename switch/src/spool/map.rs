@@ -359,6 +359,84 @@ impl Page {
     }
 }
 
+/// A file that is memory: a page of words ([`Page`]), and bytes that are really there as far as they were asked for.
+#[derive(Debug)]
+pub(crate) struct Room {
+    page: Page,
+    map: MmapRaw,
+    file: File,
+    there: usize,
+}
+
+impl Room {
+    /// Creates one for `len` bytes, a multiple of the page size, with this content at its start. It appears under its name complete or
+    /// not at all.
+    pub(crate) fn create(path: &Path, start: &[u8], len: usize) -> io::Result<Room> {
+        drop(Page::create(path, start, PAGE)?);
+        let file = File::options().read(true).write(true).open(path)?;
+        file.set_len(PAGE + len as u64)?;
+        Room::map(file, len)
+    }
+
+    /// Maps an existing one, and gives its header.
+    pub(crate) fn open(path: &Path, len: usize) -> io::Result<(Room, Vec<u8>)> {
+        use std::os::unix::fs::FileExt;
+        let file = File::options().read(true).write(true).open(path)?;
+        if file.metadata()?.len() != PAGE + len as u64 {
+            let what = "not of such a file's size";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        }
+        let mut header = vec![0; HEADER];
+        file.read_exact_at(&mut header, 0)?;
+        allocate(&file, PAGE)?;
+        Ok((Room::map(file, len)?, header))
+    }
+
+    fn map(file: File, len: usize) -> io::Result<Room> {
+        let map = MmapOptions::new().offset(PAGE).len(len).map_raw(&file)?;
+        Ok(Room {
+            page: Page::map(&file, PAGE)?,
+            map,
+            file,
+            there: 0,
+        })
+    }
+
+    /// The word at byte `256 + 8 * n`.
+    pub(crate) fn word(&self, n: usize) -> &AtomicU64 {
+        self.page.word(n)
+    }
+
+    /// The first `to` bytes are really there from now on, or it is an error and not a SIGBUS.
+    pub(crate) fn need(&mut self, to: usize) -> io::Result<()> {
+        if to > self.there {
+            let (from, len) = (self.there, to.min(self.map.len()) - self.there);
+            let from = PAGE + from as u64;
+            fallocate(&self.file, FallocateFlags::empty(), from, len as u64)?;
+            self.there += len;
+        }
+        Ok(())
+    }
+
+    /// Those that are there.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: the mapping is live, `there <= len`, and its file is not shortened (the directory is ours). Only `&mut self` writes.
+        unsafe { std::slice::from_raw_parts(self.map.as_ptr(), self.there) }
+    }
+
+    /// Likewise.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, `there <= len`, and `&mut self` is alone.
+        unsafe { std::slice::from_raw_parts_mut(self.map.as_mut_ptr(), self.there) }
+    }
+}
+
+/// The files of this directory are memory: once faulted in, storing to them never faults again, and waits for no disk.
+pub(crate) fn is_memory(dir: &Path) -> bool {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    rustix::fs::statfs(dir).is_ok_and(|s| s.f_type == TMPFS_MAGIC)
+}
+
 fn inode(file: &File) -> io::Result<(u64, u64)> {
     use std::os::unix::fs::MetadataExt;
     file.metadata().map(|m| (m.dev(), m.ino()))

@@ -34,7 +34,7 @@ pub(crate) mod tests;
 
 pub use arriving::Arriving;
 pub use format::{Batch, Origin, Record};
-pub(crate) use map::{PAGE, Page};
+pub(crate) use map::{PAGE, Page, Room, is_memory};
 pub use queue::{Queue, sync_all};
 pub use reader::{Damaged, RUN, Reader, Run};
 pub use store::Spool;

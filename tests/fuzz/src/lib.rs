@@ -4,6 +4,7 @@
 //! A target panics if a promise is broken; that nothing else happens is all it asks. `cargo test` runs each on the inputs in
 //! `corpus/` (those that once reached something new, and those that once broke something), `make fuzz` looks for more.
 
+mod backlog;
 mod codec;
 mod config;
 pub mod corpus;
@@ -23,7 +24,7 @@ mod vhost_user;
 pub type Target = fn(&[u8]);
 
 /// All of them, by name.
-pub const TARGETS: [(&str, Target); 14] = [
+pub const TARGETS: [(&str, Target); 15] = [
     ("vhost_user", vhost_user::run),
     ("keeper", keeper::run),
     ("split_ring", rings::split),
@@ -35,6 +36,7 @@ pub const TARGETS: [(&str, Target); 14] = [
     ("spool_open", spool::open),
     ("record", record::run),
     ("positions", positions::run),
+    ("backlog", backlog::run),
     ("ledger", ledger::run),
     ("config", config::run),
     ("qmp", qmp::run),

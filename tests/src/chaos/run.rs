@@ -5,7 +5,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -343,15 +342,7 @@ fn fills_a_disk(fault: Fault) -> bool {
 }
 
 fn small_disk(host: &Host) -> Result<()> {
-    let dir = host.dir.join("spool");
-    std::fs::create_dir_all(&dir)?;
-    let size = format!("size={DISK_BYTES}");
-    process::run(
-        Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &size, "gangway-lab"])
-            .arg(&dir),
-    )
-    .map(drop)
+    host.in_memory("spool", &DISK_BYTES.to_string())
 }
 
 /// Starts the migration and waits until it stands at the case's point; of a step that fails, until it has begun.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::net::Netns;
-use super::process::{Process, command_in};
+use super::process::{self, Process, command_in};
 
 /// A host.
 pub struct Host {
@@ -60,8 +60,20 @@ impl Host {
 
     /// The same with the keeper.
     pub fn start_keeper(&mut self, program: &Path, config: &str) -> Result<()> {
+        // As `/run` is.
+        self.in_memory("kept", "64m")?;
         self.keeper = Some(self.start(program, config, "keeper")?);
         Ok(())
+    }
+
+    /// Makes one of the host's folders a file system of so many bytes (`64m`) in memory. It goes with the lab.
+    pub fn in_memory(&self, name: &str, size: &str) -> Result<()> {
+        let dir = self.dir.join(name);
+        std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+        let options = format!("size={size},mode=700");
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &options, "gangway-lab"]);
+        process::run(mount.arg(&dir)).map(drop)
     }
 
     fn start(&self, program: &Path, config: &str, what: &str) -> Result<Process> {

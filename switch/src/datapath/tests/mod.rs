@@ -21,6 +21,7 @@ use crate::port::Attach;
 use crate::port::memory::MemoryPort;
 use crate::spool::{Kind, Spool};
 
+mod deaths;
 mod wide;
 
 pub(crate) fn config(names: &[&str], workers: usize, spool: PathBuf) -> HostConfig {

@@ -80,12 +80,16 @@ struct Site {
     ports: [MemoryPort; 3],
     /// The second queue of `p`.
     second: MemoryPort,
+    /// The keeper's.
+    _kept: tempfile::TempDir,
 }
 
 impl Site {
     fn new(w: &World, name: &str) -> Site {
         let mut cfg = config(&["p", "m", "up0"], 2, w.dir.path().join(name));
         cfg.name = name.into();
+        let kept = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+        cfg.keeper_dir = Some(kept.path().to_path_buf());
         cfg.spool.sync = Sync::Batch;
         cfg.spool.segment_bytes = 256 << 10;
         cfg.spool.quota_bytes = 256 << 20;
@@ -111,6 +115,7 @@ impl Site {
                 MemoryPort::default(),
             ],
             second: MemoryPort::default(),
+            _kept: kept,
         };
         site.start(&[UP]);
         site
@@ -139,6 +144,10 @@ impl Site {
             engine,
             spool,
         });
+        for &p in up {
+            self.engine().set_tx(p, vec![(0, self.ports[p].queues().1)]);
+        }
+        self.engine().take_up().unwrap();
         up.iter().for_each(|p| self.plug(*p));
     }
 

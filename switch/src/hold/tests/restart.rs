@@ -125,7 +125,7 @@ fn an_abort_goes_on_by_itself_where_it_was() {
         for room in [0, 7, 100] {
             let s = Scene::new();
             let mut ring = go(&s, Upto::Frozen);
-            // None has delivered all when the switch dies: what comes then waits in a backlog, which dies with it (ADR-0024).
+            // None has delivered all when the switch dies: then it would not be putting back.
             each_holds(&s, 2 * 100);
             if upto == Upto::Sealed {
                 ring = s.stop_vms();
@@ -156,6 +156,37 @@ fn an_abort_goes_on_by_itself_where_it_was() {
     }
 }
 
+/// What waits for a receiver in memory: without a hold, with one that is open, and once it was cut.
+#[test]
+fn a_backlog_outlives_its_switch_before_and_in_a_hold() {
+    let s = Scene::new();
+    let dies = || {
+        std::thread::sleep(Duration::from_millis(30));
+        s.a.kill();
+        s.a.start(&[M, P, UP]);
+    };
+    s.more();
+    s.a.ports[M].set_room(0);
+    dies();
+    s.prepare();
+    dies();
+    s.a.ask(Request::Freeze {
+        hold: ID,
+        scope: Scope::All,
+    });
+    dies();
+    s.a.ask(Request::HoldAbort { hold: ID });
+    s.b.ask(Request::HoldAbort { hold: ID });
+    dies();
+    s.a.ports[M].set_room(usize::MAX);
+    put_back(&s);
+    s.a.ports[M].set_room(5);
+    dies();
+    s.a.ports[M].set_room(usize::MAX);
+    s.more();
+    s.verdict();
+}
+
 /// Which switch dies, and when.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Kill {
@@ -166,7 +197,7 @@ enum Kill {
 /// A move in which the switches die at these places.
 fn moved(kills: &[Kill]) {
     let s = Scene::new();
-    // Where the VMs are. The receiver first: what comes for one that is not there waits in a backlog, and the next death is near.
+    // Where the VMs are.
     let up = |site: &str, vms: bool| -> Vec<usize> {
         match (site, vms) {
             (_, true) => vec![M, P, UP],
@@ -197,7 +228,7 @@ fn moved(kills: &[Kill]) {
         hold: ID,
         scope: Scope::All,
     });
-    // More than `m` takes at first: what comes behind them would wait in a backlog, which dies with its switch (ADR-0024).
+    // More than `m` takes at first.
     each_holds(&s, 100);
     at("frozen", true, false);
     let ring = s.stop_vms();

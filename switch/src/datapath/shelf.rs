@@ -1,0 +1,173 @@
+//! Where the backlogs of lanes are kept, so that they outlive the switch: a folder of the keeper's, in memory
+//! (docs/formats/spool.md, "Backlogs").
+//!
+//! Only behind a keeper: without one QEMU throws away more than a backlog holds (ADR-0024). And only in memory: no worker waits for a
+//! disk. Where it is not so a backlog dies with the switch.
+//!
+//! Invariant: a file is of one lane: the sending port, the worker, the receiving port. A lane has it for as long as the process lives.
+//! Invariant: what cannot be taken up is named in the log, with the number of its frames, and counted by nobody else.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::backlog::Backlog;
+use super::worker::Seat;
+use crate::spool::{Room, is_memory};
+
+const MAGIC: &[u8; 8] = b"GWblog01";
+const SUFFIX: &str = "frames";
+
+/// See the module.
+#[derive(Debug)]
+pub struct Shelf {
+    dir: PathBuf,
+    /// Of ports, by index.
+    ports: Vec<String>,
+}
+
+/// What an earlier run had taken and not delivered, and of which lane.
+pub struct Found {
+    /// Whose.
+    pub seat: Seat,
+    /// Destination port.
+    pub to: usize,
+    /// Where they came in.
+    pub queues: Vec<u16>,
+    /// The frames.
+    pub backlog: Backlog,
+}
+
+impl Shelf {
+    /// The folder, which is made if it is not there, and what is in it.
+    ///
+    /// # Errors
+    /// If the folder cannot be made or read, or is on a disk.
+    pub fn open(dir: &Path, ports: Vec<String>) -> io::Result<(Arc<Shelf>, Vec<Found>)> {
+        match std::fs::DirBuilder::new().mode(0o700).create(dir) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+        if !is_memory(dir) {
+            return Err(io::Error::other("not in memory (tmpfs)"));
+        }
+        let shelf = Arc::new(Shelf {
+            dir: dir.to_owned(),
+            ports,
+        });
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(dir)? {
+            let path = entry?.path();
+            match shelf.take(&path) {
+                Ok(f) => found.extend(f),
+                Err(e) => tracing::error!("{}: {e}; what waited there is lost", path.display()),
+            }
+        }
+        Ok((shelf, found))
+    }
+
+    /// None if nothing waits there. A file of no lane that there is now is removed.
+    fn take(self: &Arc<Shelf>, path: &Path) -> io::Result<Option<Found>> {
+        let remove = || std::fs::remove_file(path);
+        let Some((from, worker, to)) = parts(path) else {
+            return remove().map(|()| None);
+        };
+        let opened = Backlog::open(path);
+        let (backlog, header) = opened.inspect_err(|_| {
+            let _ = remove();
+        })?;
+        if !header.starts_with(MAGIC) {
+            remove()?;
+            return Err(io::Error::other("no backlog of this version"));
+        }
+        let port = |name| self.ports.iter().position(|p| p == name);
+        match (port(from), port(to)) {
+            _ if backlog.is_empty() => remove().map(|()| None),
+            (Some(port), Some(to)) => Ok(Some(Found {
+                seat: Seat { port, worker },
+                to,
+                queues: backlog.queues(),
+                backlog,
+            })),
+            _ => {
+                remove()?;
+                let n = backlog.len();
+                Err(io::Error::other(format!(
+                    "{n} frames of a port that is not configured any more"
+                )))
+            }
+        }
+    }
+
+    /// What was found, for so many workers: one of a number that there is not any more leaves its frames to another, behind those that
+    /// lie there.
+    pub fn settle(&self, found: Vec<Found>, workers: usize) -> Vec<Found> {
+        let mut out: Vec<Found> = Vec::new();
+        let (here, gone): (Vec<_>, Vec<_>) =
+            found.into_iter().partition(|f| f.seat.worker < workers);
+        for mut f in here.into_iter().chain(gone) {
+            let from = self.dir.join(self.name(f.seat.port, f.seat.worker, f.to));
+            f.seat.worker %= workers.max(1);
+            let to = self.dir.join(self.name(f.seat.port, f.seat.worker, f.to));
+            if let Some(other) = out.iter_mut().find(|o| (o.seat, o.to) == (f.seat, f.to)) {
+                other.queues.append(&mut f.queues);
+                while f
+                    .backlog
+                    .front()
+                    .is_some_and(|(f, q)| other.backlog.push(&f, q))
+                {
+                    f.backlog.pop();
+                }
+                if !f.backlog.is_empty() {
+                    let (n, path) = (f.backlog.len(), from.display());
+                    tracing::error!(
+                        "{path}: {n} frames find no room with fewer workers and are lost"
+                    );
+                }
+                let _ = std::fs::remove_file(&from);
+                continue;
+            }
+            if from != to
+                && let Err(e) = std::fs::rename(&from, &to)
+            {
+                tracing::warn!("{}: {e}", from.display());
+            }
+            out.push(f);
+        }
+        out
+    }
+
+    /// The place of a lane's.
+    pub fn spot(self: &Arc<Shelf>, from: usize, worker: usize, to: usize) -> Spot {
+        Spot(Some((self.clone(), from, worker, to)))
+    }
+
+    pub(super) fn name(&self, from: usize, worker: usize, to: usize) -> String {
+        let [from, to] = [from, to].map(|n| self.ports.get(n).map_or("", String::as_str));
+        format!("{from}~{worker}~{to}.{SUFFIX}")
+    }
+}
+
+/// What a file's name says. Names of ports have no `~`.
+fn parts(path: &Path) -> Option<(&str, usize, &str)> {
+    let is_ours = path.extension() == Some(OsStr::new(SUFFIX));
+    let stem = path.file_stem().filter(|_| is_ours)?.to_str()?;
+    let mut parts = stem.split('~');
+    let (from, worker, to) = (parts.next()?, parts.next()?, parts.next()?);
+    Some((from, worker.parse().ok()?, to))
+}
+
+/// Where a lane's backlog is to be: nowhere by default, and it dies with the switch.
+#[derive(Debug, Clone, Default)]
+pub struct Spot(Option<(Arc<Shelf>, usize, usize, usize)>);
+
+impl Spot {
+    /// A new file for so many bytes.
+    pub(super) fn room(&self, bytes: usize) -> Option<Room> {
+        let (shelf, from, worker, to) = self.0.as_ref()?;
+        let path = shelf.dir.join(shelf.name(*from, *worker, *to));
+        Room::create(&path, MAGIC, bytes).ok()
+    }
+}

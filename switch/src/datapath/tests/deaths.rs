@@ -1,0 +1,151 @@
+//! What a switch had taken and not delivered when it died, found by the next one in the keeper's folder.
+
+use std::path::Path;
+
+use super::*;
+
+/// One run of a switch.
+struct Run {
+    engine: Arc<Engine>,
+    ports: Vec<MemoryPort>,
+}
+
+/// A folder in memory, as the keeper's is.
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").expect("a folder in memory")
+}
+
+impl Run {
+    /// As [`crate::run::Switch`] starts: receivers, what is left, senders. Senders are those of before. Returns also how many frames
+    /// were left.
+    fn start(dir: &Path, names: &[&str], workers: usize, ports: &[MemoryPort]) -> (Run, usize) {
+        let mut cfg = config(names, workers, dir.join("spool"));
+        cfg.keeper_dir = Some(dir.to_path_buf());
+        let engine = Engine::start(&cfg).expect("workers");
+        let mut inputs = Vec::new();
+        for (n, p) in ports.iter().enumerate() {
+            let (rx, tx) = p.queues();
+            engine.set_tx(n, vec![(0, tx)]);
+            inputs.push(rx);
+        }
+        for n in 1..=names.len() as u8 {
+            let at = usize::from(n) - 1;
+            engine.shared().fdb.set(mac(n), at, true, 0);
+        }
+        let left = engine.take_up().expect("workers answer");
+        for (n, rx) in inputs.into_iter().enumerate() {
+            engine.attach_rx(n, 0, rx);
+        }
+        let ports = ports.to_vec();
+        (Run { engine, ports }, left)
+    }
+
+    fn sends(&self, from: usize, to: u8, numbers: std::ops::RangeInclusive<u32>) {
+        for n in numbers {
+            self.ports[from].push(frame(from as u8 + 1, mac(to), n));
+        }
+        eventually("they are taken", || self.ports[from].waiting() == 0);
+    }
+}
+
+fn files(dir: &Path) -> usize {
+    std::fs::read_dir(dir.join("backlog"))
+        .expect("a folder")
+        .count()
+}
+
+#[test]
+fn what_waits_for_a_receiver_outlives_the_switch() {
+    for (before, after) in [(1, 1), (2, 2), (3, 1), (1, 2)] {
+        let dir = folder();
+        let names = ["a", "b", "c"];
+        let ports = [(); 3].map(|()| MemoryPort::default());
+        let (w, left) = Run::start(dir.path(), &names, before, &ports);
+        assert_eq!(left, 0);
+        ports[1].set_room(7);
+        w.sends(0, 2, 1..=500);
+        w.sends(2, 2, 1..=300);
+        eventually("it is full", || ports[1].delivered_count() == 7);
+        w.engine.stop();
+        drop(w);
+
+        // Once more, and nobody has taken anything meanwhile.
+        let (w, left) = Run::start(dir.path(), &names, after, &ports);
+        assert_eq!(left, 793, "{before} and {after} workers");
+        w.engine.stop();
+        drop(w);
+
+        let (w, left) = Run::start(dir.path(), &names, after, &ports);
+        assert_eq!(left, 793);
+        w.sends(0, 2, 501..=600);
+        w.sends(2, 2, 301..=400);
+        ports[1].set_room(usize::MAX);
+        eventually("all of a", || numbers(&ports[1], 1).len() == 600);
+        eventually("all of c", || numbers(&ports[1], 3).len() == 400);
+        assert_eq!(numbers(&ports[1], 1), (1..=600).collect::<Vec<_>>());
+        assert_eq!(numbers(&ports[1], 3), (1..=400).collect::<Vec<_>>());
+        assert!(w.engine.rest(Duration::from_secs(20)).expect("it answers"));
+        w.engine.stop();
+        drop(w);
+
+        // Nothing is left, also no file.
+        let (w, left) = Run::start(dir.path(), &names, after, &ports);
+        assert_eq!((left, files(dir.path())), (0, 0));
+        assert_eq!(ports[1].delivered_count(), 1000);
+        w.engine.stop();
+    }
+}
+
+#[test]
+fn what_cannot_be_delivered_any_more_is_not_in_the_way() {
+    let dir = folder();
+    let ports = [(); 3].map(|()| MemoryPort::default());
+    let (w, _) = Run::start(dir.path(), &["a", "b", "c"], 1, &ports);
+    ports[1].set_room(0);
+    ports[2].set_room(0);
+    w.sends(0, 2, 1..=50);
+    w.sends(0, 3, 1..=50);
+    w.engine.stop();
+    drop(w);
+    // Garbage beside it, and a port that is gone.
+    let folder = dir.path().join("backlog");
+    std::fs::write(folder.join("a~0~a.frames"), [7; 9]).expect("a file");
+    std::fs::write(folder.join("whatever"), []).expect("a file");
+    let (w, left) = Run::start(dir.path(), &["a", "b", "d"], 1, &ports);
+    assert_eq!((left, files(dir.path())), (50, 1));
+    ports[1].set_room(usize::MAX);
+    eventually("what waited for b", || ports[1].delivered_count() == 50);
+    w.engine.stop();
+}
+
+#[test]
+fn a_lane_that_was_cut_first_takes_what_waited_before() {
+    let dir = folder();
+    let ports = [(); 2].map(|()| MemoryPort::default());
+    let (w, _) = Run::start(dir.path(), &["a", "b"], 1, &ports);
+    ports[1].set_room(0);
+    w.sends(0, 2, 1..=50);
+    w.engine.stop();
+    drop(w);
+    let (w, left) = Run::start(dir.path(), &["a", "b"], 1, &ports);
+    assert_eq!(left, 50);
+    // The freeze of a hold: all of it is in the spool, and nothing in the file.
+    let spool_dir = tempfile::tempdir().expect("a folder");
+    let cfg = config(&["a", "b"], 1, spool_dir.path().into());
+    let (spool, _) = Spool::open(&cfg.spool).expect("a spool");
+    let key = LaneKey {
+        from: "a".into(),
+        queue: 0,
+        to: "b".into(),
+    };
+    let (writer, queue) = spool.create(HoldId(1), Kind::Source, &key).expect("room");
+    let seat = w.engine.pin().seats(0)[0];
+    let out = w.engine.batch(vec![Command::Hold(seat, 1, writer)]);
+    assert_eq!(out.expect("it answers").refused, []);
+    assert_eq!(queue.last_seq(), 50);
+    w.engine.stop();
+    drop(w);
+    let (w, left) = Run::start(dir.path(), &["a", "b"], 1, &ports);
+    assert_eq!(left, 0, "it would come twice");
+    w.engine.stop();
+}
