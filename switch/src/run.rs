@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
-use gangway_shared::config::valid::{PortConfig, PortKind, TapRole};
+use gangway_shared::config::valid::{LedgerConfig, PortConfig, PortKind, TapRole};
 use gangway_shared::config::{HostConfig, WORKERS_MAX};
 use gangway_shared::pki::Identity;
 
@@ -14,6 +14,7 @@ use crate::control::{Handler, ShipAcceptor, Vmm};
 use crate::datapath::Engine;
 use crate::datapath::engine::Mode;
 use crate::hold::{Host, Left, Manager, workers_of};
+use crate::ledger::{Retirement, retire};
 use crate::port::Attach;
 use crate::port::packet::{self, Fault, Health, Opened};
 use crate::port::tap::{VmTap, open_endpoint};
@@ -158,7 +159,13 @@ impl Switch {
                 vhost.push(port.with_context(|| format!("port {}", p.name))?);
             }
         }
-        let watch = tokio::spawn(watch(engine.clone(), manager.clone(), awaited, devices));
+        let watch = tokio::spawn(watch(
+            engine.clone(),
+            manager.clone(),
+            awaited,
+            devices,
+            cfg.ledger.clone(),
+        ));
         Ok(Switch {
             engine,
             manager,
@@ -199,19 +206,32 @@ impl Switch {
     }
 }
 
-/// Evens out the workers' load, and tells the engine what is wrong with devices, when it changes. A device that is gone for good gives no frames any more:
-/// its queue is detached.
+/// Evens out the workers' load, deletes old ledgers, and tells the engine what is wrong with devices, when it changes. A device that is
+/// gone for good gives no frames any more: its queue is detached.
 async fn watch(
     engine: Arc<Engine>,
     manager: Arc<Manager>,
     mut awaited: Awaited,
     devices: Vec<(usize, Arc<Health>)>,
+    ledger: LedgerConfig,
 ) {
     let mut last = vec![None; devices.len()];
+    let mut retirement = Retirement::default();
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
         awaited.look(Instant::now());
         manager.look(Instant::now());
+        if retirement.is_due(Instant::now()) {
+            let cfg = ledger.clone();
+            let old = tokio::task::spawn_blocking(move || retire(&cfg, SystemTime::now())).await;
+            match old {
+                Ok(Ok(0)) => {}
+                Ok(Ok(n)) => tracing::info!("{n} old files of the ledger were deleted"),
+                Ok(Err(e)) => tracing::warn!("old ledgers stay: {e}"),
+                // A panic there would be ours and is logged by the runtime.
+                Err(_) => {}
+            }
+        }
         let even = engine.clone();
         // A panic there would be ours and is logged by the runtime.
         let _ = tokio::task::spawn_blocking(move || even.rebalance()).await;
@@ -316,5 +336,30 @@ mod tests {
         awaited.look(Instant::now() + AWAIT_VMS);
         assert!(!armed(2), "it is not waited for any longer");
         engine.stop();
+    }
+
+    /// No hold ends here: what is too old goes by itself.
+    #[test]
+    fn an_idle_host_deletes_its_old_ledgers() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut cfg = config(&[], 1, dir.path().join("host"));
+        cfg.state_dir = dir.path().join("state");
+        cfg.ledger.dir = dir.path().join("ledger");
+        std::fs::create_dir(&cfg.ledger.dir).unwrap();
+        let file = |name: &str, days: u64| {
+            let path = cfg.ledger.dir.join(name);
+            let f = std::fs::File::create(&path).unwrap();
+            f.set_modified(SystemTime::now() - Duration::from_secs(days * 86_400))
+                .unwrap();
+            path
+        };
+        let old = file("1-source.ledger", 31);
+        let young = file("2-source.ledger", 29);
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let _inside = runtime.enter();
+        let switch = Switch::start(&cfg, &Vmm::new(&cfg), None).unwrap();
+        eventually("the old one is gone", || !old.exists());
+        assert!(young.exists());
+        switch.stop();
     }
 }

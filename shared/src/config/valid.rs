@@ -118,11 +118,11 @@ impl Default for SpoolLimits {
 pub struct LedgerConfig {
     /// `ledger.dir` (`ledger` under `host.state_dir`).
     pub dir: PathBuf,
-    /// `ledger.keep_days` (30; 0 to 3650): older ones are deleted. 0: nothing is kept.
+    /// `ledger.keep_days` (30; 0 to 3650): older ones are deleted. 0: nothing is kept, and what is there is deleted.
     pub keep_days: u32,
     /// `ledger.keep_bytes` (256 MiB): of all together; the oldest go first.
     pub keep_bytes: u64,
-    /// `ledger.frames_bytes` (0): of each hold so many bytes of the held frames themselves are kept, too.
+    /// `ledger.frames_bytes` (0): of each hold that ends from now on so many bytes of the held frames themselves are kept, too.
     pub frames_bytes: u64,
 }
 

@@ -12,7 +12,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use gangway_shared::api::{Role, Tally};
 use gangway_shared::config::valid::LedgerConfig;
@@ -111,6 +111,8 @@ const HEADER: usize = 40;
 const BATCH: usize = 24;
 const ENTRY: usize = 8;
 const SUFFIX: &str = "ledger";
+/// While it is being written.
+const UNFINISHED: &str = "new";
 
 /// A lane in a file's summary.
 #[derive(Debug)]
@@ -157,36 +159,71 @@ fn file_name(hold: HoldId, role: Role) -> String {
     format!("{hold}-{role}.{SUFFIX}")
 }
 
-/// Deletes what is older than `ledger.keep_days`, and the oldest beyond `ledger.keep_bytes`. The youngest stays if it is the
-/// only one. Returns how many.
+/// Deletes what is older than `ledger.keep_days` (0: everything), and the oldest beyond `ledger.keep_bytes`; of those that are
+/// not too old the youngest stays. What a write that was cut off has left goes, too. Returns how many.
 pub fn retire(cfg: &LedgerConfig, now: SystemTime) -> Result<usize, LedgerError> {
     let entries = match fs::read_dir(&cfg.dir) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(0),
         r => r.map_err(LedgerError::io(&cfg.dir))?,
     };
+    let mut gone = 0;
+    let mut remove = |path: &Path| match fs::remove_file(path) {
+        // The end of a hold retires, too.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        r => r.map(|()| gone += 1).map_err(LedgerError::io(path)),
+    };
     let mut all = Vec::new();
     for entry in entries {
         let path = entry.map_err(LedgerError::io(&cfg.dir))?.path();
-        if path.extension().is_some_and(|e| e == SUFFIX) {
-            let meta = fs::metadata(&path).map_err(LedgerError::io(&path))?;
-            let made = meta.modified().map_err(LedgerError::io(&path))?;
-            all.push((made, meta.len(), path));
+        let ours = |suffix| path.extension().is_some_and(|e| e == suffix);
+        if !ours(SUFFIX) && !ours(UNFINISHED) {
+            continue;
+        }
+        let meta = match fs::metadata(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            r => r.map_err(LedgerError::io(&path))?,
+        };
+        let made = meta.modified().map_err(LedgerError::io(&path))?;
+        // A file from the future is young.
+        let age = now.duration_since(made).unwrap_or_default();
+        if ours(SUFFIX) {
+            all.push((made, age, meta.len(), path));
+        } else if age > RETIRE_EVERY {
+            remove(&path)?;
         }
     }
     all.sort();
     let oldest = Duration::from_secs(u64::from(cfg.keep_days) * 86_400);
-    let mut bytes: u64 = all.iter().map(|(_, len, _)| len).sum();
-    let (mut left, mut gone) = (all.len(), 0);
-    for (made, len, path) in all {
-        // A file from the future is young.
-        let old = now.duration_since(made).is_ok_and(|age| age > oldest);
+    let mut bytes: u64 = all.iter().map(|(_, _, len, _)| len).sum();
+    let mut left = all.len();
+    for (_, age, len, path) in all {
+        let old = cfg.keep_days == 0 || age > oldest;
         if !old && (bytes <= cfg.keep_bytes || left == 1) {
             continue;
         }
-        fs::remove_file(&path).map_err(LedgerError::io(&path))?;
+        remove(&path)?;
         bytes -= len;
         left -= 1;
-        gone += 1;
     }
     Ok(gone)
+}
+
+/// How often a host on which no hold ends looks for what is due.
+const RETIRE_EVERY: Duration = Duration::from_secs(3600);
+
+/// When it is looked for: at the start of the switch, then every [`RETIRE_EVERY`].
+#[derive(Debug, Default)]
+pub struct Retirement {
+    next: Option<Instant>,
+}
+
+impl Retirement {
+    /// True if it is time to call [`retire`].
+    pub fn is_due(&mut self, now: Instant) -> bool {
+        let due = self.next.is_none_or(|next| now >= next);
+        if due {
+            self.next = Some(now + RETIRE_EVERY);
+        }
+        due
+    }
 }

@@ -235,4 +235,32 @@ fn old_ledgers_go_and_then_the_oldest() {
     let (spool, _) = open(&dir.path().join("spool"));
     let q = queue(&spool, |_| {});
     assert!(write(&cfg, &ledger(), books(&q)).unwrap().is_none());
+    assert_eq!(left(), [5], "writing nothing deletes nothing");
+    assert_eq!(retire(&cfg, day(1)).unwrap(), 1);
+    assert!(left().is_empty(), "nothing is kept, not even the last one");
+    assert!(other.exists());
+}
+
+#[test]
+fn what_a_cut_off_write_has_left_goes_when_nobody_writes_it_any_more() {
+    let dir = tmp();
+    let cfg = config(&dir, 0);
+    fs::create_dir(&cfg.dir).unwrap();
+    let path = cfg.dir.join("1.new");
+    let made = UNIX_EPOCH + RETIRE_EVERY;
+    let f = fs::File::create(&path).unwrap();
+    f.set_modified(made).unwrap();
+    assert_eq!(retire(&cfg, made + RETIRE_EVERY).unwrap(), 0);
+    assert!(path.exists());
+    let late = made + RETIRE_EVERY + Duration::from_secs(1);
+    assert_eq!(retire(&cfg, late).unwrap(), 1);
+    assert!(!path.exists());
+}
+
+#[test]
+fn an_idle_host_looks_at_its_start_and_once_an_hour() {
+    let (mut r, start) = (Retirement::default(), Instant::now());
+    let minutes = |n: u64| start + Duration::from_secs(60 * n);
+    let due: Vec<u64> = (0..200).filter(|n| r.is_due(minutes(*n))).collect();
+    assert_eq!(due, [0, 60, 120, 180]);
 }

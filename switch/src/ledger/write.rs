@@ -10,7 +10,9 @@ use gangway_shared::codec::{self, CodecError};
 use gangway_shared::config::valid::LedgerConfig;
 use gangway_shared::ledger::{Account, Ledger, Stage};
 
-use super::{Book, ENTRY, HEADER, LedgerError, MAGIC, Section, VERSION, file_name, retire};
+use super::{
+    Book, ENTRY, HEADER, LedgerError, MAGIC, Section, UNFINISHED, VERSION, file_name, retire,
+};
 use crate::spool::{Batch, Queue, crc32c};
 
 /// Reads the queues again and writes everything down, synced; then deletes what is due. Blocks for as long as reading takes.
@@ -24,7 +26,7 @@ pub fn write(
         return Ok(None);
     }
     let path = cfg.dir.join(file_name(ledger.hold, ledger.role));
-    let temporary = path.with_extension("new");
+    let temporary = path.with_extension(UNFINISHED);
     let made = fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
