@@ -231,6 +231,12 @@ pub struct OfMigration {
 pub struct VerifyArgs {
     /// The migration's number; without it the youngest.
     pub id: Option<HoldId>,
+    /// The host that the VMs left, where this computer has no journal of the migration (with --to).
+    #[arg(long, value_name = "HOST", requires = "to", requires = "id")]
+    pub from: Option<String>,
+    /// The host to which they went, likewise.
+    #[arg(long, value_name = "HOST", requires = "from")]
+    pub to: Option<String>,
     /// Also writes both hosts' records here, as JSON.
     #[arg(long, value_name = "FILE")]
     pub ledger: Option<PathBuf>,
@@ -358,6 +364,12 @@ mod tests {
         assert!(parse("gangway host workers list -o json").is_ok());
         assert!(parse("gangway status xyz").is_err());
         assert!(parse("gangway verify 00000000000000ff --pcapng f --ledger g -o json").is_ok());
+        assert!(parse("gangway verify 00000000000000ff --from a --to b").is_ok());
+        assert!(parse("gangway verify 00000000000000ff --from a").is_err());
+        assert!(
+            parse("gangway verify --from a --to b").is_err(),
+            "no number"
+        );
         assert!(parse("gangway report 00000000000000ff -o json").is_ok());
     }
 }

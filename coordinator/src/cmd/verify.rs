@@ -14,9 +14,16 @@ use crate::migration::journal::replace;
 use crate::table::{json, num, show, table};
 
 pub async fn exec(cx: &Context, args: VerifyArgs) -> Result<(), Failure> {
-    let id = cx.store.resolve(args.id)?;
-    let mission = cx.store.read(id)?.mission;
-    let (from, to) = (cx.switch(&mission.from)?, cx.switch(&mission.to)?);
+    let (id, from, to) = match (args.id, args.from, args.to) {
+        // The hosts' records are enough: anybody can compare them.
+        (Some(id), Some(from), Some(to)) => (id, from, to),
+        (id, ..) => {
+            let id = cx.store.resolve(id).map_err(elsewhere)?;
+            let mission = cx.store.read(id)?.mission;
+            (id, mission.from, mission.to)
+        }
+    };
+    let (from, to) = (cx.switch(&from)?, cx.switch(&to)?);
     let source = fetch(&from, id, Role::Source).await?;
     let target = fetch(&to, id, Role::Target).await?;
     if let Some(path) = &args.ledger {
@@ -50,6 +57,12 @@ pub async fn exec(cx: &Context, args: VerifyArgs) -> Result<(), Failure> {
         all.len(),
         all.first().map_or("", String::as_str)
     )))
+}
+
+/// No journal is no obstacle.
+fn elsewhere(f: Failure) -> Failure {
+    let how = "one that was started elsewhere: `gangway verify ID --from HOST --to HOST`";
+    Failure::new(f.code, format!("{}; {how}", f.message))
 }
 
 /// One line each.

@@ -251,17 +251,17 @@ fn blocks(file: &[u8]) -> Vec<(u32, Vec<u8>)> {
 
 #[test]
 fn a_pcapng_file_has_an_interface_per_lane_and_frames_by_time() {
-    let frame = |seq, time_ns, len| gangway_shared::ledger::KeptFrame {
+    let frame = |seq: u64, time_ns, len: usize| gangway_shared::ledger::KeptFrame {
         seq,
         time_ns,
-        bytes: vec![7; len],
+        bytes: (0..len).map(|n| (n as u64 + seq) as u8).collect(),
     };
     let lanes = [
         (
             "a -> b".to_owned(),
             vec![frame(1, 5 << 32, 61), frame(2, 7 << 32, 64)],
         ),
-        ("b -> a".to_owned(), vec![frame(1, (6 << 32) + 9, 60)]),
+        ("b -> a".to_owned(), vec![frame(77, (6 << 32) + 9, 60)]),
     ];
     let all = blocks(&pcapng::file("7", &lanes));
     let kinds: Vec<u32> = all.iter().map(|b| b.0).collect();
@@ -277,4 +277,17 @@ fn a_pcapng_file_has_an_interface_per_lane_and_frames_by_time() {
     assert_eq!(head(3), [0, 5, 0, 61, 61]);
     assert_eq!(head(4), [1, 6, 9, 60, 60]);
     assert_eq!(head(5), [0, 7, 0, 64, 64]);
+    // Behind the head: the frame, zeros up to a word, its number as a comment (option 1), and no more options.
+    let comments: [&[u8]; 3] = [
+        b"\x01\0\x05\0seq 1\0\0\0",
+        b"\x01\0\x06\0seq 77\0\0",
+        b"\x01\0\x05\0seq 2\0\0\0",
+    ];
+    let frames = [&lanes[0].1[0], &lanes[1].1[0], &lanes[0].1[1]];
+    for ((block, frame), comment) in all[3..].iter().zip(frames).zip(comments) {
+        let mut body = frame.bytes.clone();
+        body.resize(body.len().next_multiple_of(4), 0);
+        let rest = [&body, comment, &[0; 4]].concat();
+        assert_eq!(block.1[20..], rest, "frame {}", frame.seq);
+    }
 }

@@ -13,7 +13,7 @@ use gangway_shared::api::{
 use gangway_shared::config::HostConfig;
 use gangway_shared::config::valid::{Sync, VmConfig};
 use gangway_shared::id::{HoldId, LaneKey, MacAddr};
-use gangway_shared::ledger::{IndexBatch, LaneKind, LedgerLane, account};
+use gangway_shared::ledger::{IndexBatch, LaneKind, Ledger, LedgerLane, account};
 
 use super::{Host, Left, Manager, Vms, workers_of};
 use crate::control::Handler;
@@ -208,7 +208,7 @@ impl Site {
         reply
     }
 
-    fn ledger(&self, role: Role) -> Vec<LedgerLane> {
+    fn ledger(&self, role: Role) -> (Ledger, Vec<LedgerLane>) {
         match self.ask(Request::LedgerShow {
             hold: ID,
             role,
@@ -216,9 +216,22 @@ impl Site {
         }) {
             Reply::Ledger { ledger, lanes } => {
                 assert_eq!(ledger.lanes as usize, lanes.len());
-                lanes
+                (ledger, lanes)
             }
             other => panic!("{other:?}"),
+        }
+    }
+
+    /// As `gangway verify` gets it.
+    fn end(&self, role: Role) -> gangway::ledger::End {
+        let (ledger, lanes) = self.ledger(role);
+        let record = |(n, lane): (usize, LedgerLane)| gangway::ledger::LaneRecord {
+            index: lane.indexed.then(|| self.index(role, n)),
+            lane,
+        };
+        gangway::ledger::End {
+            ledger,
+            lanes: lanes.into_iter().enumerate().map(record).collect(),
         }
     }
 
@@ -569,7 +582,8 @@ fn resumed(s: &Scene, ring: Vec<Vec<u8>>) {
 
 /// All stages of both hosts have seen the same frames, and the indexes add up to them.
 fn the_ledgers_agree(s: &Scene) {
-    let (a, b) = (s.a.ledger(Role::Source), s.b.ledger(Role::Target));
+    verified(s, "moved");
+    let (a, b) = (s.a.ledger(Role::Source).1, s.b.ledger(Role::Target).1);
     let shipped = |l: &&LedgerLane| l.kind == LaneKind::Shipped;
     let lanes = a.iter().filter(shipped).count();
     assert_eq!(lanes, b.iter().filter(shipped).count());
@@ -594,4 +608,13 @@ fn the_ledgers_agree(s: &Scene) {
             assert!(st.account.agrees(&all), "{}: {st:?}, not {all:?}", l.lane);
         }
     }
+}
+
+/// `gangway verify` calls it clean; how many frames it has compared.
+fn verified(s: &Scene, outcome: &str) -> u64 {
+    let (a, b) = (s.a.end(Role::Source), s.b.end(Role::Target));
+    let v = gangway::ledger::verify(&a, &b);
+    assert!(v.clean, "{v:#?}");
+    assert_eq!(v.outcome, outcome);
+    v.frames
 }

@@ -141,6 +141,8 @@ fn an_abort_in_any_state_puts_everything_back_in_order() {
         eventually("both spools are free again", || {
             s.a.spool().used_bytes() + s.b.spool().used_bytes() == 0
         });
+        let frames = verified(&s, "put_back");
+        assert_eq!(frames > 0, stage > 0, "{frames} frames were held");
         s.more();
         s.verdict();
     }
@@ -577,7 +579,7 @@ fn a_vm_that_dies_behind_the_commit_holds_nobody_up() {
         s.a.ask(Request::HoldRelease { hold: ID });
         s.b.ask(Request::HoldRelease { hold: ID });
         // The account says what became of them.
-        let ledger = s.b.ledger(Role::Target);
+        let (_, ledger) = s.b.ledger(Role::Target);
         let lost = ledger.iter().flat_map(|l| &l.lost);
         let lost: Vec<_> = lost.collect();
         assert!(!lost.is_empty() && lost.iter().all(|g| g.why == "receiver_down"));
