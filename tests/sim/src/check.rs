@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::disk::{EXT, Lane, Numbered};
+use crate::seen::Counts;
 use crate::world::BURST;
 
 #[derive(Debug, Default)]
@@ -26,8 +27,12 @@ pub struct Check {
     /// Deaths of switches.
     pub kills: u64,
     twice: u64,
-    /// A disk has lied: nothing durable is promised.
-    pub lied: bool,
+    /// A disk had said that they are there, and lost them with the power.
+    pub betrayed: BTreeSet<Numbered>,
+    /// VMs whose process died, and that run nowhere any more: nobody can give them a frame.
+    pub dead: BTreeSet<u8>,
+    /// Faults that have happened.
+    pub seen: Counts,
     /// A VM has run on the target.
     pub activated: bool,
     /// Why the source closed lanes without having seen the mark.
@@ -107,12 +112,13 @@ impl Check {
                 } else {
                     !self.withdrawn.contains(&frame)
                 };
-                if due && !log.seen.contains(&n) {
+                let excused = self.betrayed.contains(&frame) || self.dead.contains(&lane.2);
+                if due && !excused && !log.seen.contains(&n) {
                     missing.push(frame);
                 }
             }
         }
-        if let (Some(first), false) = (missing.first(), self.lied) {
+        if let Some(first) = missing.first() {
             let how = format!("{} frames are missing, first {first:?}", missing.len());
             self.violated("complete", how);
         }

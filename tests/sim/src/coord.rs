@@ -10,6 +10,7 @@ use gangway_shared::id::HoldId;
 
 use crate::Bug;
 use crate::disk::Lane;
+use crate::seen::Seen;
 use crate::world::{A, B, Call, Event, Host, MS, Reply, Request, S, World, name};
 
 /// Of its own.
@@ -101,6 +102,14 @@ impl Coordinator {
         self.outcome.is_some()
     }
 
+    /// It has not yet stopped the source's VMs, or has let them go on.
+    pub fn lets_run(&self) -> bool {
+        let past = entries(&self.written);
+        self.is_over()
+            || !past.contains(&Entry::Begin(Step::Stop))
+            || past.contains(&Entry::Undone(Undo::ResumeSources))
+    }
+
     /// The last look at the target's VMs may be over.
     pub fn may_have_looked(&self) -> bool {
         entries(&self.written).contains(&Entry::Begin(Step::Restore))
@@ -164,6 +173,14 @@ impl World {
     }
 
     fn tell(&mut self, event: Move) {
+        let event = match event {
+            Move::Failed { step, .. }
+                if self.has(Bug::FailureIsSuccess) && step > Step::Prepare && step < NO_RETURN =>
+            {
+                Move::Done(step)
+            }
+            e => e,
+        };
         self.say(|| format!("coordinator: {event:?}"));
         if let Some(m) = &mut self.coord.machine {
             let actions = m.on(event);
@@ -194,6 +211,11 @@ impl World {
             Action::Halt(step) => {
                 self.coord.runs.remove(&Task::Step(step));
                 self.tell(Move::Halted(step));
+            }
+            Action::Undo { undo, .. }
+                if undo == Undo::EndTargets && self.has(Bug::LeavesTargets) =>
+            {
+                self.tell(Move::Undone(undo));
             }
             Action::Undo { undo, attempt } => {
                 if attempt > 0 || undo == Undo::CancelMemory {
@@ -412,6 +434,7 @@ impl World {
     /// `gangway abort` while it runs.
     pub fn operator_aborts(&mut self) {
         if self.coord.up && self.coord.begun {
+            self.check.seen.count(Seen::OperatorAbort);
             self.tell(Move::Abort);
         }
     }
@@ -422,6 +445,10 @@ impl World {
             return;
         }
         let back = self.rng.range(20 * MS, S);
+        self.check.seen.count(match power {
+            true => Seen::CoordinatorWithoutPower,
+            false => Seen::CoordinatorKilled,
+        });
         if power {
             let keep = self
                 .rng
@@ -453,7 +480,10 @@ impl World {
             .map_or(0, |n| n + 1);
         self.coord.written.truncate(whole);
         self.coord.synced = whole;
-        let past = entries(&self.coord.written);
+        let mut past = entries(&self.coord.written);
+        if self.has(Bug::ForgetsNoReturn) {
+            past.retain(|e| *e != Entry::Begin(NO_RETURN));
+        }
         self.say(|| {
             format!(
                 "coordinator starts, its journal ends with {:?}",

@@ -16,6 +16,7 @@ use gangway_switch::spool::format::{
 use gangway_switch::spool::recover::{End, Scanner, epoch_of};
 
 use crate::rng::Rng;
+use crate::seen::{Counts, Seen};
 
 /// Bytes of a segment: small, so that lanes have several.
 pub const SEGMENT: usize = 4096;
@@ -117,6 +118,19 @@ pub struct Queue {
     /// A sync has failed; nothing is taken any more until the spool is opened again.
     pub failed: bool,
     synced_once: bool,
+    /// Up to here it is on the platter: a sync said so and was true.
+    synced_seq: u64,
+    /// Up to here a sync has said so since, and lied.
+    lied_seq: u64,
+}
+
+/// What a loss of power takes although a sync has said that it is there.
+#[derive(Debug, Default)]
+pub struct Betrayed {
+    /// Their records.
+    pub frames: Vec<Numbered>,
+    /// An old record of them is back.
+    pub holds: Vec<HoldId>,
 }
 
 /// Where a reader stands.
@@ -178,6 +192,16 @@ impl Queue {
         c.offset += b.span();
     }
 
+    /// All its records.
+    fn numbered(&self) -> Vec<(u64, Numbered)> {
+        let (mut c, mut out) = (Cursor::default(), Vec::new());
+        while let At::Batch(b) = self.at(&mut c) {
+            out.extend(b.records().map(|r| (r.seq, Numbered::decode(r.frame))));
+            Queue::pass(&mut c, &b);
+        }
+        out
+    }
+
     /// Up to `max` records behind `flushed`, from the cursor's batch on; the cursor moves to the batch of the last one.
     pub fn unflushed(&self, c: &mut Cursor, max: usize) -> Vec<(u64, Numbered)> {
         let mut out = Vec::new();
@@ -197,6 +221,15 @@ impl Queue {
             Queue::pass(&mut look, &b);
         }
         out
+    }
+
+    /// What is on the platter for certain after a sync that said so: all, but for what a lie covers.
+    pub fn promised(&self) -> u64 {
+        if self.lied_seq > self.synced_seq {
+            self.synced_seq
+        } else {
+            self.last_seq()
+        }
     }
 
     /// Records on the platter, as a recovery after a loss of power would find them in order.
@@ -281,6 +314,9 @@ pub struct Disk {
     /// A sync does nothing and says that it did.
     pub lying: bool,
     epoch: u64,
+    without_power: bool,
+    /// Of this disk.
+    pub seen: Counts,
 }
 
 impl Disk {
@@ -295,6 +331,8 @@ impl Disk {
             failing: false,
             lying: false,
             epoch: 1,
+            without_power: false,
+            seen: Counts::default(),
         }
     }
 
@@ -304,6 +342,9 @@ impl Disk {
             Kind::Local if number > 0 => self.quota / 4 * 3,
             _ => self.quota,
         };
+        if self.full {
+            self.seen.count(Seen::DiskFull);
+        }
         if self.full || self.used >= limit {
             return Err(NoRoom);
         }
@@ -347,6 +388,8 @@ impl Disk {
             flushed_synced: 0,
             failed: false,
             synced_once: false,
+            synced_seq: 0,
+            lied_seq: 0,
         };
         self.queues.insert(id, q);
         Ok(())
@@ -449,16 +492,25 @@ impl Disk {
             return true;
         };
         q.failed |= failing;
+        if failing {
+            self.seen.count(Seen::FailingSync);
+        }
         if q.failed {
             return false;
         }
-        if !lying {
+        if lying {
+            if q.segments.iter().any(|s| s.dirty) {
+                q.lied_seq = q.last_seq();
+                self.seen.count(Seen::LyingSync);
+            }
+        } else {
             for s in q.segments.iter_mut().filter(|s| s.dirty) {
                 s.synced.copy_from_slice(&s.written);
                 s.dirty = false;
             }
             q.flushed_synced = q.flushed;
             q.synced_once = true;
+            (q.synced_seq, q.lied_seq) = (q.last_seq(), 0);
         }
         true
     }
@@ -473,7 +525,9 @@ impl Disk {
         let lying = self.lying;
         let file = self.records.entry(hold).or_default();
         file.written = Some(record);
-        if !lying {
+        if lying {
+            self.seen.count(Seen::LyingSync);
+        } else {
             file.synced.clone_from(&file.written);
         }
     }
@@ -501,9 +555,18 @@ impl Disk {
         });
     }
 
-    /// What the next start of the switch finds in the files. `forget_tail`: a mutation.
-    pub fn reopen(&mut self, forget_tail: bool) {
+    /// Segments that the queues have.
+    pub fn segments(&self) -> usize {
+        self.queues.values().map(|q| q.segments.len()).sum()
+    }
+
+    /// What the next start of the switch finds in the files; what is gone that may not be. `forget_tail`: a mutation.
+    pub fn reopen(&mut self, forget_tail: bool) -> Option<String> {
+        let mut gone = None;
+        let without_power = std::mem::take(&mut self.without_power);
         for q in self.queues.values_mut() {
+            let (had, was_sealed) = (q.last_seq(), q.sealed);
+            let promised = if without_power { q.synced_seq } else { had };
             let (scan, ends) = scan(q, |s| &s.written);
             q.next_seq = scan.next_seq();
             q.tally = scan.tally();
@@ -543,14 +606,27 @@ impl Disk {
             if forget_tail && !q.sealed && q.last_seq() > q.flushed {
                 q.drop_last_batch();
             }
+            let (lane, has) = (q.id.2, q.last_seq());
+            if has < promised {
+                gone = Some(format!("of {promised} records of {lane:?} {has} are left"));
+            } else if was_sealed && !q.sealed && !without_power {
+                gone = Some(format!("{lane:?} is not sealed any more"));
+            }
+            q.synced_seq = q.synced_seq.min(has);
+            q.lied_seq = q.lied_seq.min(has);
         }
+        gone
     }
 
     /// The power fails: of each sector that was not synced, either the old or the new is there.
-    pub fn lose_power(&mut self, rng: &mut Rng) {
-        let lying = self.lying;
-        let mut gone = 0;
+    pub fn lose_power(&mut self, rng: &mut Rng) -> Betrayed {
+        let mut betrayed = Betrayed::default();
+        let (mut gone, mut torn) = (0, 0);
+        self.without_power = true;
         self.queues.retain(|_, q| {
+            let lied = q.synced_seq + 1..=q.lied_seq;
+            let frames = q.numbered().into_iter().filter(|f| lied.contains(&f.0));
+            betrayed.frames.extend(frames.map(|f| f.1));
             // Its directory was never synced.
             let keep = q.synced_once || rng.permille(500);
             if !keep {
@@ -565,6 +641,7 @@ impl Disk {
                 {
                     if w != d && rng.permille(500) {
                         w.copy_from_slice(d);
+                        torn += 1;
                     }
                     d.copy_from_slice(w);
                 }
@@ -575,12 +652,15 @@ impl Disk {
             true
         });
         self.used -= gone;
-        for f in self.records.values_mut() {
-            if lying && rng.permille(500) {
+        (0..torn).for_each(|_| self.seen.count(Seen::TornWrite));
+        for (hold, f) in &mut self.records {
+            if f.written != f.synced && rng.permille(500) {
                 f.written.clone_from(&f.synced);
+                betrayed.holds.push(*hold);
             }
             f.synced.clone_from(&f.written);
         }
+        betrayed
     }
 }
 

@@ -9,11 +9,13 @@ pub mod check;
 pub mod coord;
 pub mod disk;
 pub mod rng;
+pub mod seen;
 pub mod shipment;
 pub mod switch;
 pub mod world;
 
 use gangway::migration::machine::Outcome;
+use seen::Counts;
 use world::World;
 
 /// A bug that is put into a shell or around a machine, to see that the checker finds it.
@@ -51,11 +53,29 @@ pub enum Bug {
     DepartAtOnce,
     /// Recovery leaves out the last batch.
     ForgetTail,
+    /// `hold::machine::step`: an abort behind the freeze frees the frames and puts nothing back.
+    AbortForgetsFrames,
+    /// `hold::machine::step`: a commit skips the draining.
+    LiveAtOnce,
+    /// `hold::machine::step`: the source has departed before its lanes are closed.
+    NeverDeparts,
+    /// `hold::machine::taken_up`: a target that drained has drained.
+    TakenUpDrained,
+    /// `hold::machine::holds`: a lane without frames does not hold, whatever was acknowledged.
+    HoldsWhatWaits,
+    /// `migration::machine::on`: a step that fails is done.
+    FailureIsSuccess,
+    /// `migration::machine::on`: an undo is left out.
+    LeavesTargets,
+    /// `migration::machine::replay`: the journal's point of no return is not seen.
+    ForgetsNoReturn,
+    /// `hold::machine::step` panics.
+    Panics,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 16] = [
+    pub const ALL: [Bug; 25] = [
         Bug::AckBeforeSync,
         Bug::AnswerFirst,
         Bug::SkipPersist,
@@ -72,7 +92,44 @@ impl Bug {
         Bug::NoTombstone,
         Bug::DepartAtOnce,
         Bug::ForgetTail,
+        Bug::AbortForgetsFrames,
+        Bug::LiveAtOnce,
+        Bug::NeverDeparts,
+        Bug::TakenUpDrained,
+        Bug::HoldsWhatWaits,
+        Bug::FailureIsSuccess,
+        Bug::LeavesTargets,
+        Bug::ForgetsNoReturn,
+        Bug::Panics,
     ];
+
+    /// What of the contract it breaks: only a violation of that counts as found.
+    pub fn breaks(self) -> &'static str {
+        match self {
+            Bug::HoleInTheCut | Bug::HoldsWhatWaits => "cut",
+            Bug::ForgetLane
+            | Bug::GiveBackFirst
+            | Bug::FlushedEarly
+            | Bug::DropWhenFull
+            | Bug::DepartAtOnce
+            | Bug::AbortForgetsFrames
+            | Bug::TakenUpDrained => "complete",
+            Bug::OpenBeforeDrained | Bug::LiveAtOnce => "order",
+            Bug::AckBeforeSync | Bug::ForgetTail => "durable",
+            Bug::AbortAfterCommit
+            | Bug::SkipJournal
+            | Bug::JournalNotSynced
+            | Bug::LeavesTargets
+            | Bug::ForgetsNoReturn => "all or nothing",
+            Bug::NoDedupe => "no duplicate beyond the bound",
+            Bug::AnswerFirst
+            | Bug::SkipPersist
+            | Bug::NoTombstone
+            | Bug::NeverDeparts
+            | Bug::FailureIsSuccess => "it does not end",
+            Bug::Panics => "panic",
+        }
+    }
 }
 
 /// What a world may do.
@@ -109,12 +166,25 @@ pub struct Told {
     pub held: u64,
     /// Deaths of switches.
     pub kills: u64,
+    /// What has gone wrong.
+    pub seen: Counts,
+}
+
+/// A panic in the product, or in the world itself, is a violation like any other: it has a seed and a trace.
+fn survive(w: &mut World) {
+    let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| w.run()));
+    if let Err(what) = ran {
+        let text = what.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| what.downcast_ref::<&str>().copied());
+        w.check
+            .violated("panic", text.unwrap_or("of unknown kind").to_owned());
+    }
 }
 
 /// Runs the world of a seed; `Err`: what was violated.
 pub fn run(seed: u64, bug: Option<Bug>, options: Options) -> Result<Told, String> {
     let mut w = World::new(seed, bug, options, false);
-    w.run();
+    survive(&mut w);
     match w.check.broken() {
         Some(what) => Err(what.to_owned()),
         None => Ok(Told {
@@ -123,6 +193,7 @@ pub fn run(seed: u64, bug: Option<Bug>, options: Options) -> Result<Told, String
             delivered: w.check.delivered,
             held: w.check.held,
             kills: w.check.kills,
+            seen: w.seen(),
         }),
     }
 }
@@ -130,7 +201,7 @@ pub fn run(seed: u64, bug: Option<Bug>, options: Options) -> Result<Told, String
 /// The same with every line of what happened.
 pub fn trace(seed: u64, bug: Option<Bug>, options: Options) -> String {
     let mut w = World::new(seed, bug, options, true);
-    w.run();
+    survive(&mut w);
     let end = match w.check.broken() {
         Some(what) => format!("VIOLATED {what}"),
         None => "nothing was violated".to_owned(),

@@ -12,9 +12,10 @@ use gangway_switch::spool::Kind;
 
 use crate::Bug;
 use crate::disk::{Cursor, EXT, Lane, Numbered, QueueId, Record};
+use crate::seen::Seen;
 use crate::shipment::{Incoming, Outgoing};
 use crate::world::{
-    A, B, BURST, Call, Event, Host, MS, Proc, Reply, Request, S, Work, World, name,
+    A, B, BURST, Call, Event, Host, MS, Proc, Reply, Request, S, Vm, Work, World, name,
 };
 
 /// How long an opening, a seal and a restore wait for the other host.
@@ -55,6 +56,8 @@ pub struct Hold {
     pub out: Outgoing,
     /// Target's.
     pub incoming: Incoming,
+    /// VMs that have run since.
+    ran: BTreeSet<u8>,
     marked: BTreeSet<u8>,
     departed: BTreeSet<u8>,
     give_up_at: u64,
@@ -68,6 +71,7 @@ impl Hold {
             opening: false,
             out: Outgoing::default(),
             incoming: Incoming::default(),
+            ran: BTreeSet::new(),
             marked: BTreeSet::new(),
             departed: BTreeSet::new(),
             give_up_at: 0,
@@ -132,6 +136,20 @@ impl World {
                 if self.has(Bug::AbortAfterCommit) =>
             {
                 Verdict::Go(HoldState::Aborted, Persist::Then)
+            }
+            (Role::Source, HoldState::Frozen | HoldState::Sealed, Move::Abort)
+                if self.has(Bug::AbortForgetsFrames) =>
+            {
+                Verdict::Go(HoldState::Aborted, Persist::Then)
+            }
+            (Role::Target, HoldState::Restored, Move::Commit) if self.has(Bug::LiveAtOnce) => {
+                Verdict::Go(HoldState::Live, Persist::First)
+            }
+            (Role::Source, HoldState::Sealed, Move::Depart) if self.has(Bug::NeverDeparts) => {
+                Verdict::Go(HoldState::Departed, Persist::First)
+            }
+            (_, _, Move::Commit) if self.has(Bug::Panics) => {
+                panic!("a bug that was put in panics")
             }
             _ => step(role, state, event),
         }
@@ -202,6 +220,10 @@ impl World {
     /// True if the receiver has taken it.
     fn deliver(&mut self, h: Host, frame: Numbered) -> bool {
         let vm = &self.vms[usize::from(frame.lane.2)];
+        // The product gives up what waits for one that has died.
+        if vm.died && vm.procs == [Proc::Absent; 2] {
+            return true;
+        }
         if vm.procs[h] != Proc::Running || vm.deaf_until > self.now {
             return false;
         }
@@ -260,6 +282,13 @@ impl World {
 
     /// The switch looks around once.
     pub fn tick(&mut self, h: Host) -> Work {
+        for vm in &mut self.vms {
+            // What it had queued has gone with its memory.
+            if vm.died && vm.procs == [Proc::Absent; 2] {
+                let gone = vm.rings.iter_mut().flat_map(|r| r.drain(..));
+                self.check.withdrawn.extend(gone);
+            }
+        }
         for v in 0..self.vms.len() {
             for q in 0..usize::from(self.queues) {
                 if self.vms[v].procs[h] != Proc::Running {
@@ -298,6 +327,9 @@ impl World {
                 .get(&id)
                 .map(|x| (x.record.role, x.record.state))
             {
+                Some((Role::Source, HoldState::Open | HoldState::FrozenInside)) => {
+                    self.watch_open(h, id)?
+                }
                 Some((Role::Source, HoldState::Aborting)) => self.put_back(h, id)?,
                 Some((Role::Source, HoldState::Departing)) => self.departing(h, id)?,
                 Some((Role::Target, HoldState::Draining)) => self.draining(h, id)?,
@@ -342,6 +374,27 @@ impl World {
             q.flushed = seq;
         }
         Ok((q.flushed == q.last_seq(), cursor))
+    }
+
+    /// As the product's: a VM that stops before the freeze has what comes for it held from then on.
+    fn watch_open(&mut self, h: Host, id: HoldId) -> Work {
+        let runs = |v: &Vm| v.procs[h] == Proc::Running;
+        let running: BTreeSet<u8> = (0..)
+            .zip(&self.vms)
+            .filter(|(_, v)| runs(v))
+            .map(|(n, _)| n)
+            .collect();
+        let Some(x) = self.hold(h, id).filter(|x| !x.opening) else {
+            return Ok(());
+        };
+        let stopped = !x.ran.is_subset(&running);
+        x.ran.extend(running);
+        if stopped {
+            x.lanes.values_mut().for_each(|l| l.held = true);
+            self.check.seen.count(Seen::FrozenByItself);
+            self.become_(h, id, HoldState::Frozen)?;
+        }
+        Ok(())
     }
 
     fn put_back(&mut self, h: Host, id: HoldId) -> Work {
@@ -686,8 +739,8 @@ impl World {
 
     fn freeze(&mut self, h: Host, call: Call, scope: Scope) -> Work {
         let hole = self.has(Bug::HoleInTheCut);
-        let mut cut = Vec::new();
         self.advance(h, call, Move::Freeze(scope), |w, id| {
+            let mut cut = Vec::new();
             let Some(x) = w.hold(h, id) else {
                 return Ok(None);
             };
@@ -705,12 +758,12 @@ impl World {
                 false => Reply::Refused(RefusalCode::Resources),
             }))
         })?;
-        if self.nodes[h]
-            .holds
-            .get(&call.hold)
-            .is_some_and(|x| matches!(x.record.state, HoldState::Frozen | HoldState::FrozenInside))
+        if let Some(x) = self.nodes[h].holds.get(&call.hold)
+            && matches!(x.record.state, HoldState::Frozen | HoldState::FrozenInside)
         {
-            self.check.cut.extend(cut);
+            let all = x.record.state == HoldState::Frozen;
+            let cut = x.lanes.iter().filter(|(_, l)| l.inside || all);
+            self.check.cut.extend(cut.map(|(k, _)| *k));
         }
         Ok(())
     }
@@ -843,6 +896,7 @@ impl World {
         let procs = self.vms[n].procs;
         let connected = self.hosts_connected();
         let ended = self.vms[n].ended;
+        let died = self.vms[n].died;
         let mut put = |to: Proc| {
             self.vms[n].procs[on] = to;
             Some(0)
@@ -850,7 +904,7 @@ impl World {
         let took = match (call.request, procs[on]) {
             (Request::VmStart(_), Proc::Absent) if is_there && !ended => put(Proc::Incoming),
             (Request::VmStart(_), Proc::Incoming) => Some(0),
-            (Request::VmMigrate(_), Proc::Running) if procs[B] == Proc::Incoming => {
+            (Request::VmMigrate(_), Proc::Running | Proc::Paused) if procs[B] == Proc::Incoming => {
                 Some(self.rng.range(50 * MS, 300 * MS))
             }
             (Request::VmStop(_), Proc::Running) => put(Proc::Paused),
@@ -861,6 +915,8 @@ impl World {
                 Some(self.rng.range(5 * MS, 40 * MS))
             }
             (Request::VmCont(..), Proc::Running) => Some(0),
+            // Nothing of it is left to be put back.
+            (Request::VmCont(A, _), Proc::Absent) if died => Some(0),
             (Request::VmCont(..), Proc::Arrived | Proc::Paused | Proc::Sent) => {
                 self.run_vm(on, v);
                 Some(0)
@@ -882,7 +938,10 @@ impl World {
     /// The switch starts: it opens its spool and takes up the holds that it finds.
     pub fn start(&mut self, h: Host) {
         let forget = self.has(Bug::ForgetTail);
-        self.nodes[h].disk.reopen(forget);
+        if let Some(gone) = self.nodes[h].disk.reopen(forget) {
+            self.check
+                .violated("durable", format!("{}: {gone}", name(h)));
+        }
         self.nodes[h].up = true;
         let life = self.nodes[h].life;
         self.say(|| format!("{}'s switch starts", name(h)));
@@ -913,6 +972,7 @@ impl World {
         if x.is_over() {
             return x;
         }
+        let (blind, drained) = (self.has(Bug::HoldsWhatWaits), self.has(Bug::TakenUpDrained));
         let disk = &mut self.nodes[h].disk;
         match x.record.role {
             Role::Source => {
@@ -922,6 +982,7 @@ impl World {
                     let q = disk.queues.get(&(id, Kind::Source, *lane));
                     l.held = match x.record.state {
                         HoldState::Aborting => q.is_some_and(waits),
+                        _ if blind => q.is_some_and(waits),
                         state => holds(state, l.inside, q.is_some_and(waits)),
                     };
                 }
@@ -940,7 +1001,10 @@ impl World {
                     }
                 }
                 let found = Found { complete: intact };
-                x.record.state = taken_up(x.record.role, x.record.state, found);
+                x.record.state = match x.record.state {
+                    HoldState::Draining if drained => HoldState::Live,
+                    state => taken_up(x.record.role, state, found),
+                };
             }
         }
         x

@@ -9,7 +9,7 @@
 //! ```
 //! Invariant: no real time, no thread, no I/O; everything follows from the seed.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use gangway_shared::api::{HoldState, RefusalCode, Scope, Tally};
 use gangway_shared::id::HoldId;
@@ -19,6 +19,7 @@ use crate::check::Check;
 use crate::coord::{CoordEvent, Coordinator};
 use crate::disk::{Disk, EXT, Lane, Numbered};
 use crate::rng::Rng;
+use crate::seen::{Counts, Seen};
 use crate::switch::{Hold, Pending};
 use crate::{Bug, Options};
 
@@ -75,6 +76,8 @@ pub struct Vm {
     pub session: [u64; 2],
     /// Its process on the target was ended for this migration: an order to start it comes too late.
     pub ended: bool,
+    /// Its process on the source has died.
+    pub died: bool,
 }
 
 /// From the coordinator.
@@ -168,6 +171,8 @@ pub enum Event {
     Lost(u64, Host),
     /// A guest acts.
     Guest(u8),
+    /// A guest that has stopped by itself goes on, if nobody else has to say so.
+    GoesOn(u8),
     /// The network outside acts.
     Outside,
     /// A frame from outside reaches an uplink.
@@ -203,6 +208,8 @@ pub enum Fault {
     DiskFull(Host),
     DiskLies(Host),
     GuestReset(u8),
+    GuestStops(u8),
+    SourceVmDies(u8),
     TargetVmDies(u8),
     OperatorAborts,
 }
@@ -260,6 +267,8 @@ pub struct World {
     /// See there.
     pub check: Check,
     faults_end: u64,
+    /// Holds of which a loss of power on B has brought an old record back.
+    stale: BTreeSet<HoldId>,
     /// Guests and the network say nothing more.
     pub quiet: bool,
     trace: Option<Vec<String>>,
@@ -289,6 +298,7 @@ impl World {
             deaf_until: 0,
             session: [0; 2],
             ended: false,
+            died: false,
         };
         let faults = options.faults;
         let some = |rng: &mut Rng, n| {
@@ -318,6 +328,7 @@ impl World {
             coord: Coordinator::new(HoldId(seed), rng.permille(300)),
             check: Check::default(),
             faults_end: if faults { rng.range(S, 6 * S) } else { 0 },
+            stale: BTreeSet::new(),
             quiet: false,
             trace: traced.then(Vec::new),
             steps: 0,
@@ -346,7 +357,7 @@ impl World {
             };
             let host = self.rng.range(0, 1) as usize;
             let vm = self.rng.range(0, self.vms.len() as u64 - 1) as u8;
-            let fault = match self.rng.range(0, 18) {
+            let fault = match self.rng.range(0, 22) {
                 0..=3 => Fault::KillSwitch(host, self.rng.range(0, 120) as u32),
                 4..=6 => Fault::KillCoordinator,
                 7 => Fault::CoordinatorLosesPower,
@@ -358,6 +369,14 @@ impl World {
                 15 => Fault::DiskLies(host),
                 16 => Fault::GuestReset(vm),
                 17 => Fault::TargetVmDies(vm),
+                18 | 19 => Fault::GuestStops(vm),
+                20 => Fault::SourceVmDies(vm),
+                // A lie is found out when the power fails.
+                21 => {
+                    let then = at + self.rng.range(0, 300 * MS);
+                    self.after(then, Event::Fault(Fault::TargetLosesPower));
+                    Fault::DiskLies(B)
+                }
                 _ => Fault::OperatorAborts,
             };
             self.after(at, Event::Fault(fault));
@@ -396,11 +415,13 @@ impl World {
             self.now = at;
             self.steps += 1;
             self.handle(event);
+            self.within_quota();
             if self.check.broken().is_some() {
                 return;
             }
             if at > self.faults_end && self.coord.is_over() {
                 self.quiet = true;
+                self.abort_stale();
                 if self.is_still() {
                     let since = *quiet_since.get_or_insert(at);
                     if at > since + 100 * MS {
@@ -411,17 +432,52 @@ impl World {
                 }
             }
             if at > deadline {
-                // Behind a disk that lied a loss of power brings an old record back, when nobody works on its hold any more: an
-                // operator aborts it.
-                if self.check.lied && self.coord.is_over() {
-                    break;
-                }
                 let why = self.what_moves();
                 self.check.violated("it does not end", why);
                 return;
             }
         }
         self.final_check();
+    }
+
+    /// An operator sees a hold that nobody works on any more, because a disk that had lied has brought it back, and aborts it.
+    fn abort_stale(&mut self) {
+        for hold in self.stale.clone() {
+            let x = self.nodes[B].holds.get(&hold);
+            if self.nodes[B].up && x.is_some_and(|x| !x.is_over()) {
+                let call = Call {
+                    id: 0,
+                    life: u64::MAX,
+                    hold,
+                    session: 0,
+                    request: Request::Abort,
+                };
+                let work = self.on_call(B, call);
+                self.survive(B, work);
+            }
+        }
+    }
+
+    fn within_quota(&mut self) {
+        for h in [A, B] {
+            let disk = &self.nodes[h].disk;
+            let (has, quota) = (disk.segments(), disk.quota);
+            if has > quota || has != disk.used {
+                let how = format!(
+                    "{has} segments on {}, quota {quota}, {} noted",
+                    name(h),
+                    disk.used
+                );
+                self.check.violated("bounded", how);
+            }
+        }
+    }
+
+    /// What has gone wrong so far.
+    pub fn seen(&self) -> Counts {
+        let mut all = self.check.seen;
+        self.nodes.iter().for_each(|n| all.add(&n.disk.seen));
+        all
     }
 
     fn is_still(&self) -> bool {
@@ -471,6 +527,10 @@ impl World {
         };
         for v in 0..self.vms.len() {
             let p = self.vms[v].procs;
+            if self.vms[v].died && p == [Proc::Absent; 2] && at == A {
+                self.check.dead.insert(v as u8);
+                continue;
+            }
             if p[at] != Proc::Running || p[other] != Proc::Absent {
                 let outcome = self.coord.outcome();
                 self.check
@@ -480,7 +540,7 @@ impl World {
         }
         for h in [A, B] {
             let used = self.nodes[h].disk.used;
-            if used > 0 && !self.check.lied {
+            if used > 0 {
                 self.check.violated(
                     "bounded",
                     format!("{used} segments are left on {}", name(h)),
@@ -528,6 +588,7 @@ impl World {
                 }
             }
             Event::Guest(v) => self.guest(v),
+            Event::GoesOn(v) => self.goes_on(v),
             Event::Outside => self.outside(),
             Event::Uplink(h, frame) => {
                 self.outside_flying -= 1;
@@ -585,6 +646,8 @@ impl World {
         match &mut self.nodes[h].fuse {
             Some(0) => {
                 self.nodes[h].fuse = None;
+                let kinds = [Seen::SourceSwitchKilled, Seen::TargetSwitchKilled];
+                self.check.seen.count(kinds[h]);
                 Err(Killed)
             }
             Some(n) => {
@@ -625,14 +688,11 @@ impl World {
         {
             c.broken = true;
             for h in [A, B] {
-                let at = self.rng.range(
-                    MS,
-                    if self.rng.clone().permille(300) {
-                        3 * S
-                    } else {
-                        100 * MS
-                    },
-                );
+                let half_open = self.rng.permille(300);
+                if half_open {
+                    self.check.seen.count(Seen::HalfOpen);
+                }
+                let at = self.rng.range(MS, if half_open { 3 * S } else { 100 * MS });
                 self.after(at, Event::Lost(conn, h));
             }
         }
@@ -661,9 +721,11 @@ impl World {
     fn flight(&mut self) -> Option<u64> {
         let faulty = self.now < self.faults_end;
         if faulty && self.rng.permille(self.loss) {
+            self.check.seen.count(Seen::Loss);
             return None;
         }
         Some(if faulty && self.rng.permille(self.late) {
+            self.check.seen.count(Seen::Reorder);
             self.rng.range(100 * MS, 5 * S)
         } else {
             self.rng.range(200, 5 * MS)
@@ -683,6 +745,7 @@ impl World {
             && self.rng.permille(self.twice)
             && let Some(at) = self.flight()
         {
+            self.check.seen.count(Seen::Duplicate);
             self.after(at, Event::Call(h, life, call));
         }
     }
@@ -738,6 +801,20 @@ impl World {
         }
     }
 
+    /// On the source a coordinator that has stopped it, too, says when it runs again.
+    fn goes_on(&mut self, v: u8) {
+        let procs = self.vms[usize::from(v)].procs;
+        if procs[B] == Proc::Paused {
+            self.run_vm(B, v);
+        } else if procs[A] == Proc::Paused {
+            if self.coord.lets_run() {
+                self.run_vm(A, v);
+            } else {
+                self.after(100 * MS, Event::GoesOn(v));
+            }
+        }
+    }
+
     fn outside(&mut self) {
         if self.quiet {
             return;
@@ -773,7 +850,10 @@ impl World {
                     self.say(|| format!("FAULT {fault:?}"));
                     self.kill(B);
                     let node = &mut self.nodes[B];
-                    node.disk.lose_power(&mut self.rng);
+                    let betrayed = node.disk.lose_power(&mut self.rng);
+                    self.check.betrayed.extend(betrayed.frames);
+                    self.stale.extend(betrayed.holds);
+                    self.check.seen.count(Seen::TargetWithoutPower);
                     for vm in &mut self.vms {
                         vm.procs[B] = Proc::Absent;
                     }
@@ -781,6 +861,7 @@ impl World {
             }
             Fault::CutLink(link) => {
                 self.links[link] = false;
+                self.check.seen.count(Seen::Cut);
                 if link == LINK_AB {
                     let all: Vec<u64> = self.conns.keys().copied().collect();
                     all.into_iter().for_each(|c| self.break_conn(c));
@@ -797,10 +878,7 @@ impl World {
                 match fault {
                     Fault::SyncFails(_) => d.failing = true,
                     Fault::DiskFull(_) => d.full = true,
-                    _ => {
-                        d.lying = true;
-                        self.check.lied = true;
-                    }
+                    _ => d.lying = true,
                 }
                 let heal = self.rng.range(5 * MS, left.max(6 * MS));
                 self.after(heal, Event::DiskWell(h));
@@ -810,6 +888,29 @@ impl World {
                 if vm.procs.contains(&Proc::Running) {
                     let gone = vm.rings.iter_mut().flat_map(|r| r.drain(..));
                     self.check.withdrawn.extend(gone);
+                    self.check.seen.count(Seen::GuestReset);
+                }
+            }
+            Fault::GuestStops(v) => {
+                let procs = &mut self.vms[usize::from(v)].procs;
+                if let Some(p) = procs.iter_mut().find(|p| **p == Proc::Running) {
+                    *p = Proc::Paused;
+                    self.check.seen.count(Seen::GuestStop);
+                    let on = self.rng.range(5 * MS, 2 * S);
+                    self.after(on, Event::GoesOn(v));
+                }
+            }
+            // What it had queued goes with its memory.
+            Fault::SourceVmDies(v) => {
+                let vm = &mut self.vms[usize::from(v)];
+                if vm.procs[A] != Proc::Absent {
+                    vm.procs[A] = Proc::Absent;
+                    vm.died = true;
+                    self.check.seen.count(Seen::SourceVmKilled);
+                    if !matches!(vm.procs[B], Proc::Arrived | Proc::Running) {
+                        let gone = vm.rings.iter_mut().flat_map(|r| r.drain(..));
+                        self.check.withdrawn.extend(gone);
+                    }
                 }
             }
             // Behind the coordinator's last look nobody can help it any more.
@@ -817,6 +918,7 @@ impl World {
                 let p = &mut self.vms[usize::from(v)].procs[B];
                 if !self.coord.may_have_looked() && matches!(p, Proc::Incoming | Proc::Arrived) {
                     *p = Proc::Absent;
+                    self.check.seen.count(Seen::TargetVmKilled);
                 }
             }
             Fault::OperatorAborts => self.operator_aborts(),

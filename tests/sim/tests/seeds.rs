@@ -1,8 +1,12 @@
 //! Thousands of worlds. `SEED=n cargo test -p gangway-sim` runs one, with its trace; `SEEDS=n` so many.
 
+use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
+use gangway_sim::seen::{Counts, Seen};
 use gangway_sim::{Bug, Options, run, trace};
 
 fn env(name: &str) -> Option<u64> {
@@ -50,15 +54,23 @@ fn the_checker_finds_every_bug_that_is_put_in() {
                         late: (*bug == Bug::NoTombstone).then_some(250),
                         ..Options::default()
                     };
-                    let found = (1..=WITHIN)
-                        .find_map(|seed| Some((seed, run(seed, Some(*bug), options).err()?)));
+                    let mut others = BTreeMap::<String, u64>::new();
+                    let found = (1..=WITHIN).find_map(|seed| {
+                        let what = run(seed, Some(*bug), options).err()?;
+                        let broken = what.split(": ").next().unwrap_or_default();
+                        if broken == bug.breaks() {
+                            return Some((seed, what));
+                        }
+                        *others.entry(broken.to_owned()).or_default() += 1;
+                        None
+                    });
                     match found {
                         Some((seed, what)) => {
                             let without = run(seed, None, options);
                             assert!(without.is_ok(), "seed {seed} without a bug: {without:?}");
                             println!("{bug:?}: SEED={seed}: {what}");
                         }
-                        None => missed.lock().unwrap().push(*bug),
+                        None => missed.lock().unwrap().push((*bug, bug.breaks(), others)),
                     }
                 }
             });
@@ -80,8 +92,9 @@ fn no_world_violates_the_contract() {
         return;
     }
     let (first, seeds) = (env("FIRST").unwrap_or(1), env("SEEDS").unwrap_or(2000));
-    let next = AtomicU64::new(first);
+    let (next, since) = (AtomicU64::new(first), Instant::now());
     let bad = Mutex::new(Vec::new());
+    let seen = Mutex::new(Counts::default());
     std::thread::scope(|s| {
         for _ in 0..std::thread::available_parallelism().map_or(2, usize::from) {
             s.spawn(|| {
@@ -90,8 +103,9 @@ fn no_world_violates_the_contract() {
                     if seed >= first + seeds {
                         break;
                     }
-                    if let Err(what) = run(seed, None, options) {
-                        bad.lock().unwrap().push((seed, what));
+                    match run(seed, None, options) {
+                        Ok(told) => seen.lock().unwrap().add(&told.seen),
+                        Err(what) => bad.lock().unwrap().push((seed, what)),
                     }
                 }
             });
@@ -109,4 +123,42 @@ fn no_world_violates_the_contract() {
             trace(*seed, None, options)
         );
     }
+    let seen = seen.into_inner().unwrap();
+    let all = Seen::ALL
+        .map(|k| format!("{k:?} {}", seen.of(k)))
+        .join(", ");
+    // Past the harness, which would keep it.
+    let mut err = std::io::stderr();
+    writeln!(err, "{seeds} worlds in {:.1?}: {all}", since.elapsed()).unwrap();
+    if seeds >= 2000 {
+        let never: Vec<Seen> = Seen::ALL.into_iter().filter(|k| seen.of(*k) == 0).collect();
+        assert!(never.is_empty(), "never happened: {never:?}");
+    }
+}
+
+#[test]
+fn a_panic_has_a_seed_and_a_trace() {
+    let options = Options::default();
+    let panics = Some(Bug::Panics);
+    let (seed, what) = (1..50)
+        .find_map(|seed| Some((seed, run(seed, panics, options).err()?)))
+        .expect("a commit in so many worlds");
+    assert_eq!(what, "panic: a bug that was put in panics");
+    let told = trace(seed, panics, options);
+    let last = told.lines().rev().take(2).collect::<Vec<_>>();
+    assert_eq!(last[0], format!("VIOLATED {what}"));
+    assert!(last[1].contains("hears Commit"), "{last:?}");
+}
+
+#[test]
+fn a_seed_is_the_same_world_each_time() {
+    let options = Options::default();
+    let mut lines = 0;
+    for seed in 1..=30 {
+        let again = std::thread::spawn(move || trace(seed, None, options));
+        let (one, two) = (trace(seed, None, options), again.join().unwrap());
+        assert!(one == two, "seed {seed}");
+        lines += one.lines().count();
+    }
+    assert!(lines > 3000, "{lines}");
 }
