@@ -63,6 +63,8 @@ pub(super) struct Lane {
     pub(super) queue: Arc<Queue>,
     /// Handed to QUIC, once all of it is: up to which record, and what.
     pub(super) sent: Option<(u64, Tally)>,
+    /// Bytes that QUIC has taken, on all connections.
+    pub(super) handed: u64,
     pub(super) acked_seq: u64,
     pub(super) acked: Tally,
     pub(super) complete: bool,
@@ -79,6 +81,8 @@ pub struct LaneShip {
     pub inside: bool,
     /// Handed to the network, once all of it is: up to which record, and what.
     pub sent: Option<(u64, Tally)>,
+    /// Bytes of batches that QUIC has taken, those that were sent again behind a lost connection once more.
+    pub handed: u64,
     /// What the target has safely.
     pub acked: Tally,
     /// The last record that the target has safely.
@@ -165,6 +169,7 @@ impl Outgoing {
             inside,
             queue,
             sent: None,
+            handed: 0,
             acked_seq: 0,
             acked: Tally::default(),
             complete: false,
@@ -191,6 +196,7 @@ impl Outgoing {
                 key: l.key.clone(),
                 inside: l.inside,
                 sent: l.sent,
+                handed: l.handed,
                 acked: l.acked,
                 acked_seq: l.acked_seq,
                 complete: l.complete,

@@ -98,6 +98,7 @@ async fn session(out: &Arc<Outgoing>, backoff: &mut Duration) -> Result<(), Ship
         lost = path.lost_packets,
         lost_bytes = path.lost_bytes,
         congested = path.congestion_events,
+        handed = out.lock().lanes.iter().map(|l| l.handed).sum::<u64>(),
         "the shipment's connection"
     );
     conn.close(quinn::VarInt::from_u32(0), b"");
@@ -195,7 +196,8 @@ async fn connected(
                     ),
                 });
             }
-            tasks.spawn(pump(conn.clone(), lane, l.queue, safe, ends.clone()));
+            let pump = pump(out.clone(), conn.clone(), lane, l.queue, safe, ends.clone());
+            tasks.spawn(pump);
         }
         if all && !named {
             let lanes = started as u32;
@@ -230,6 +232,7 @@ async fn connected(
 
 /// Sends what is behind record `safe`, in whole batches, until the queue is sealed and all of it is sent.
 async fn pump(
+    out: Arc<Outgoing>,
     conn: Connection,
     lane: u32,
     queue: Arc<Queue>,
@@ -275,7 +278,14 @@ async fn pump(
                 none.insert(s)
             }
         };
-        s.write_all_chunks(&mut batches).await.map_err(lost)?;
+        let mut rest = &mut batches[..];
+        while !rest.is_empty() {
+            let taken = s.write_chunks(rest).await.map_err(lost)?;
+            rest = rest.get_mut(taken.chunks..).unwrap_or_default();
+            if let Some(l) = out.lock().lanes.get_mut(lane as usize) {
+                l.handed += taken.bytes as u64;
+            }
+        }
         batches.clear();
     }
     if let Some(mut s) = stream {

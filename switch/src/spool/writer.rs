@@ -245,6 +245,8 @@ impl Writer {
     }
 
     fn write(&mut self, batch: &[u8]) -> Result<(), NoRoom> {
+        #[cfg(test)]
+        drop(self.queue.disk.lock());
         let written = match open(&mut self.file, &self.queue, self.tail.segment()) {
             Ok(file) => self.tail.write(file, batch),
             // Too many are open, which will pass: it is mapped all the same.

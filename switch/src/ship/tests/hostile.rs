@@ -520,16 +520,15 @@ fn a_source_that_is_not_let_in_says_why() {
     let other = tempfile::tempdir().unwrap();
     let d = other.path();
     gangway::pki::init(d).unwrap();
-    gangway::pki::issue(d, "alpha", pki::Role::Host, &[]).unwrap();
-    let ca = |dir: &std::path::Path| std::fs::read_to_string(dir.join("ca.pem")).unwrap();
+    let ca = |dir: &Path| std::fs::read_to_string(dir.join("ca.pem")).unwrap();
     std::fs::write(d.join("both.pem"), ca(w.dir.path()) + &ca(d)).unwrap();
     let files = TlsFiles {
-        cert: d.join("alpha.pem"),
-        key: d.join("alpha.key"),
         ca: d.join("both.pem"),
         crl: None,
+        ..issue(d, "alpha")
     };
-    let stranger = client(&Credentials::load(&files, UnixTime::now()).unwrap());
+    let _in = w.rt.enter();
+    let stranger = listen_as(d, "alpha", files).1.ship_client().unwrap();
     let rt = w.rt.handle().clone();
     let out = Outgoing::start(rt, w.endpoint.clone(), stranger, w.args());
     let e = out.wait_connected(Duration::from_secs(1)).unwrap_err();

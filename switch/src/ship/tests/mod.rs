@@ -1,20 +1,21 @@
 //! Shipments over real QUIC on the loopback, with certificates from a throw-away authority.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use gangway_shared::api::{Reply, Request};
+use gangway_shared::config::HostConfig;
 use gangway_shared::config::valid::{SpoolConfig, SpoolLimits, Sync, TlsFiles};
 use gangway_shared::id::{HoldId, LaneKey};
-use gangway_shared::pki::{self, Credentials};
-use gangway_shared::ship::ALPN;
-use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use rustls::pki_types::UnixTime;
+use gangway_shared::pki::{self, Identity};
 use tempfile::TempDir;
 
 use super::*;
+use crate::control::quic::{self, Quic};
+use crate::control::{Handler, Server, ShipAcceptor, Vmm};
 use crate::spool::tests::{HOLD, bytes, put, until, vnet};
 use crate::spool::{Kind, Queue, Spool, Writer};
 
@@ -23,7 +24,7 @@ mod ships;
 
 const TICKET: [u8; 32] = [7; 32];
 
-/// Two hosts' switches, as far as shipments go.
+/// Two hosts' switches, as far as shipments go: the product's endpoints, server and acceptor.
 pub(crate) struct World {
     pub(crate) dir: TempDir,
     pub(crate) rt: tokio::runtime::Runtime,
@@ -49,60 +50,73 @@ fn spool_config(dir: PathBuf, sync: Sync) -> SpoolConfig {
     }
 }
 
-/// An authority and certificates for these hosts, by `gangway pki`.
-fn credentials(dir: &std::path::Path, names: &[&str]) -> Vec<Credentials> {
-    gangway::pki::init(dir).unwrap();
-    let issue = |name: &&str| {
-        gangway::pki::issue(dir, name, pki::Role::Host, &[]).unwrap();
-        let files = TlsFiles {
-            cert: dir.join(format!("{name}.pem")),
-            key: dir.join(format!("{name}.key")),
-            ca: dir.join("ca.pem"),
-            crl: Some(dir.join("ca.crl")),
-        };
-        Credentials::load(&files, UnixTime::now()).unwrap()
-    };
-    names.iter().map(issue).collect()
+/// A host's certificate, by `gangway pki` of the authority in `dir`.
+fn issue(dir: &Path, name: &str) -> TlsFiles {
+    gangway::pki::issue(dir, name, pki::Role::Host, &[]).unwrap();
+    TlsFiles {
+        cert: dir.join(format!("{name}.pem")),
+        key: dir.join(format!("{name}.key")),
+        ca: dir.join("ca.pem"),
+        crl: Some(dir.join("ca.crl")),
+    }
 }
 
-fn client(c: &Credentials) -> quinn::ClientConfig {
-    let tls = QuicClientConfig::try_from(c.client_config(ALPN).unwrap()).unwrap();
-    let mut config = quinn::ClientConfig::new(Arc::new(tls));
-    config.transport_config(Arc::new(transport()));
-    config
+/// A host's configuration, and its endpoint as `main` opens it.
+fn listen_as(dir: &Path, name: &str, tls: TlsFiles) -> (HostConfig, Quic) {
+    let d = dir.display();
+    let text = format!(
+        "[host]\nname = '{name}'\nstate_dir = '{d}'\n[control]\nsocket = '{d}/{name}.sock'\n"
+    );
+    let mut cfg = HostConfig::parse(&text, "test").unwrap();
+    cfg.listen = Some(SocketAddr::from(([127, 0, 0, 1], 0)));
+    cfg.tls = Some(tls);
+    let quic = quic::endpoint(&cfg).unwrap().unwrap();
+    (cfg, quic)
+}
+
+/// Answers every order the same.
+struct Answers;
+
+impl Handler for Answers {
+    fn call(&self, _: Request) -> Reply {
+        Reply::Ok
+    }
+}
+
+/// As the switch does it; remembers the connections.
+struct Shipments(Arc<Acceptor>, Arc<std::sync::Mutex<Vec<quinn::Connection>>>);
+
+impl ShipAcceptor for Shipments {
+    fn accept(&self, conn: quinn::Connection, peer: Identity) {
+        self.1.lock().unwrap().push(conn.clone());
+        tokio::spawn(self.0.clone().accept(conn, peer.name));
+    }
 }
 
 impl World {
     pub(crate) fn new(sync: Sync) -> World {
         let dir = tempfile::tempdir().unwrap();
+        gangway::pki::init(dir.path()).unwrap();
         let rt = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
             .build()
             .unwrap();
         let _in = rt.enter();
-        let who = credentials(dir.path(), &["alpha", "beta"]);
-        let tls = QuicServerConfig::try_from(who[1].server_config(&[ALPN]).unwrap()).unwrap();
-        let mut server = quinn::ServerConfig::with_crypto(Arc::new(tls));
-        server.transport_config(Arc::new(transport()));
-        let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let listen = quinn::Endpoint::server(server, any).unwrap();
-        let address = listen.local_addr().unwrap();
+        let [(_, alpha), (cfg, beta)] =
+            ["alpha", "beta"].map(|name| listen_as(dir.path(), name, issue(dir.path(), name)));
+        let address = beta.endpoint.local_addr().unwrap();
         let acceptor = Arc::new(Acceptor::new().unwrap());
         let conns = Arc::new(std::sync::Mutex::new(Vec::new()));
-        rt.spawn({
-            let (acceptor, conns) = (acceptor.clone(), conns.clone());
-            async move {
-                while let Some(incoming) = listen.accept().await {
-                    let Ok(conn) = incoming.await else { continue };
-                    conns.lock().unwrap().push(conn.clone());
-                    let cert = conn.peer_identity().unwrap();
-                    let chain = cert.downcast::<Vec<rustls::pki_types::CertificateDer>>();
-                    let peer = pki::peer_identity(&chain.unwrap()[0]).unwrap();
-                    tokio::spawn(acceptor.clone().accept(conn, peer.name));
-                }
-            }
-        });
+        let shipments = Arc::new(Shipments(acceptor.clone(), conns.clone()));
+        let server = Server::bind(
+            &cfg,
+            Vmm::new(&cfg),
+            Arc::new(Answers),
+            Some(beta),
+            shipments,
+        );
+        rt.spawn(server.unwrap().run(std::future::pending()));
         let relay = Arc::new(AtomicBool::new(true));
         let relayed = rt.block_on(cable(address, relay.clone()));
         let spool = |name: &str| {
@@ -114,8 +128,8 @@ impl World {
             source: spool("source"),
             target: spool("target"),
             acceptor,
-            client: client(&who[0]),
-            endpoint: quinn::Endpoint::client(any).unwrap(),
+            client: alpha.ship_client().unwrap(),
+            endpoint: alpha.endpoint,
             address,
             conns,
             relay,

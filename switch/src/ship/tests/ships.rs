@@ -1,4 +1,11 @@
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+
+use gangway_shared::api::VERSION;
+use gangway_shared::codec;
+
 use super::*;
+use crate::spool::Recovered;
 
 #[test]
 fn lanes_arrive_while_they_are_written() {
@@ -160,23 +167,7 @@ fn a_restarted_target_goes_on_with_what_it_had() {
     w.acceptor.unregister(HOLD);
     until(|| !into.is_connected() && into.turn.try_lock().is_ok());
     drop(into);
-    let cfg = spool_config(w.dir.path().join("target"), Sync::None);
-    let empty = Spool::open(&spool_config(w.dir.path().join("other"), Sync::None))
-        .unwrap()
-        .0;
-    drop(std::mem::replace(&mut w.target, empty));
-    let mut found = Vec::new();
-    until(|| match Spool::open(&cfg) {
-        Ok((spool, f)) => {
-            w.target = spool;
-            found = f;
-            true
-        }
-        Err(e) => {
-            assert!(matches!(e, crate::spool::SpoolError::InUse(_)));
-            false
-        }
-    });
+    let found = reopen(&mut w.target, &w.dir, "target");
     assert_eq!(found.len(), 1);
     until(|| out.error().is_some_and(|e| e.contains("is expected here")));
     let into = w.incoming(HOLD, TICKET, "alpha");
@@ -188,6 +179,86 @@ fn a_restarted_target_goes_on_with_what_it_had() {
     writer.seal();
     assert!(out.wait_complete(Lanes::All, LONG), "{:?}", out.error());
     check(&out, &into, &q, 7000);
+    assert_eq!(handed(&out), on_the_wire(&q, 0), "each record went once");
+}
+
+/// As a switch that starts again finds this spool.
+fn reopen(spool: &mut Arc<Spool>, dir: &TempDir, name: &str) -> Vec<Recovered> {
+    let config = |name: &str| spool_config(dir.path().join(name), Sync::None);
+    let empty = Spool::open(&config("other")).unwrap().0;
+    drop(std::mem::replace(spool, empty));
+    let mut found = Vec::new();
+    until(|| match Spool::open(&config(name)) {
+        Ok((again, f)) => {
+            *spool = again;
+            found = f;
+            true
+        }
+        Err(e) => {
+            assert!(matches!(e, crate::spool::SpoolError::InUse(_)));
+            false
+        }
+    });
+    found
+}
+
+#[test]
+fn a_cut_connection_goes_on_at_the_watermark() {
+    let w = World::new(Sync::None);
+    let into = w.expect();
+    let out = w.ship(w.args());
+    let (mut writer, q) = w.queue(0);
+    out.add_lane(key(0), true, q.clone());
+    for cut in 1..=3 {
+        for n in 0..1000 {
+            put(&mut writer, n, 500);
+            if n % 16 == 0 {
+                writer.commit();
+            }
+        }
+        writer.commit();
+        until(|| out.status()[0].acked_seq == cut * 1000);
+        assert_eq!(w.conns.lock().unwrap().len(), 1);
+        w.cut();
+        until(|| !w.conns.lock().unwrap().is_empty() && out.is_connected());
+    }
+    put(&mut writer, 3000, 500);
+    writer.seal();
+    assert!(out.wait_complete(Lanes::All, LONG), "{:?}", out.error());
+    let here = into.lanes().remove(0).queue;
+    assert_eq!((here.tally(), q.tally().frames), (q.tally(), 3001));
+    assert_eq!(handed(&out), on_the_wire(&q, 0), "each record went once");
+}
+
+#[test]
+fn a_restarted_source_goes_on_at_the_watermark() {
+    let mut w = World::new(Sync::None);
+    let into = w.expect();
+    let out = w.ship(w.args());
+    let (mut writer, q) = w.queue(0);
+    out.add_lane(key(0), true, q.clone());
+    for n in 0..5000 {
+        put(&mut writer, n, 500);
+    }
+    writer.commit();
+    until(|| out.status()[0].acked_seq == 5000);
+    assert_eq!(handed(&out), on_the_wire(&q, 0));
+    // The process dies and starts again.
+    out.close();
+    until(|| !into.is_connected() && out.failure().is_some());
+    drop((out, writer, q));
+    let found = reopen(&mut w.source, &w.dir, "source").remove(0);
+    let (mut writer, q) = (found.writer.unwrap(), found.queue);
+    let rt = w.rt.handle().clone();
+    let out = Outgoing::go_on(rt, w.endpoint.clone(), w.client.clone(), w.args());
+    out.add_lane(key(0), true, q.clone());
+    for n in 5000..7000 {
+        put(&mut writer, n, 500);
+    }
+    writer.seal();
+    assert!(out.wait_complete(Lanes::All, LONG), "{:?}", out.error());
+    check(&out, &into, &q, 7000);
+    assert_eq!(handed(&out), on_the_wire(&q, 5000), "what was not there");
 }
 
 #[test]
@@ -207,31 +278,159 @@ fn an_abort_is_heard_by_the_target() {
     assert!(!out.wait_complete(Lanes::All, Duration::from_millis(20)));
 }
 
+/// Bytes that these records had on the way.
+fn on_the_wire(q: &Arc<Queue>, behind: u64) -> u64 {
+    let mut r = q.reader();
+    assert!(r.skip_to(behind).is_empty());
+    let mut bytes = 0;
+    while let Some(b) = r.peek_batch().unwrap() {
+        bytes += b.wire.len() as u64;
+        r.advance_batch();
+    }
+    bytes
+}
+
+fn handed(out: &Outgoing) -> u64 {
+    out.status().iter().map(|l| l.handed).sum()
+}
+
+const FRAME: usize = 16_000;
+
+/// Four lanes to a target with little room.
+struct Tight {
+    w: World,
+    into: Arc<Incoming>,
+    lanes: Vec<(Writer, Arc<Queue>)>,
+}
+
+impl Tight {
+    /// Each lane has so many frames of [`FRAME`] bytes, and is sealed.
+    fn new(frames: &[u64]) -> Tight {
+        let mut w = World::new(Sync::None);
+        let cfg = SpoolConfig {
+            quota_bytes: 64 << 20,
+            ..spool_config(w.dir.path().join("small"), Sync::None)
+        };
+        w.target = Spool::open(&cfg).unwrap().0;
+        let (mut other, _q) = w.target.create(HoldId(1), Kind::Local, &key(9)).unwrap();
+        // The last quarter is for what others ship.
+        while w.target.used_bytes() < cfg.quota_bytes / 4 * 3 - (1 << 20) {
+            put(&mut other, 0, FRAME);
+        }
+        let lanes = frames.iter().enumerate().map(|(n, frames)| {
+            let (mut writer, q) = w.queue(n as u16);
+            (0..*frames).for_each(|n| put(&mut writer, n, FRAME));
+            writer.seal();
+            (writer, q)
+        });
+        let lanes = lanes.collect();
+        let into = w.expect();
+        Tight { w, into, lanes }
+    }
+
+    /// With all lanes, on one thread.
+    fn ship(&self, rt: &tokio::runtime::Runtime) -> Arc<Outgoing> {
+        let (endpoint, client) = (self.w.endpoint.clone(), self.w.client.clone());
+        let out = Outgoing::start(rt.handle().clone(), endpoint, client, self.w.args());
+        for (_, q) in &self.lanes {
+            out.add_lane(q.lane().clone(), true, q.clone());
+        }
+        out
+    }
+
+    /// What the source could hand to the network and is not in the target's spool, once no more goes out.
+    fn under_way(&self, out: &Outgoing) -> u64 {
+        let mut last = (0, Instant::now());
+        until(|| {
+            let now = handed(out);
+            if now != last.0 {
+                last = (now, Instant::now());
+            }
+            now >= WINDOW && last.1.elapsed() > Duration::from_millis(500)
+        });
+        let lanes = self.into.lanes();
+        let here: u64 = lanes.iter().map(|l| on_the_wire(&l.queue, 0)).sum();
+        handed(out) - here
+    }
+
+    /// Gives the room that it has not had.
+    fn finish(self, out: &Outgoing) {
+        assert_eq!(out.error(), None);
+        assert!(!out.wait_complete(Lanes::All, Duration::ZERO));
+        self.w.target.remove_hold(HoldId(1)).unwrap();
+        assert!(out.wait_complete(Lanes::All, LONG), "{:?}", out.error());
+        for (_, q) in &self.lanes {
+            check(out, &self.into, q, q.tally().frames);
+        }
+    }
+}
+
+/// QUIC's windows as control::quic has them (docs/formats/wire.md), of a connection.
+const WINDOW: u64 = 16 << 20;
+/// Beyond them each lane has a piece of its stream, and a batch that is not whole or has no room.
+const LANE: u64 = (64 << 10) + (96 << 10);
+
+fn one_thread() -> tokio::runtime::Runtime {
+    let mut rt = tokio::runtime::Builder::new_multi_thread();
+    rt.worker_threads(1).enable_all().build().unwrap()
+}
+
 #[test]
 fn a_target_without_room_holds_the_source_back_and_loses_nothing() {
-    let mut w = World::new(Sync::None);
-    let cfg = SpoolConfig {
-        quota_bytes: 8 * (256 << 10),
-        ..spool_config(w.dir.path().join("small"), Sync::None)
-    };
-    w.target = Spool::open(&cfg).unwrap().0;
-    let (mut big, _q) = w.target.create(HoldId(1), Kind::Local, &key(9)).unwrap();
-    for n in 0..700 {
-        put(&mut big, n, 1500);
-    }
+    let t = Tight::new(&[900, 900, 900, 900]);
+    let rt = one_thread();
+    let out = t.ship(&rt);
+    let under_way = t.under_way(&out);
+    println!("{under_way} bytes are under way");
+    assert!(under_way <= WINDOW + 4 * LANE, "{under_way}");
+    t.finish(&out);
+}
+
+#[test]
+fn a_slow_disk_holds_up_no_order_and_no_keep_alive() {
+    let w = World::new(Sync::None);
     let into = w.expect();
     let out = w.ship(w.args());
-    out.wait_connected(LONG).unwrap();
-    let (mut writer, q) = w.queue(0);
-    out.add_lane(key(0), true, q.clone());
-    for n in 0..1100 {
-        put(&mut writer, n, 1500);
+    let mut lanes: Vec<_> = (0..4).map(|n| w.queue(n)).collect();
+    for (writer, q) in &mut lanes {
+        out.add_lane(q.lane().clone(), true, q.clone());
+        put(writer, 0, 100);
+        writer.commit();
     }
-    writer.seal();
-    assert!(!out.wait_complete(Lanes::All, Duration::from_millis(300)));
-    assert_eq!(out.error(), None);
-    drop(big);
-    w.target.remove_hold(HoldId(1)).unwrap();
+    until(|| out.status().iter().all(|l| l.acked_seq == 1));
+    let here: Vec<_> = into.lanes().into_iter().map(|l| l.queue).collect();
+    let disk: Vec<_> = here.iter().map(|q| q.disk.lock().unwrap()).collect();
+    let before = handed(&out);
+    for (writer, _) in &mut lanes {
+        put(writer, 1, 100);
+        writer.commit();
+    }
+    until(|| handed(&out) > before);
+    let mut s = UnixStream::connect(w.dir.path().join("beta.sock")).unwrap();
+    s.set_read_timeout(Some(LONG)).unwrap();
+    let mut call = |request: &Request| {
+        let body = codec::encode(request).unwrap();
+        let len = body.len() as u32;
+        s.write_all(&[&len.to_le_bytes(), &body[..]].concat())
+            .unwrap();
+        let mut len = [0; 4];
+        s.read_exact(&mut len).unwrap();
+        let mut body = vec![0; u32::from_le_bytes(len) as usize];
+        s.read_exact(&mut body).unwrap();
+        codec::decode::<Reply>(&body).unwrap()
+    };
+    call(&Request::Hello { version: VERSION });
+    // Longer than a connection lasts that is silent.
+    for _ in 0..40 {
+        assert_eq!(call(&Request::HostShow), Reply::Ok);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(w.conns.lock().unwrap().len(), 1);
+    assert!(here.iter().all(|q| q.tally().frames == 1));
+    drop(disk);
+    lanes.iter_mut().for_each(|(writer, _)| writer.seal());
     assert!(out.wait_complete(Lanes::All, LONG), "{:?}", out.error());
-    check(&out, &into, &q, 1100);
+    for (_, q) in &lanes {
+        check(&out, &into, q, 2);
+    }
 }
