@@ -13,6 +13,7 @@
 //! ```
 //!
 //! Invariant: an acknowledged record is in the target's spool and synced by its policy.
+//! Invariant: a lane hands over at most a chunk before the others have had their turn (ADR-0036).
 //! Invariant: nothing a peer sends costs more memory than a stream's window, one message and a batch for each lane, or panics.
 
 use std::time::Duration;
@@ -47,6 +48,8 @@ pub fn transport() -> quinn::TransportConfig {
     t.stream_receive_window(quinn::VarInt::from_u32(4 << 20));
     t.receive_window(quinn::VarInt::from_u32(16 << 20));
     t.send_window(16 << 20);
+    // Streams of one priority take turns, a packet each (ADR-0036).
+    t.send_fairness(true);
     t.keep_alive_interval(Some(Duration::from_millis(500)));
     // 3 s fit into a QUIC time-out.
     t.max_idle_timeout(quinn::IdleTimeout::try_from(Duration::from_secs(3)).ok());

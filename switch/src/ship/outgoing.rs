@@ -48,6 +48,9 @@ pub(super) struct State {
     /// Over, and why.
     pub(super) fatal: Option<ShipError>,
     pub(super) end: Option<Ending>,
+    /// Of which lane QUIC took how many bytes, in this order.
+    #[cfg(test)]
+    pub(super) taken: Vec<(u32, usize)>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -282,11 +282,16 @@ async fn pump(
         while !rest.is_empty() {
             let taken = s.write_chunks(rest).await.map_err(lost)?;
             rest = rest.get_mut(taken.chunks..).unwrap_or_default();
-            if let Some(l) = out.lock().lanes.get_mut(lane as usize) {
+            let mut state = out.lock();
+            #[cfg(test)]
+            state.taken.push((lane, taken.bytes));
+            if let Some(l) = state.lanes.get_mut(lane as usize) {
                 l.handed += taken.bytes as u64;
             }
         }
         batches.clear();
+        // The other lanes' turn.
+        tokio::task::yield_now().await;
     }
     if let Some(mut s) = stream {
         // It is closed already if the connection is, and then all is done again.
