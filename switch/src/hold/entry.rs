@@ -32,6 +32,8 @@ pub(super) struct Hold {
     pub(super) asked: Instant,
     /// That nobody does was said.
     pub(super) said: bool,
+    /// What was found damaged when it was taken up.
+    pub(super) harm: Vec<String>,
 }
 
 impl Hold {
@@ -43,6 +45,7 @@ impl Hold {
             file: Some(file),
             asked: Instant::now(),
             said: false,
+            harm: Vec::new(),
         }
     }
 
@@ -118,13 +121,16 @@ impl Hold {
                 End::Target(t) => (t.lanes(), t.error()),
                 End::Over => (Vec::new(), None),
             };
-            if let Some(why) = host.spool.trouble(Some(i.hold)) {
-                let why = format!("senders wait: {why}");
-                i.error = Some(i.error.map_or(why.clone(), |e| format!("{e}; {why}")));
-            }
-            if let Some(why) = self.quiet(Instant::now()) {
-                i.error = Some(i.error.map_or(why.clone(), |e| format!("{e}; {why}")));
-            }
+            let waits = host.spool.trouble(Some(i.hold));
+            let all = i.error.take().into_iter();
+            let all = all.chain(waits.map(|why| format!("senders wait: {why}")));
+            let all = all.chain(
+                self.harm
+                    .iter()
+                    .map(|h| format!("damaged in the spool: {h}")),
+            );
+            let all: Vec<String> = all.chain(self.quiet(Instant::now())).collect();
+            i.error = (!all.is_empty()).then(|| all.join("; "));
         }
         i
     }

@@ -75,17 +75,25 @@ impl Manager {
 
     /// Takes up what an earlier run has left. Before any port is attached, and before control answers.
     pub fn take_up(&self, left: Vec<Left>) {
-        for l in left {
+        for mut l in left {
             let (hold, frames) = (l.hold, l.frames());
+            if let Some(why) = l.unreadable() {
+                self.leave(hold, frames, &why);
+                continue;
+            }
             match l.record {
                 Ok(Some((record, stand, file))) => {
                     let taken = match record.role {
                         Role::Source => {
-                            SourceHold::take_up(&self.host, &record, stand.state, l.queues)
-                                .map(|s| (End::Source(s), stand.state))
+                            let state = stand.state;
+                            SourceHold::take_up(&self.host, &record, state, l.queues, &mut l.harm)
+                                .map(|s| (End::Source(s), state))
                         }
-                        Role::Target => TargetHold::take_up(&self.host, &record, &stand, l.queues)
-                            .map(|(t, state)| (End::Target(t), state)),
+                        Role::Target => {
+                            let host = &self.host;
+                            TargetHold::take_up(host, &record, &stand, l.queues, &mut l.harm)
+                                .map(|(t, state)| (End::Target(t), state))
+                        }
                     };
                     match taken {
                         Ok((end, state)) => {
@@ -93,7 +101,8 @@ impl Manager {
                             let mut i = info(hold, record.role, state, record.vms, record.peer);
                             (i.frozen_ns, i.thawed_ns, i.drained_ns) =
                                 (stand.frozen_ns, stand.thawed_ns, stand.drained_ns);
-                            let x = Hold::new(i, end, stand, file);
+                            let mut x = Hold::new(i, end, stand, file);
+                            x.harm = l.harm;
                             lock(&self.holds).insert(hold, Arc::new(Mutex::new(x)));
                             self.go_on(hold, state, &stand);
                         }

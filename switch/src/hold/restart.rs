@@ -5,11 +5,14 @@
 //! that was being put back, or was committed, goes on with that by itself; any other waits for its coordinator.
 //!
 //! Invariant: what can't be taken up (a damaged record, a port that is not configured any more) stays on the disk, is
-//! named, and is refused to everybody who asks for it.
+//! named, and is refused to everybody who asks for it. So is a source's hold of which queues are missing: what they held
+//! is lost, and what comes for their lanes would be held by nobody.
+//! Invariant: what is lost of a hold that is taken up all the same is named in the log and in its status.
 //! Invariant: a queue is delivered from behind what was noted as delivered; at most a burst of it comes twice.
 
 use std::collections::BTreeMap;
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use gangway_shared::api::{HoldState, Refusal, RefusalCode};
@@ -27,7 +30,7 @@ use crate::datapath::engine::{Mode, Pin, Port};
 use crate::datapath::lane::{Gate, Progress};
 use crate::datapath::stats::Drop as Dropped;
 use crate::datapath::worker::{Command, Seat};
-use crate::spool::{Kind, Queue, Recovered, Spool, SpoolError, Writer};
+use crate::spool::{Kind, Queue, Recovered, Spool, SpoolError, Word, Writer};
 
 /// What is there of a hold.
 pub struct Left {
@@ -35,25 +38,60 @@ pub struct Left {
     /// None: it was never opened, or is of a switch that wrote no records.
     pub(super) record: Result<Option<(HoldRecord, Stand, RecordFile)>, RecordError>,
     pub(super) queues: Vec<Recovered>,
+    /// Directories of which it is not known whose frames they have.
+    strays: Vec<PathBuf>,
+    /// What is damaged.
+    pub(super) harm: Vec<String>,
 }
 
 impl Left {
     /// Of all holds in the spool.
     pub fn read(spool: &Spool, recovered: Vec<Recovered>) -> Result<Vec<Left>, SpoolError> {
-        let mut queues: BTreeMap<HoldId, Vec<Recovered>> = BTreeMap::new();
+        let mut queues: BTreeMap<HoldId, (Vec<Recovered>, Vec<String>)> = BTreeMap::new();
         for r in recovered {
+            let hold = r.queue.hold();
+            let (queues, harm) = queues.entry(hold).or_default();
             if let Some(d) = r.damaged.first() {
-                let (hold, more) = (r.queue.hold(), r.damaged.len() - 1);
+                let more = r.damaged.len() - 1;
                 tracing::error!(%hold, "in the spool, and {more} more places: {d}");
+                harm.push(d.to_string());
             }
-            queues.entry(r.queue.hold()).or_default().push(r);
+            for b in &r.bad_words {
+                if b.lost {
+                    tracing::error!(%hold, "in the spool: {b}");
+                    harm.push(b.to_string());
+                } else {
+                    tracing::warn!(%hold, "in the spool: {b}");
+                }
+            }
+            queues.push(r);
         }
-        let left = spool.holds()?.into_iter().map(|hold| Left {
-            hold,
-            record: RecordFile::open(&spool.dir_of(hold), spool.is_durable()),
-            queues: queues.remove(&hold).unwrap_or_default(),
+        let left = spool.holds()?.into_iter().map(|hold| {
+            let (queues, harm) = queues.remove(&hold).unwrap_or_default();
+            let record = RecordFile::open(&spool.dir_of(hold), spool.is_durable());
+            if let Ok(Some((record, ..))) = &record {
+                queues.iter().for_each(|r| know_again(r, record));
+            }
+            Ok(Left {
+                hold,
+                record,
+                queues,
+                strays: spool.strays(hold)?,
+                harm,
+            })
         });
-        Ok(left.collect())
+        left.collect()
+    }
+
+    /// Why nobody may touch it, whatever its record says.
+    pub(super) fn unreadable(&self) -> Option<String> {
+        let dir = self.strays.first()?;
+        let what = format!(
+            "{}, and {} more: damaged, it is not known whose frames they have",
+            dir.display(),
+            self.strays.len() - 1
+        );
+        Some(what)
     }
 
     /// Frames that were accepted and are not known to be delivered.
@@ -61,6 +99,30 @@ impl Left {
         let left = |r: &Recovered| r.queue.last_seq().saturating_sub(r.queue.flushed_seq());
         self.queues.iter().map(left).sum()
     }
+}
+
+/// What is not known of a queue that its hold's record says: whether both ends of its lane are in the group.
+fn know_again(r: &Recovered, record: &HoldRecord) {
+    if r.bad_words.iter().any(|b| b.lost && b.word == Word::Flags) {
+        let from = &r.queue.lane().from;
+        let inside = from == READ_BACK || record.ports.iter().any(|p| p.name == *from);
+        r.queue.set_inside(inside);
+    }
+}
+
+/// The lanes to the group, by its record; with `own` also the lanes of the group's ports to themselves.
+fn recorded(record: &HoldRecord, own: bool) -> Vec<LaneKey> {
+    let mut all = Vec::new();
+    for to in &record.ports {
+        for s in record.seats.iter().filter(|s| own || s.port != to.name) {
+            all.extend((0..s.workers.len()).map(|n| LaneKey {
+                from: s.port.clone(),
+                queue: n as u16,
+                to: to.name.clone(),
+            }));
+        }
+    }
+    all
 }
 
 /// Workers that must be there so that each hold has its seats again.
@@ -120,6 +182,7 @@ impl SourceHold {
         record: &HoldRecord,
         state: HoldState,
         queues: Vec<Recovered>,
+        harm: &mut Vec<String>,
     ) -> Result<SourceHold, Refusal> {
         let places = Places::find(host, record)?;
         // Everything that can fail comes first.
@@ -135,6 +198,9 @@ impl SourceHold {
                 Kind::Source => found.push((key, seat, to, r)),
                 _ => spares.push((key, r)),
             }
+        }
+        if found.len() < record.queues as usize {
+            return Err(missing(host, record, &found));
         }
         let outgoing = host.dial_again(record)?;
         let mut hold = SourceHold {
@@ -157,6 +223,11 @@ impl SourceHold {
         for (key, seat, to, r) in found {
             let spare = spares.iter().position(|(k, _)| *k == key);
             let spare = spare.map(|n| spares.remove(n).1);
+            if state == HoldState::Aborting && r.queue.is_sealed() && r.queue.inside() {
+                // What comes while a sealed lane is put back waits there.
+                let gone = spare.is_none() && key.from != READ_BACK;
+                harm.extend(gone.then(|| lost_behind(&key)));
+            }
             let lane = hold.lane_again(host, state, key, seat, to, r, spare, &mut commands);
             if lane.key.from == READ_BACK {
                 hold.read_back.push(lane);
@@ -268,6 +339,7 @@ impl TargetHold {
         record: &HoldRecord,
         stand: &Stand,
         queues: Vec<Recovered>,
+        harm: &mut Vec<String>,
     ) -> Result<(TargetHold, HoldState), Refusal> {
         let places = Places::find(host, record)?;
         let incoming = host.incoming(record.hold, record.ticket, &record.peer, &places.group);
@@ -301,7 +373,13 @@ impl TargetHold {
                 let (writer, queue) = match mine.remove(&key) {
                     Some(r) => (r.writer, r.queue),
                     // Never on the disk, and the host was without power; or the port is new.
-                    None => local_queue(host, record.hold, &key)?,
+                    None => {
+                        // Before the commit nothing comes there.
+                        let had =
+                            state == HoldState::Draining && recorded(record, true).contains(&key);
+                        harm.extend(had.then(|| lost_behind(&key)));
+                        local_queue(host, record.hold, &key)?
+                    }
                 };
                 local.push(Local {
                     seat,
@@ -338,6 +416,43 @@ impl TargetHold {
         host.expect(&hold.incoming);
         Ok((hold, state))
     }
+}
+
+/// A source has fewer queues than its record says.
+fn missing(
+    host: &Host,
+    record: &HoldRecord,
+    found: &[(LaneKey, Seat, usize, Recovered)],
+) -> Refusal {
+    let taps = record.ports.iter().filter(|p| {
+        let port = host.engine.port(&p.name);
+        port.is_some_and(|(n, _)| host.taps.contains_key(&n))
+    });
+    let read_back = taps.map(|p| LaneKey {
+        from: READ_BACK.into(),
+        queue: 0,
+        to: p.name.clone(),
+    });
+    let all = recorded(record, false).into_iter().chain(read_back);
+    let gone: Vec<String> = all
+        .filter(|key| found.iter().all(|f| f.0 != *key))
+        .map(|key| key.to_string())
+        .collect();
+    let what = format!(
+        "{} of its {} queues are not in the spool any more ({}): what was held there is lost; put their directories back and start the switch again",
+        record.queues as usize - found.len(),
+        record.queues,
+        gone.join(", ")
+    );
+    refuse(RefusalCode::State, what)
+}
+
+fn lost_behind(key: &LaneKey) -> String {
+    let what = format!(
+        "{key}: the queue of what came behind older frames is not in the spool any more; what waited there is lost"
+    );
+    tracing::error!("{what}");
+    what
 }
 
 fn local_queue(

@@ -27,7 +27,7 @@ pub const BATCH_FRAMES: usize = 256;
 /// Bytes of a batch, at most. The longest frame fits, also into the smallest segment.
 pub const BATCH_MAX: usize = 96 << 10;
 /// The highest number of a record: so far from a counter's end that nothing that counts on from it overflows.
-pub const SEQ_MAX: u64 = u64::MAX >> 1;
+pub const SEQ_MAX: u64 = super::words::VALUE_MAX;
 
 /// Bytes of a batch's slots, and of one of them, from which on they are written past the caches.
 const STREAMED: usize = 8 << 10;

@@ -9,7 +9,7 @@ use super::format::{le32, le64};
 use super::sum::crc32c;
 
 /// Version of the format, in every file's header.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Bytes of the header that a segment (and a queue's metadata file) starts with.
 pub const FILE_HEADER: usize = 256;
 /// The longest port name that fits.

@@ -27,6 +27,7 @@ pub mod recover;
 mod store;
 mod sum;
 mod syncer;
+mod words;
 mod writer;
 
 #[cfg(test)]
@@ -40,6 +41,7 @@ pub use reader::{Damaged, RUN, Reader, Run};
 pub use store::Spool;
 pub(crate) use sum::crc32c;
 pub use syncer::Owed;
+pub use words::Word;
 pub use writer::{NoRoom, RejectedBatch, Writer};
 
 /// What a queue is for; the three of a hold are kept apart.
@@ -106,8 +108,40 @@ pub struct Recovered {
     /// Records that were there and are not intact any more, oldest first. Must be empty in a queue that is to be
     /// shipped; a reader reports each as [`Damaged`].
     pub damaged: Vec<Damaged>,
+    /// Words of `queue.meta` that are not what was written.
+    pub bad_words: Vec<BadWord>,
     /// Bytes of a batch that was not complete when the host or the switch went down; it was never committed and is gone.
     pub torn_bytes: u64,
+}
+
+/// A word of a queue's `queue.meta` that is not what was written.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub struct BadWord {
+    /// Of which lane.
+    pub lane: LaneKey,
+    /// Which.
+    pub word: Word,
+    /// Both copies: what it said is not known any more.
+    pub lost: bool,
+}
+
+impl fmt::Display for BadWord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let BadWord { lane, word, lost } = self;
+        write!(f, "{lane}: '{word}' of queue.meta is damaged")?;
+        f.write_str(match (lost, word) {
+            (false, _) => " in one of its two places; the other one is used",
+            (true, Word::Committed) => {
+                ", both copies: records that are missing at the end are not noticed"
+            }
+            (true, Word::Flushed) => {
+                ", both copies: what was delivered of it is delivered once more"
+            }
+            (true, Word::Flags) => {
+                ", both copies: whether it is between VMs of the group is taken from hold.rec"
+            }
+        })
+    }
 }
 
 /// Why the spool can't do something.

@@ -10,12 +10,13 @@ use super::format::{
 };
 use super::keeper::{Host, segment_number};
 use super::map::{PAGE, Page, Segment};
-use super::queue::{Parts, Queue, lock};
+use super::queue::{FLAG_INSIDE, Parts, Queue, lock};
 use super::reader::Damaged;
 use super::recover::{End, Scanner, SegmentEnd, epoch_of};
 use super::store::META;
+use super::words::{Said, VALUE_MAX, Word, Words};
 use super::writer::Writer;
-use super::{Kind, Recovered, SpoolError};
+use super::{BadWord, Kind, Recovered, SpoolError};
 
 /// Everything under the spool's directory.
 pub(super) fn recover(host: &Arc<Host>) -> Result<Vec<Recovered>, SpoolError> {
@@ -41,35 +42,57 @@ pub(super) fn recover(host: &Arc<Host>) -> Result<Vec<Recovered>, SpoolError> {
 /// One queue's directory; none if the queue was never complete.
 fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>, SpoolError> {
     let meta = dir.join(META);
-    if !meta.exists() {
-        // It is created first, complete or not at all: no record was ever here.
-        std::fs::remove_dir_all(dir).map_err(SpoolError::io(dir))?;
-        return Ok(None);
-    }
-    let bytes = std::fs::read(&meta).map_err(SpoolError::io(&meta))?;
     let bad = |reason| SpoolError::Format {
         path: meta.clone(),
         reason,
     };
-    let header = match FileHeader::decode(&bytes, QUEUE_MAGIC) {
-        Ok(h) => h,
-        Err(e @ BadHeader::Version(_)) => return Err(bad(e)),
-        Err(e) => any_header(dir).ok_or(bad(e))?,
+    let header = match std::fs::read(&meta) {
+        Ok(bytes) => match FileHeader::decode(&bytes, QUEUE_MAGIC) {
+            Ok(h) => h,
+            Err(e @ BadHeader::Version(_)) => return Err(bad(e)),
+            Err(e) => any_header(dir).ok_or(bad(e))?,
+        },
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => match without_meta(dir)? {
+            Some(h) => h,
+            None => return Ok(None),
+        },
+        Err(e) => return Err(SpoolError::io(&meta)(e)),
     };
     if header.hold != hold || Some(header.kind) != kind_of(dir) {
         return Err(bad(BadHeader::Field("hold or kind")));
     }
-    let page = match Page::open(&meta, PAGE) {
-        Ok(p) => p,
-        Err(_) => {
-            Page::create(&meta, &header.encode(QUEUE_MAGIC), PAGE).map_err(SpoolError::io(&meta))?
+    let salt = salt(hold, &header.lane);
+    let mut bad_words = Vec::new();
+    let mut word = |word, said: Said| {
+        if !matches!(said, Said::Well(_)) {
+            bad_words.push(BadWord {
+                lane: header.lane.clone(),
+                word,
+                lost: said == Said::Nothing,
+            });
+        }
+        match said {
+            Said::Well(v) | Said::Once(v) => v,
+            // What loses nothing: no record is missed, none is delivered, and control knows better which lane it is.
+            Said::Nothing => 0,
         }
     };
-    let committed = page
-        .word(super::queue::COMMITTED)
-        .load(std::sync::atomic::Ordering::Acquire);
+    // Not of its size, or gone: nothing of it is known.
+    let (page, is_new) = match Page::open(&meta, PAGE) {
+        Ok(p) => (p, false),
+        Err(_) => {
+            let start = Words::start(&header.encode(QUEUE_MAGIC), salt);
+            let made = Page::create(&meta, &start, PAGE);
+            (made.map_err(SpoolError::io(&meta))?, true)
+        }
+    };
+    let words = Words::new(page, salt);
+    let get = |word, most| match is_new {
+        true => Said::Nothing,
+        false => words.get(word, most),
+    };
+    let committed = word(Word::Committed, get(Word::Committed, VALUE_MAX));
 
-    let salt = salt(hold, &header.lane);
     let mut scan = Scanner::new(salt);
     let mut found = Vec::new();
     let mut marker = None;
@@ -142,6 +165,10 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
     if segments.is_empty() {
         segments.push(Arc::new(host.take(dir, 0, header.kind)?));
     }
+    let last_seq = scan.next_seq() - 1;
+    // More than there is was never delivered.
+    let flushed = word(Word::Flushed, get(Word::Flushed, last_seq));
+    let inside = word(Word::Flags, get(Word::Flags, FLAG_INSIDE)) == FLAG_INSIDE;
     let tail_segment = segments[segments.len() - 1].clone();
     let lane = header.lane.clone();
     let queue = Arc::new(Queue::new(Parts {
@@ -154,16 +181,15 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
         limits: host.limits,
         host: Arc::downgrade(host),
         scarce: host.scarce.clone(),
-        page,
+        words,
         segments,
     }));
-    let last_seq = scan.next_seq() - 1;
     // What was shipped here has come in elsewhere.
     let had = match header.kind {
         Kind::Incoming => Vec::new(),
         Kind::Source | Kind::Local => scan.origins().to_vec(),
     };
-    queue.set_recovered(last_seq, &scan.tally(), sealed);
+    queue.set_recovered(last_seq, &scan.tally(), sealed, flushed, inside);
     let writer = if sealed {
         None
     } else {
@@ -184,6 +210,7 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
         queue,
         writer,
         damaged,
+        bad_words,
         torn_bytes,
     }))
 }
@@ -210,6 +237,38 @@ fn segment_files(dir: &Path) -> Result<Vec<(u32, PathBuf)>, SpoolError> {
     Ok(out)
 }
 
+/// Of a queue's directory without `queue.meta`: what its segments say of it, if there is a record in one of them. A
+/// directory in which nothing was ever written, or whose removal was interrupted, is removed. What can't be read stays.
+fn without_meta(dir: &Path) -> Result<Option<FileHeader>, SpoolError> {
+    let files = segment_files(dir)?;
+    let mut begun = false;
+    for (_, path) in &files {
+        let bytes = std::fs::read(path).map_err(SpoolError::io(path))?;
+        match FileHeader::decode(&bytes, SEGMENT_MAGIC) {
+            Ok(h) => {
+                let salt = salt(h.hold, &h.lane);
+                if Scanner::new(salt).segment(&bytes, h.epoch).records > 0 {
+                    tracing::error!("{}: no {META}, but records: it is made anew", dir.display());
+                    return Ok(Some(h));
+                }
+            }
+            Err(reason @ BadHeader::Version(_)) => {
+                let path = path.clone();
+                return Err(SpoolError::Format { path, reason });
+            }
+            Err(_) => begun |= bytes.iter().take(FILE_HEADER).any(|b| *b != 0),
+        }
+    }
+    match begun {
+        true => tracing::error!(
+            "{}: no {META}, and no segment that says whose frames these are: it stays as it is",
+            dir.display()
+        ),
+        false => std::fs::remove_dir_all(dir).map_err(SpoolError::io(dir))?,
+    }
+    Ok(None)
+}
+
 /// What a segment says of its queue. That may be another one if no writer of this queue has begun it.
 fn any_header(dir: &Path) -> Option<FileHeader> {
     let files = segment_files(dir).ok()?;
@@ -229,7 +288,7 @@ fn name_of(path: &Path) -> Option<&str> {
     path.file_name()?.to_str()
 }
 
-fn subdirs(dir: &Path) -> Result<Vec<PathBuf>, SpoolError> {
+pub(super) fn subdirs(dir: &Path) -> Result<Vec<PathBuf>, SpoolError> {
     let mut out = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(SpoolError::io(dir))? {
         let path = entry.map_err(SpoolError::io(dir))?.path();

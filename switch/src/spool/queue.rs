@@ -13,15 +13,13 @@ use gangway_shared::id::{HoldId, LaneKey};
 use tokio::sync::Notify;
 
 use super::keeper::Host;
-use super::map::{PAGE, Page, Segment};
+use super::map::{PAGE, Segment};
 use super::reader::Reader;
+use super::words::{Word, Words};
 use super::{Kind, SpoolError};
 
-/// Words of the metadata file (docs/formats/spool.md, "Metadata").
-pub(super) const COMMITTED: usize = 0;
-const FLUSHED: usize = 1;
-const FLAGS: usize = 2;
-const FLAG_INSIDE: u64 = 1;
+/// In [`Word::Flags`].
+pub(super) const FLAG_INSIDE: u64 = 1;
 
 /// Segments ahead of a fast writer, at most.
 const AHEAD_MAX: u32 = 8;
@@ -40,7 +38,10 @@ pub struct Queue {
     policy: SyncPolicy,
     limits: SpoolLimits,
     host: Weak<Host>,
-    page: Page,
+    words: Words,
+    /// What its words say.
+    flushed: AtomicU64,
+    inside: AtomicBool,
     /// All of them in order; pushed by the keeper.
     segments: Mutex<Vec<Arc<Segment>>>,
     sync: Mutex<SyncState>,
@@ -101,7 +102,7 @@ pub(super) struct Parts {
     pub(super) limits: SpoolLimits,
     pub(super) host: Weak<Host>,
     pub(super) scarce: Arc<AtomicBool>,
-    pub(super) page: Page,
+    pub(super) words: Words,
     /// At least one, linked.
     pub(super) segments: Vec<Arc<Segment>>,
 }
@@ -124,7 +125,9 @@ impl Queue {
             limits: p.limits,
             host: p.host,
             scarce: p.scarce,
-            page: p.page,
+            words: p.words,
+            flushed: AtomicU64::new(0),
+            inside: AtomicBool::new(false),
             allotted: AtomicU32::new(number),
             writing: AtomicU32::new(number.saturating_sub(1)),
             segments: Mutex::new(p.segments),
@@ -198,28 +201,26 @@ impl Queue {
 
     /// Persistent note for the owner: the lane is between two VMs of the group. Survives a restart.
     pub fn set_inside(&self, inside: bool) {
-        let word = self.page.word(FLAGS);
-        if inside {
-            word.fetch_or(FLAG_INSIDE, Ordering::Relaxed);
-        } else {
-            word.fetch_and(!FLAG_INSIDE, Ordering::Relaxed);
-        }
+        self.inside.store(inside, Ordering::Relaxed);
+        let flags = if inside { FLAG_INSIDE } else { 0 };
+        self.words.put(Word::Flags, flags);
     }
 
     /// See [`Queue::set_inside`].
     pub fn inside(&self) -> bool {
-        self.page.word(FLAGS).load(Ordering::Relaxed) & FLAG_INSIDE != 0
+        self.inside.load(Ordering::Relaxed)
     }
 
-    /// Persistent note of whoever delivers: everything up to `seq` has been delivered. One store, no system call.
+    /// Persistent note of whoever delivers: everything up to `seq` has been delivered. Two stores, no system call.
     /// After a crash start with [`Reader::skip_to`] of [`Queue::flushed_seq`].
     pub fn set_flushed(&self, seq: u64) {
-        self.page.word(FLUSHED).store(seq, Ordering::Release);
+        self.flushed.store(seq, Ordering::Release);
+        self.words.put(Word::Flushed, seq);
     }
 
     /// See [`Queue::set_flushed`].
     pub fn flushed_seq(&self) -> u64 {
-        self.page.word(FLUSHED).load(Ordering::Acquire)
+        self.flushed.load(Ordering::Acquire)
     }
 
     /// Forces everything committed to the disk, by policy: nothing to do with `none`. Blocks. The first call also makes
@@ -299,7 +300,7 @@ impl Queue {
             std::fs::File::open(&self.dir)?.sync_all()?;
         }
         if !state.parents_done {
-            self.page.sync()?;
+            self.words.sync()?;
             // The hold's directory, and the spool's.
             for dir in self.dir.ancestors().skip(1).take(2) {
                 std::fs::File::open(dir)?.sync_all()?;
@@ -390,10 +391,19 @@ impl Queue {
         }
     }
 
-    /// For recovery, before anybody else has it.
-    pub(super) fn set_recovered(&self, seq: u64, tally: &Tally, sealed: bool) {
+    /// For recovery, before anybody else has it. Each word is whole again.
+    pub(super) fn set_recovered(
+        &self,
+        seq: u64,
+        tally: &Tally,
+        sealed: bool,
+        flushed: u64,
+        inside: bool,
+    ) {
+        self.set_flushed(flushed);
+        self.set_inside(inside);
         self.tally.store(seq, tally);
-        self.page.word(COMMITTED).store(seq, Ordering::Release);
+        self.words.put(Word::Committed, seq);
         self.last.store(seq, Ordering::Release);
         self.sealed.store(sealed, Ordering::Release);
     }
@@ -401,7 +411,7 @@ impl Queue {
     /// For the writer, after it has published its segments.
     pub(super) fn committed(&self, seq: u64, tally: &Tally, sealed: bool) {
         self.tally.store(seq, tally);
-        self.page.word(COMMITTED).store(seq, Ordering::Release);
+        self.words.put(Word::Committed, seq);
         self.last.store(seq, Ordering::Release);
         if sealed {
             self.sealed.store(true, Ordering::Release);
@@ -513,7 +523,8 @@ impl Queue {
         self.index
     }
 
-    pub(super) fn dir(&self) -> &Path {
+    /// Where its files are.
+    pub fn dir(&self) -> &Path {
         &self.dir
     }
 }

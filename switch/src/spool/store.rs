@@ -17,6 +17,7 @@ use super::format::{self, BATCH_HEADER, FILE_HEADER, FileHeader, NAME_MAX, QUEUE
 use super::keeper::Host;
 use super::map::{PAGE, Page};
 use super::queue::{Parts, Queue, lock};
+use super::words::Words;
 use super::writer::Writer;
 use super::{Kind, Recovered, SpoolError, open};
 use crate::port::FRAME_MAX;
@@ -130,8 +131,9 @@ impl Spool {
                 epoch: 0,
             };
             let meta = dir.join(META);
-            let page = Page::create(&meta, &header.encode(QUEUE_MAGIC), PAGE)
-                .map_err(SpoolError::io(&meta))?;
+            let salt = format::salt(hold, lane);
+            let start = Words::start(&header.encode(QUEUE_MAGIC), salt);
+            let page = Page::create(&meta, &start, PAGE).map_err(SpoolError::io(&meta))?;
             let seg = Arc::new(host.take(&dir, 0, kind)?);
             let tail = seg
                 .tail()
@@ -146,7 +148,7 @@ impl Spool {
                 limits: host.limits,
                 host: Arc::downgrade(host),
                 scarce: host.scarce.clone(),
-                page,
+                words: Words::new(page, salt),
                 segments: vec![seg],
             }));
             let writer = Writer::new(queue.clone(), tail, 0, Tally::default(), Vec::new());
@@ -238,6 +240,15 @@ impl Spool {
         remove_dir(&gone)
     }
 
+    /// Directories of a hold that look like queues and are none that is known: their segments are not intact enough to
+    /// say whose they are.
+    pub fn strays(&self, hold: HoldId) -> Result<Vec<PathBuf>, SpoolError> {
+        let mut all = open::subdirs(&self.dir_of(hold))?;
+        let known = self.queues(hold);
+        all.retain(|dir| known.iter().all(|q| q.dir() != dir));
+        Ok(all)
+    }
+
     /// The holds that have a directory.
     pub fn holds(&self) -> Result<Vec<HoldId>, SpoolError> {
         let dir = &self.host.dir;
@@ -263,26 +274,6 @@ impl Spool {
     /// `spool.sync` is not `none`.
     pub fn is_durable(&self) -> bool {
         self.host.policy != SyncPolicy::None
-    }
-
-    /// Forgets the queues of one kind of a hold (the target's, after an abort), like [`Spool::remove_hold`].
-    pub fn remove_kind(&self, hold: HoldId, kind: Kind) -> Result<(), SpoolError> {
-        let mut gone = Vec::new();
-        if let Some(queues) = lock(&self.host.state).queues.get_mut(&hold) {
-            queues.retain(|q| {
-                let keep = q.kind() != kind;
-                if !keep {
-                    gone.push(q.clone());
-                }
-                keep
-            });
-        }
-        for q in &gone {
-            q.set_removed();
-            self.host.give_back(q);
-            remove_dir(q.dir())?;
-        }
-        Ok(())
     }
 }
 

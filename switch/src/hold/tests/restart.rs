@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::hold::record::FILE;
+use crate::spool::{Kind, Queue};
 
 /// How far a hold got.
 #[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
@@ -349,6 +350,137 @@ fn what_cannot_be_taken_up_is_kept_and_named() {
     s.a.kill();
     std::fs::write(&path, &intact).unwrap();
     s.a.start(&[UP]);
+    s.a.ask(Request::HoldAbort { hold: ID });
+    s.b.ask(Request::HoldAbort { hold: ID });
+    resumed(&s, ring);
+    put_back(&s);
+    s.more();
+    s.verdict();
+}
+
+/// The queue of a lane, by its directory's number.
+fn queue_dir(site: &Site, kind: Kind, from: &str, n: u16) -> std::path::PathBuf {
+    let queues = site.spool().queues(ID);
+    let is_it = |q: &&Arc<Queue>| q.kind() == kind && q.lane().from == from && q.lane().queue == n;
+    let q = queues.iter().find(is_it).expect("a queue");
+    q.dir().to_path_buf()
+}
+
+/// Nobody gets it, and everything that is left of it stays.
+fn is_left(s: &Scene, what: &[&str]) {
+    for request in [
+        Request::HoldStatus { hold: ID },
+        Request::HoldAbort { hold: ID },
+    ] {
+        let (code, why) = refusal(&s.a, request);
+        assert_eq!(code, RefusalCode::State, "{why}");
+        assert!(what.iter().all(|w| why.contains(w)), "{why}");
+    }
+    match s.a.ask(Request::HostShow) {
+        Reply::Host(h) => {
+            let why = h.spool_error.unwrap();
+            assert!(what.iter().all(|w| why.contains(w)), "{why}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(s.a.spool().holds().unwrap(), [ID]);
+}
+
+#[test]
+fn a_hold_of_which_a_queue_is_missing_is_not_taken_up_but_named() {
+    let s = Scene::new();
+    let ring = go(&s, Upto::Sealed);
+    let gone = queue_dir(&s.a, Kind::Source, "p", 1);
+    let aside = s.a.config.spool.dir.join("aside");
+    s.a.kill();
+    std::fs::rename(&gone, &aside).unwrap();
+    s.a.start(&[]);
+    is_left(&s, &["1 of its", "p.1 -> m", "not in the spool any more"]);
+    // Once it is back, everything is there.
+    s.a.kill();
+    std::fs::rename(&aside, &gone).unwrap();
+    s.a.start(&[UP]);
+    s.a.ask(Request::HoldAbort { hold: ID });
+    s.b.ask(Request::HoldAbort { hold: ID });
+    resumed(&s, ring);
+    put_back(&s);
+    s.more();
+    s.verdict();
+}
+
+#[test]
+fn a_queue_that_does_not_say_whose_it_is_is_not_thrown_away() {
+    let s = Scene::new();
+    let ring = go(&s, Upto::Sealed);
+    let dir = queue_dir(&s.a, Kind::Source, "p", 1);
+    let (meta, first) = (dir.join("queue.meta"), dir.join("000000.seg"));
+    s.a.kill();
+    let intact = std::fs::read(&first).unwrap();
+    let aside = s.a.config.spool.dir.join("aside");
+    std::fs::rename(&meta, &aside).unwrap();
+    let mut flipped = intact.clone();
+    flipped[100] ^= 1;
+    std::fs::write(&first, &flipped).unwrap();
+    let record = s.a.config.spool.dir.join(ID.to_string()).join(FILE);
+    // Whether there is a record or not.
+    for keep in [true, false] {
+        let bytes = std::fs::read(&record).unwrap();
+        if !keep {
+            std::fs::remove_file(&record).unwrap();
+        }
+        s.a.start(&[]);
+        is_left(&s, &[dir.to_str().unwrap(), "whose frames"]);
+        s.a.kill();
+        std::fs::write(&record, bytes).unwrap();
+    }
+    assert_eq!(std::fs::read(&first).unwrap(), flipped);
+    // With its header its lane is known, and its metadata are made anew.
+    std::fs::write(&first, &intact).unwrap();
+    s.a.start(&[UP]);
+    let status = s.a.status();
+    let lane = status
+        .lanes
+        .iter()
+        .find(|l| l.lane.from == "p" && l.lane.queue == 1);
+    assert!(lane.is_some_and(|l| l.held.frames > 0));
+    let why = status.error.unwrap_or_default();
+    assert!(why.contains("'flushed' of queue.meta"), "{why}");
+    s.a.ask(Request::HoldAbort { hold: ID });
+    s.b.ask(Request::HoldAbort { hold: ID });
+    resumed(&s, ring);
+    put_back(&s);
+    s.more();
+    s.verdict();
+}
+
+/// What was delivered is not known any more, of no lane: nothing is lost, and nothing of it was delivered before.
+#[test]
+fn a_hold_whose_words_are_lost_delivers_everything() {
+    let s = Scene::new();
+    let ring = go(&s, Upto::Sealed);
+    let queues = s.a.spool().queues(ID);
+    let metas: Vec<_> = queues.iter().map(|q| q.dir().join("queue.meta")).collect();
+    drop(queues);
+    s.a.kill();
+    for (n, meta) in metas.iter().enumerate() {
+        let mut b = std::fs::read(meta).unwrap();
+        for copy in [256, 1024] {
+            for word in 0..3 {
+                b[copy + 8 * word + n % 8] ^= 1 << (n % 7);
+            }
+        }
+        std::fs::write(meta, b).unwrap();
+    }
+    s.a.start(&[UP]);
+    let status = s.a.status();
+    assert_eq!(status.state, HoldState::Sealed);
+    let why = status.error.unwrap_or_default();
+    assert!(why.contains("p.1 -> m: 'flags' of queue.meta"), "{why}");
+    // Both lanes inside are known again.
+    for q in s.a.spool().queues(ID) {
+        let is = q.lane().from == "p" || q.lane().to == "p" && q.lane().from == "m";
+        assert_eq!(q.inside(), is, "{}", q.lane());
+    }
     s.a.ask(Request::HoldAbort { hold: ID });
     s.b.ask(Request::HoldAbort { hold: ID });
     resumed(&s, ring);

@@ -2,13 +2,20 @@ use super::*;
 use crate::port::PLAIN_HDR;
 use crate::spool::format::{FILE_HEADER, FileHeader, Marker, SEGMENT_MAGIC, Step, salt, step};
 
-/// Format v2, byte by byte, as docs/formats/spool.md shows it, in a use of the segment with epoch [`EPOCH`]. If this fails
+/// Format v3, byte by byte, as docs/formats/spool.md shows it, in a use of the segment with epoch [`EPOCH`]. If this fails
 /// the format has changed: that needs a new version.
-const SEGMENT_V2: &str = include_str!("segment-v2.hex");
+const SEGMENT_V3: &str = include_str!("segment-v3.hex");
+/// Of `queue.meta` the header and the first copy of the words, and the second copy.
+const QUEUE_V3: &str = include_str!("queue-v3.hex");
+const SECOND: usize = 1024;
 const EPOCH: u64 = 0x0102_0304_0506_0709;
 
 fn golden() -> Vec<u8> {
-    let digits: Vec<u8> = SEGMENT_V2.bytes().filter(u8::is_ascii_hexdigit).collect();
+    unhex(SEGMENT_V3)
+}
+
+fn unhex(text: &str) -> Vec<u8> {
+    let digits: Vec<u8> = text.bytes().filter(u8::is_ascii_hexdigit).collect();
     digits
         .chunks(2)
         .map(|d| u8::from_str_radix(std::str::from_utf8(d).unwrap(), 16).unwrap())
@@ -20,7 +27,7 @@ fn segment(dir: &Path) -> std::path::PathBuf {
 }
 
 #[test]
-fn version_2_is_written_as_ever() {
+fn version_3_is_written_as_ever() {
     let dir = tmp();
     let (spool, _) = open(dir.path());
     let (mut w, _q) = spool.create(HOLD, Kind::Source, &lane(3)).unwrap();
@@ -44,15 +51,87 @@ fn version_2_is_written_as_ever() {
     b[252..256].copy_from_slice(&crc.to_le_bytes());
     // Header, two batches, marker.
     let used = FILE_HEADER + 96 + 144 + 48;
-    let hex: Vec<String> = b[..used]
-        .chunks(16)
-        .map(|c| c.iter().map(|b| format!("{b:02x}")).collect())
-        .collect();
-    assert_eq!(hex.join("\n"), SEGMENT_V2.trim_end());
+    is_golden(&b[..used], "segment-v3.hex", SEGMENT_V3);
+}
+
+/// `UPDATE=1 cargo test` writes it, if there is a reason.
+fn is_golden(b: &[u8], file: &str, golden: &str) {
+    let line = |c: &[u8]| c.iter().map(|b| format!("{b:02x}")).collect::<String>();
+    let lines: Vec<String> = b.chunks(16).map(line).collect();
+    if std::env::var_os("UPDATE").is_some() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/spool/tests/");
+        std::fs::write(format!("{path}{file}"), lines.join("\n") + "\n").unwrap();
+    }
+    assert_eq!(lines.join("\n"), golden.trim_end());
+}
+
+fn meta(dir: &Path) -> std::path::PathBuf {
+    dir.join("1122334455667788/s-0000/queue.meta")
 }
 
 #[test]
-fn version_2_is_read_as_ever() {
+fn the_metadata_of_version_3_is_written_as_ever() {
+    let dir = tmp();
+    let (spool, _) = open(dir.path());
+    let (mut w, q) = spool.create(HOLD, Kind::Source, &lane(3)).unwrap();
+    (0..300).for_each(|n| put(&mut w, n, 60));
+    w.commit();
+    q.set_flushed(258);
+    q.set_inside(true);
+    let b = std::fs::read(meta(dir.path())).unwrap();
+    assert_eq!(b.len(), 4096);
+    let first = FILE_HEADER + 24;
+    let used = [&b[..first], &b[SECOND..SECOND + 24]].concat();
+    is_golden(&used, "queue-v3.hex", QUEUE_V3);
+    let rest = [&b[first..SECOND], &b[SECOND + 24..]].concat();
+    assert!(rest.iter().all(|b| *b == 0));
+}
+
+#[test]
+fn the_metadata_of_version_3_is_read_as_ever() {
+    let dir = tmp();
+    {
+        let (spool, _) = open(dir.path());
+        let (mut w, _q) = spool.create(HOLD, Kind::Source, &lane(3)).unwrap();
+        (0..300).for_each(|n| put(&mut w, n, 60));
+        w.commit();
+    }
+    let golden = unhex(QUEUE_V3);
+    let (first, second) = golden.split_at(FILE_HEADER + 24);
+    let mut b = first.to_vec();
+    b.resize(SECOND, 0);
+    b.extend(second);
+    b.resize(4096, 0);
+    std::fs::write(meta(dir.path()), b).unwrap();
+    let (_spool, found) = open(dir.path());
+    let q = &found[0].queue;
+    assert_eq!(
+        (q.last_seq(), q.flushed_seq(), q.inside()),
+        (300, 258, true)
+    );
+    assert_eq!((&found[0].damaged, &found[0].bad_words), (&vec![], &vec![]));
+}
+
+/// A second implementation of the words' check, from the document's words.
+#[test]
+fn the_check_of_a_word_is_what_the_document_says() {
+    let b = unhex(QUEUE_V3);
+    let salt = salt(HOLD, &lane(3)).to_le_bytes();
+    for (n, value) in [300_u64, 258, 1].into_iter().enumerate() {
+        let mut said = value.to_le_bytes().to_vec();
+        said.extend(salt);
+        said.extend([n as u8, 0, 0, 0]);
+        let crc = super::super::format::crc32c(&said);
+        let word = value | u64::from((crc >> 16) ^ (crc & 0xffff)) << 48;
+        for copy in [FILE_HEADER, FILE_HEADER + 24] {
+            let at = copy + 8 * n;
+            assert_eq!(b[at..at + 8], word.to_le_bytes(), "word {n}");
+        }
+    }
+}
+
+#[test]
+fn version_3_is_read_as_ever() {
     let b = golden();
     let h = FileHeader::decode(&b, SEGMENT_MAGIC).unwrap();
     assert_eq!(h.hold, HOLD);
