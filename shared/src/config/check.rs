@@ -290,6 +290,9 @@ impl<'n> Check<'n> {
         );
         let default = SpoolLimits::default();
         let hold_bytes = t.integer(self.notes, "hold_bytes", 128 << 10, i64::MAX as u64);
+        let mut frames = |key| t.integer(self.notes, key, 1024, i64::MAX as u64);
+        let (quota_frames, hold_frames) = (frames("quota_frames"), frames("hold_frames"));
+        let quota_frames = quota_frames.map(|n| n.value);
         let mut number = |key, min, max, default| {
             let n = t.integer(self.notes, key, min, max);
             n.map_or(default, |n| n.value)
@@ -299,6 +302,10 @@ impl<'n> Check<'n> {
             sync_bytes: number("sync_bytes", 1 << 20, i64::MAX as u64, default.sync_bytes),
             // As much as there is at all is no bound of its own.
             hold_bytes: hold_bytes.map(|n| n.value).filter(|n| *n < quota_bytes),
+            quota_frames,
+            hold_frames: hold_frames
+                .map(|n| n.value)
+                .filter(|n| quota_frames.is_none_or(|q| *n < q)),
         };
         t.finish(self.notes);
         SpoolConfig {

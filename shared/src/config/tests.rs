@@ -335,6 +335,16 @@ const BAD: &[(&str, &str, &str)] = &[
     ),
     (
         "",
+        "[spool]\nquota_frames = 1023\n",
+        "host.toml:34: spool.quota_frames: 1023 is out of range; 1024 to",
+    ),
+    (
+        "",
+        "[spool]\nhold_frames = 0\n",
+        "spool.hold_frames: 0 is out of range; 1024 to",
+    ),
+    (
+        "",
         "[spool]\nsync_ms = 0\n",
         "spool.sync_ms: 0 is out of range; 1 to 1000 are allowed",
     ),

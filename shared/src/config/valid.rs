@@ -101,6 +101,10 @@ pub struct SpoolLimits {
     pub sync_bytes: u64,
     /// `spool.hold_bytes` (none; less than `quota_bytes`): of one hold, on each of its two hosts.
     pub hold_bytes: Option<u64>,
+    /// `spool.quota_frames` (none; 1024 at least): frames that the holds that there are have accepted, all together.
+    pub quota_frames: Option<u64>,
+    /// `spool.hold_frames` (none; 1024 at least, less than `quota_frames`): of one hold, on each of its two hosts.
+    pub hold_frames: Option<u64>,
 }
 
 impl Default for SpoolLimits {
@@ -109,6 +113,8 @@ impl Default for SpoolLimits {
             sync_ms: 20,
             sync_bytes: 64 << 20,
             hold_bytes: None,
+            quota_frames: None,
+            hold_frames: None,
         }
     }
 }

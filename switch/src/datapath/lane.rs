@@ -622,7 +622,10 @@ impl Source {
 /// starts, committed or not, so it is passed at once: one that is killed here repeats at most this burst.
 fn spool(backlog: &mut Backlog, writer: &mut Writer, now_ns: u64) -> usize {
     let run = backlog.oldest();
-    let (done, all) = (writer.append_run(now_ns, &run, Origin::NONE), run.len());
+    let (done, all) = (
+        writer.append_accepted(now_ns, &run, Origin::NONE),
+        run.len(),
+    );
     drop(run);
     (0..done).for_each(|_| backlog.pop());
     backlog.note();

@@ -428,7 +428,7 @@ impl SourceHold {
                     // There is room: so much was reserved.
                     for (vnet, bytes) in l.pending.drain(..) {
                         let frame = Frame::from_slice(vnet, &bytes);
-                        if w.append(now_ns(), &frame, Origin::NONE).is_err() {
+                        if w.append_accepted(now_ns(), &[frame], Origin::NONE) == 0 {
                             tracing::error!(hold = %self.id, "a frame of the TAP of port {} is lost: no room in the spool", l.key.to);
                         }
                     }

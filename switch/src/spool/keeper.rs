@@ -19,6 +19,7 @@ use std::time::Duration;
 use gangway_shared::config::valid::{SpoolConfig, SpoolLimits, Sync as SyncPolicy};
 use gangway_shared::id::HoldId;
 
+use super::frames::{Frames, HostFrames};
 use super::map::{Segment, is_memory};
 use super::queue::{Queue, lock};
 use super::syncer::Syncer;
@@ -35,6 +36,7 @@ pub(super) struct Host {
     pub(super) quota_bytes: u64,
     pub(super) policy: SyncPolicy,
     pub(super) limits: SpoolLimits,
+    pub(super) frames: HostFrames,
     pub(super) syncer: Syncer,
     pub(super) state: Mutex<State>,
     /// Half of the quota is used.
@@ -88,6 +90,7 @@ impl Host {
             quota_bytes: cfg.quota_bytes,
             policy: cfg.sync,
             limits: cfg.limits,
+            frames: HostFrames::new(&cfg.limits),
             syncer: Syncer::default(),
             state: Mutex::default(),
             scarce: Arc::default(),
@@ -105,6 +108,13 @@ impl Host {
     /// Used segments that are kept for another time.
     fn stale_goal(&self) -> usize {
         (self.quota_bytes / 4 / self.segment_bytes) as usize
+    }
+
+    /// A new queue's part of the quota of frames.
+    pub(super) fn frames(&self, hold: HoldId, kind: Kind) -> Option<Frames> {
+        let state = lock(&self.state);
+        let sibling = state.queues.get(&hold).and_then(|q| q.first());
+        self.frames.part(kind, sibling.and_then(|q| q.frames()))
     }
 
     fn pool_path(&self, state: &mut State) -> PathBuf {
@@ -285,15 +295,21 @@ impl Host {
     pub(super) fn run(&self) {
         let _ = self.thread.set(thread::current());
         while !self.is_stopped() {
+            let (mut is_short, mut short) = (false, BTreeMap::new());
             let wanted: Vec<Arc<Queue>> = {
                 let mut state = lock(&self.state);
                 self.collect(&mut state);
                 self.set_scarce(&state);
-                let all = state.queues.values().flatten();
-                all.filter(|q| q.wanted()).cloned().collect()
+                let all = || state.queues.values().flatten();
+                for q in all() {
+                    if let Some(e) = q.frames().and_then(|f| f.trouble(q.hold())) {
+                        is_short = true;
+                        short.insert(q.hold(), e.to_string());
+                    }
+                }
+                all().filter(|q| q.wanted()).cloned().collect()
             };
             // One that can't get on is no reason for the others to wait.
-            let (mut is_short, mut short) = (false, BTreeMap::new());
             for q in wanted {
                 while q.wanted() {
                     if let Err(e) = self.provide(&q) {

@@ -17,6 +17,7 @@ use gangway_shared::id::{HoldId, LaneKey};
 
 mod arriving;
 pub mod format;
+mod frames;
 mod header;
 mod keeper;
 mod map;
@@ -174,6 +175,28 @@ pub enum SpoolError {
         hold_bytes: u64,
         /// In its segments.
         used_bytes: u64,
+    },
+    /// The quota allows no more frames.
+    #[error(
+        "the spool's quota of {quota_frames} frames is used up ({used_frames} frames; what waits behind a shipment gets three quarters); raise spool.quota_frames"
+    )]
+    Frames {
+        /// `spool.quota_frames`.
+        quota_frames: u64,
+        /// Accepted by all holds that there are.
+        used_frames: u64,
+    },
+    /// The hold's own quota allows no more frames.
+    #[error(
+        "hold {hold} has used up its part of the spool: {used_frames} of {hold_frames} frames (what waits behind a shipment gets three quarters); raise spool.hold_frames"
+    )]
+    HoldFrames {
+        /// Which.
+        hold: HoldId,
+        /// `spool.hold_frames`.
+        hold_frames: u64,
+        /// Accepted by its queues.
+        used_frames: u64,
     },
     /// There is a queue for this lane already.
     #[error("hold {0} has a {1} queue for {2} already")]

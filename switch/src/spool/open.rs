@@ -181,6 +181,7 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
         limits: host.limits,
         host: Arc::downgrade(host),
         scarce: host.scarce.clone(),
+        frames: host.frames(hold, header.kind),
         words,
         segments,
     }));

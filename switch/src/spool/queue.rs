@@ -12,6 +12,7 @@ use gangway_shared::config::valid::{SpoolLimits, Sync as SyncPolicy};
 use gangway_shared::id::{HoldId, LaneKey};
 use tokio::sync::Notify;
 
+use super::frames::Frames;
 use super::keeper::Host;
 use super::map::{PAGE, Segment};
 use super::reader::Reader;
@@ -59,6 +60,8 @@ pub struct Queue {
     wanted: AtomicBool,
     /// The spool's: the quota is half used, so nobody gets more ahead than needed.
     scarce: Arc<AtomicBool>,
+    /// None: no quota of frames.
+    frames: Option<Frames>,
     /// The number behind the last one's, and that of the one that is being written.
     allotted: AtomicU32,
     writing: AtomicU32,
@@ -102,6 +105,7 @@ pub(super) struct Parts {
     pub(super) limits: SpoolLimits,
     pub(super) host: Weak<Host>,
     pub(super) scarce: Arc<AtomicBool>,
+    pub(super) frames: Option<Frames>,
     pub(super) words: Words,
     /// At least one, linked.
     pub(super) segments: Vec<Arc<Segment>>,
@@ -125,6 +129,7 @@ impl Queue {
             limits: p.limits,
             host: p.host,
             scarce: p.scarce,
+            frames: p.frames,
             words: p.words,
             flushed: AtomicU64::new(0),
             inside: AtomicBool::new(false),
@@ -400,6 +405,9 @@ impl Queue {
         flushed: u64,
         inside: bool,
     ) {
+        if let Some(f) = &self.frames {
+            f.add(seq, || false);
+        }
         self.set_flushed(flushed);
         self.set_inside(inside);
         self.tally.store(seq, tally);
@@ -410,6 +418,10 @@ impl Queue {
 
     /// For the writer, after it has published its segments.
     pub(super) fn committed(&self, seq: u64, tally: &Tally, sealed: bool) {
+        if let Some(f) = &self.frames {
+            let new = seq - self.last.load(Ordering::Relaxed);
+            f.add(new, || self.removed.load(Ordering::SeqCst));
+        }
         self.tally.store(seq, tally);
         self.words.put(Word::Committed, seq);
         self.last.store(seq, Ordering::Release);
@@ -425,13 +437,33 @@ impl Queue {
     }
 
     pub(super) fn set_removed(&self) {
-        self.removed.store(true, Ordering::Release);
+        self.removed.store(true, Ordering::SeqCst);
+        if let Some(f) = &self.frames {
+            f.give_back();
+        }
         self.wake(true);
     }
 
     /// For the writer: it has gone on to the next segment.
     pub(super) fn set_writing(&self, number: u32) {
         self.writing.store(number, Ordering::Relaxed);
+    }
+
+    /// For the writer: the quota of frames allows no more. The keeper says so.
+    pub(super) fn has_all_frames(&self) -> bool {
+        let Some(f) = self.frames.as_ref().filter(|f| f.is_full()) else {
+            return false;
+        };
+        if f.want()
+            && let Some(h) = self.host.upgrade()
+        {
+            h.wake();
+        }
+        true
+    }
+
+    pub(super) fn frames(&self) -> Option<&Frames> {
+        self.frames.as_ref()
     }
 
     /// Fewer segments lie ready ahead of the writer than its pace asks for: one for a lane that is in its

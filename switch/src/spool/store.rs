@@ -148,6 +148,7 @@ impl Spool {
                 limits: host.limits,
                 host: Arc::downgrade(host),
                 scarce: host.scarce.clone(),
+                frames: host.frames(hold, kind),
                 words: Words::new(page, salt),
                 segments: vec![seg],
             }));

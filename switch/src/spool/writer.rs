@@ -125,6 +125,7 @@ impl Writer {
     /// False: do not take this frame from its sender now. Never blocks; asks the keeper for the next segment early.
     pub fn has_room(&self, frame_len: u32) -> bool {
         frame_len as usize <= FRAME_MAX
+            && !self.queue.has_all_frames()
             && self.room_for(format::batch_len(1, format::slot_len(frame_len)))
     }
 
@@ -160,6 +161,14 @@ impl Writer {
     /// The same for frames that came together, as many as there is room for: a batch, or a few. What an earlier run of the switch
     /// has put here and not given back to the sender is taken, and not put here again (ADR-0021).
     pub fn append_run(&mut self, time_ns: u64, frames: &[Frame<'_>], from: Origin) -> usize {
+        match self.queue.has_all_frames() {
+            true => 0,
+            false => self.append_accepted(time_ns, frames, from),
+        }
+    }
+
+    /// The same for frames that nobody can keep back any more, for which bytes were reserved: the quota of frames does not stop them.
+    pub fn append_accepted(&mut self, time_ns: u64, frames: &[Frame<'_>], from: Origin) -> usize {
         // Whether the queue takes anything and whether the next segment is due is asked once, and at each segment's end.
         if !self.room_for(0) {
             return 0;
@@ -226,6 +235,9 @@ impl Writer {
 
     /// Appends a batch of another host, after checking it: what was sent of it, behind room for its epoch. Blocks, as a disk may.
     pub(super) fn take_arrived(&mut self, batch: &mut [u8]) -> Result<(), RejectedBatch> {
+        if self.queue.has_all_frames() {
+            return Err(NoRoom.into());
+        }
         let salt = self.queue.salt();
         let len = batch.len();
         self.make_room(len)?;

@@ -288,3 +288,97 @@ fn what_was_given_back_is_room_at_once() {
         spool.remove_hold(HoldId(n)).unwrap();
     }
 }
+
+/// Offers bursts of 32 until the spool says that it takes no more frames; how many it took.
+fn fill_bursts(spool: &Spool, w: &mut Writer) -> u64 {
+    let (b, hold) = (bytes(0, 60), w.queue().hold());
+    let burst = [(); 32].map(|()| Frame::from_slice(vnet(0), &b));
+    let mut n = 0;
+    until(|| {
+        loop {
+            let took = w.append_run(0, &burst, Origin::NONE) as u64;
+            w.commit();
+            n += took;
+            if took == 0 {
+                break;
+            }
+        }
+        spool
+            .trouble(Some(hold))
+            .is_some_and(|why| why.contains("frames"))
+    });
+    assert!(!w.has_room(60));
+    n
+}
+
+#[test]
+fn at_the_quota_of_frames_the_writer_waits_until_another_hold_is_gone() {
+    let dir = tmp();
+    let mut cfg = config(dir.path(), 128 << 10, 64 << 20);
+    cfg.limits.quota_frames = Some(2000);
+    cfg.limits.hold_frames = Some(1100);
+    {
+        let (spool, _) = Spool::open(&cfg).unwrap();
+        let (mut w1, _q) = spool.create(HoldId(1), Kind::Source, &lane(0)).unwrap();
+        let n = fill_bursts(&spool, &mut w1);
+        assert!(
+            (1100..1100 + 32).contains(&n),
+            "{n}: one burst over it at most"
+        );
+        let why = spool.trouble(Some(HoldId(1))).unwrap();
+        assert!(
+            why.contains("of 1100 frames") && why.contains("spool.hold_frames"),
+            "{why}"
+        );
+        // Another lane of it has none either; another hold goes on.
+        let (mut other, _q) = spool.create(HoldId(1), Kind::Source, &lane(1)).unwrap();
+        assert_eq!(fill_bursts(&spool, &mut other), 0);
+        assert_eq!(spool.trouble(Some(HoldId(2))), None);
+    }
+    // What is there counts behind a restart, too.
+    let (spool, mut found) = Spool::open(&cfg).unwrap();
+    let mut w1 = found.pop().unwrap().writer.unwrap();
+    assert!(!w1.has_room(60));
+    let (mut w2, q2) = spool.create(HoldId(2), Kind::Source, &lane(0)).unwrap();
+    let n2 = fill_bursts(&spool, &mut w2);
+    assert!((2000 - 1132..2032 - 1100).contains(&n2), "{n2}");
+    let why = spool.trouble(Some(HoldId(2))).unwrap();
+    assert!(why.contains("spool.quota_frames"), "{why}");
+    // What nobody can keep back is taken all the same.
+    let b = bytes(1, 60);
+    let one = [Frame::from_slice(vnet(1), &b)];
+    assert_eq!(w2.append_accepted(1, &one, Origin::NONE), 1);
+    w2.commit();
+
+    drop(found);
+    spool.remove_hold(HoldId(1)).unwrap();
+    w1.commit();
+    until(|| spool.trouble(None).is_none());
+    assert!(fill_bursts(&spool, &mut w2) >= 1100 - 32 - n2);
+    assert_eq!(q2.last_seq(), q2.tally().frames);
+    spool.remove_hold(HoldId(2)).unwrap();
+    // All of it was given back.
+    let (mut w3, _q) = spool.create(HoldId(3), Kind::Source, &lane(0)).unwrap();
+    assert!(fill_bursts(&spool, &mut w3) >= 1100);
+}
+
+#[test]
+fn frames_behind_a_shipment_do_not_stop_the_shipment() {
+    for host in [true, false] {
+        let dir = tmp();
+        let mut cfg = config(dir.path(), 128 << 10, 64 << 20);
+        match host {
+            true => cfg.limits.quota_frames = Some(4000),
+            false => cfg.limits.hold_frames = Some(4000),
+        }
+        let (spool, _) = Spool::open(&cfg).unwrap();
+        let (mut behind, _l) = spool.create(HOLD, Kind::Local, &lane(0)).unwrap();
+        let (mut shipped, _i) = spool.create(HOLD, Kind::Incoming, &lane(0)).unwrap();
+        let n = fill_bursts(&spool, &mut behind);
+        assert!((3000..3032).contains(&n), "{n}");
+        for n in 0..960 {
+            put(&mut shipped, n, 60);
+            shipped.commit();
+        }
+    }
+}

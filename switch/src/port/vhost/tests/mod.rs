@@ -7,6 +7,7 @@ mod driver;
 mod log;
 mod model;
 mod oracle;
+mod pressure;
 mod protocol;
 mod rings;
 
