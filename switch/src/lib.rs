@@ -2,6 +2,7 @@
 //!
 //! See ARCHITECTURE.md for the nouns and the way of a frame.
 
+pub mod addresses;
 pub mod control;
 pub mod datapath;
 pub mod hold;

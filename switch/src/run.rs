@@ -9,6 +9,7 @@ use gangway_shared::config::valid::{LedgerConfig, PortConfig, PortKind, TapRole}
 use gangway_shared::config::{HostConfig, WORKERS_MAX};
 use gangway_shared::pki::Identity;
 
+use crate::addresses::{Addresses, Following};
 use crate::control::quic::Quic;
 use crate::control::{Handler, ShipAcceptor, Vmm};
 use crate::datapath::Engine;
@@ -82,6 +83,7 @@ pub struct Switch {
     manager: Arc<Manager>,
     acceptor: Arc<Acceptor>,
     vhost: Vec<VhostPort>,
+    addresses: Following,
     watch: tokio::task::JoinHandle<()>,
 }
 
@@ -113,8 +115,10 @@ impl Switch {
             Some(q) => Some((q.endpoint.clone(), q.ship_client()?)),
             None => None,
         };
+        let addresses = Addresses::new(cfg, engine.shared().clone());
         let manager = Arc::new(Manager::new(Host {
             engine: engine.clone(),
+            addresses: addresses.clone(),
             spool,
             acceptor: acceptor.clone(),
             dialer,
@@ -126,6 +130,10 @@ impl Switch {
         // Before the first frame comes in.
         manager.take_up(left);
         let awaited = Awaited::new(&engine, cfg);
+        addresses.take_up();
+        let addresses = addresses
+            .follow()
+            .context("cannot start the thread that keeps the FDB")?;
         let mut devices = Vec::new();
         let mut inputs = Vec::new();
         for (slot, Opened { rx, tx, health }) in opened {
@@ -171,6 +179,7 @@ impl Switch {
             manager,
             acceptor,
             vhost,
+            addresses,
             watch,
         })
     }
@@ -203,6 +212,7 @@ impl Switch {
             v.stop();
         }
         self.engine.stop();
+        self.addresses.end();
     }
 }
 
@@ -295,8 +305,59 @@ fn open_device(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use gangway_shared::id::MacAddr;
+
     use crate::datapath::tests::{config, eventually, frame, mac};
     use crate::port::memory::MemoryPort;
+
+    /// Two runs of a whole switch, and what is written in between. The first one vanishes.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_learned_address_is_not_flooded_behind_a_crash() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut cfg = config(&["a", "b", "c"], 1, dir.path().join("host"));
+        for p in &mut cfg.ports {
+            p.kind = PortKind::VhostUser {
+                socket: dir.path().join(&p.name),
+                server: true,
+            };
+        }
+        let vmm = Vmm::new(&cfg);
+        let plug = |switch: &Switch| {
+            let ports = [(); 3].map(|()| MemoryPort::default());
+            for (n, port) in ports.iter().enumerate() {
+                let (rx, tx) = port.queues();
+                switch.engine.set_tx(n, vec![(0, tx)]);
+                switch.engine.attach_rx(n, 0, rx);
+            }
+            ports
+        };
+        let first = Switch::start(&cfg, &vmm, None).unwrap();
+        let [_, b, c] = plug(&first);
+        c.push(frame(9, mac(200), 1));
+        eventually("it is flooded", || b.delivered_count() == 1);
+        let file = cfg.state_dir.join(crate::addresses::FILE);
+        let is_kept = || {
+            let kept = std::fs::read(&file).ok();
+            kept.is_some_and(|b| b.windows(6).any(|w| w == mac(9).0))
+        };
+        eventually("it is written", is_kept);
+        let written = std::fs::read(&file).unwrap();
+        tokio::task::block_in_place(|| first.stop());
+        // As a crash leaves it.
+        std::fs::write(&file, written).unwrap();
+
+        let next = Switch::start(&cfg, &vmm, None).unwrap();
+        let [a, b, c] = plug(&next);
+        a.push(frame(1, mac(9), 2));
+        eventually("it comes", || c.delivered_count() == 1);
+        // Behind it in every lane.
+        a.push(frame(1, MacAddr::BROADCAST, 3));
+        eventually("all hear the next one", || {
+            b.delivered_count() > 0 && c.delivered_count() == 2
+        });
+        assert_eq!(b.delivered_count(), 1, "only that one");
+        tokio::task::block_in_place(|| next.stop());
+    }
 
     /// `a` connects first and sends to `b`; then `b` comes. `c` never does.
     #[test]

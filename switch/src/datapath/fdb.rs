@@ -9,8 +9,8 @@
 
 use std::io;
 use std::sync::atomic::{
-    AtomicU32, AtomicU64,
-    Ordering::{AcqRel, Acquire, Relaxed},
+    AtomicBool, AtomicU32, AtomicU64,
+    Ordering::{AcqRel, Acquire, Relaxed, Release},
 };
 
 use gangway_shared::id::MacAddr;
@@ -30,6 +30,7 @@ pub struct Fdb {
     seeds: [u64; 3],
     ageing_s: u32,
     generation: AtomicU32,
+    changed: AtomicBool,
 }
 
 /// One entry, for listings.
@@ -67,7 +68,26 @@ impl Fdb {
             seeds: Seeds::random().0,
             ageing_s,
             generation: AtomicU32::new(0),
+            changed: AtomicBool::new(false),
         })
+    }
+
+    /// As configured, in seconds.
+    pub fn ageing_s(&self) -> u32 {
+        self.ageing_s
+    }
+
+    /// Whether an address has come, moved or gone since this was last asked. One that comes at the moment in which it is asked may
+    /// not be said.
+    pub fn has_changed(&self) -> bool {
+        self.changed.swap(false, AcqRel)
+    }
+
+    /// Only written when it is not said already: workers share the line.
+    fn mark(&self) {
+        if !self.changed.load(Relaxed) {
+            self.changed.store(true, Release);
+        }
     }
 
     /// Changes whenever an address that was known is said to be somewhere else (not when a new one is learned, so that
@@ -77,8 +97,9 @@ impl Fdb {
         self.generation.load(Acquire)
     }
 
-    fn changed(&self) {
+    fn moved(&self) {
         self.generation.fetch_add(1, AcqRel);
+        self.mark();
     }
 
     /// The first entries of its two buckets.
@@ -133,7 +154,7 @@ impl Fdb {
                     return Some(port_of(v));
                 }
                 self.entries[at].store(pack(mac, port, false), Relaxed);
-                self.changed();
+                self.moved();
             }
             if self.seen[at].load(Relaxed) != now_s {
                 self.seen[at].store(now_s, Relaxed);
@@ -163,7 +184,25 @@ impl Fdb {
         if let Some(at) = victim {
             self.seen[at].store(now_s, Relaxed);
             self.entries[at].store(pack(mac, port, fixed), Relaxed);
+            self.mark();
         }
+    }
+
+    /// An earlier run has seen `mac` at `port` so long ago. Whatever is known or would have to give way is right, and it is not
+    /// taken then; nor if it has aged.
+    pub fn recall(&self, mac: MacAddr, port: usize, age_s: u32, now_s: u32) -> bool {
+        let station = !mac.is_multicast() && mac.to_u64() != 0;
+        if !station || age_s > self.ageing_s || self.find(mac).is_some() {
+            return false;
+        }
+        let mut places = self.buckets(mac).into_iter().flat_map(|b| b..b + WAYS);
+        let empty = places.find(|&at| self.entries[at].load(Relaxed) == 0);
+        if let Some(at) = empty {
+            self.seen[at].store(now_s.wrapping_sub(age_s), Relaxed);
+            self.entries[at].store(pack(mac, port, false), Relaxed);
+            self.moved();
+        }
+        empty.is_some()
     }
 
     /// Control's word: `mac` is at `port`, whatever is seen elsewhere (`fixed`) or until it is seen elsewhere.
@@ -175,7 +214,7 @@ impl Fdb {
             }
             None => self.insert(mac, port, fixed, now_s),
         }
-        self.changed();
+        self.moved();
     }
 
     /// Forgets what points to `port`.
@@ -186,12 +225,17 @@ impl Fdb {
                 let _ = e.compare_exchange(v, 0, Relaxed, Relaxed);
             }
         }
-        self.changed();
+        self.moved();
     }
 
     /// All entries that have not aged.
     pub fn list(&self, now_s: u32) -> Vec<Entry> {
-        let entry = |(at, e): (usize, &AtomicU64)| {
+        self.iter(now_s).collect()
+    }
+
+    /// The same one by one.
+    pub fn iter(&self, now_s: u32) -> impl Iterator<Item = Entry> {
+        let entry = move |(at, e): (usize, &AtomicU64)| {
             let v = e.load(Relaxed);
             (v != 0 && !self.expired(at, v, now_s)).then(|| Entry {
                 mac: MacAddr::from_u64(v),
@@ -200,7 +244,7 @@ impl Fdb {
                 age_s: now_s.wrapping_sub(self.seen[at].load(Relaxed)),
             })
         };
-        self.entries.iter().enumerate().filter_map(entry).collect()
+        self.entries.iter().enumerate().filter_map(entry)
     }
 }
 

@@ -11,6 +11,7 @@ use gangway_shared::record::{HeldPort, HeldQueue, HeldSeats, HoldRecord};
 
 use super::record::{RecordFile, Stand};
 use super::refuse;
+use crate::addresses::Addresses;
 use crate::datapath::Engine;
 use crate::datapath::engine::Pin;
 use crate::datapath::worker::{Command, Outcome};
@@ -38,6 +39,8 @@ pub trait Vms: Send + Sync {
 pub struct Host {
     /// Workers, ports, FDB.
     pub engine: Arc<Engine>,
+    /// What the next run of the switch will know of the FDB.
+    pub addresses: Arc<Addresses>,
     /// Where held frames go.
     pub spool: Arc<Spool>,
     /// Expected shipments.

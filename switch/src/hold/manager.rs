@@ -675,6 +675,8 @@ impl Manager {
     fn release(&self, hold: HoldId) -> Answer {
         let host = &self.host;
         self.advance(hold, Event::Release, |end, info| {
+            // As long as there is a record, that says where its VMs are; then this must.
+            host.addresses.save();
             match end {
                 End::Source(s) => {
                     s.hear_again(HEAR);

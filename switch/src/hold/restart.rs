@@ -245,6 +245,12 @@ impl SourceHold {
             .inspect_err(|_| hold.outgoing.close())?;
         hold.modes(host, state);
         hold.arm(host);
+        let ports = &host.engine.shared().ports;
+        for (n, &g) in hold.group.iter().enumerate() {
+            if ports[g].mode() == Mode::Departed {
+                hold.is_elsewhere(host, n);
+            }
+        }
         if state == HoldState::Aborting {
             hold.abort(host)?;
         }

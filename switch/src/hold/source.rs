@@ -383,6 +383,15 @@ impl SourceHold {
         }
     }
 
+    /// Where frames for it go from here on.
+    pub(super) fn is_elsewhere(&self, host: &Host, n: usize) {
+        let shared = host.engine.shared();
+        let up = shared.ports.iter().position(|p| p.uplink);
+        if let (Some(mac), Some(up)) = (self.macs.get(n).copied().flatten(), up) {
+            shared.fdb.set(mac, up, false, shared.now_s());
+        }
+    }
+
     /// Closes the lanes to every VM that the network has found at its new place (or all, when `give_up`). True when
     /// all are closed and acknowledged.
     pub fn departed(&mut self, host: &Host, give_up: bool) -> Result<bool, Refusal> {
@@ -390,11 +399,7 @@ impl SourceHold {
         for (n, &g) in self.group.iter().enumerate() {
             let p = &shared.ports[g];
             if p.mode() == Mode::Departing && (give_up || p.marker.load(Ordering::Acquire)) {
-                if let (Some(mac), Some(up)) =
-                    (self.macs[n], shared.ports.iter().position(|p| p.uplink))
-                {
-                    shared.fdb.set(mac, up, false, shared.now_s());
-                }
+                self.is_elsewhere(host, n);
                 p.set_mode(Mode::Departed);
             }
         }

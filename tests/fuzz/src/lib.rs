@@ -8,6 +8,7 @@ mod backlog;
 mod codec;
 mod config;
 pub mod corpus;
+mod fdb;
 mod input;
 mod keeper;
 mod ledger;
@@ -24,7 +25,7 @@ mod vhost_user;
 pub type Target = fn(&[u8]);
 
 /// All of them, by name.
-pub const TARGETS: [(&str, Target); 15] = [
+pub const TARGETS: [(&str, Target); 16] = [
     ("vhost_user", vhost_user::run),
     ("keeper", keeper::run),
     ("split_ring", rings::split),
@@ -38,6 +39,7 @@ pub const TARGETS: [(&str, Target); 15] = [
     ("positions", positions::run),
     ("backlog", backlog::run),
     ("ledger", ledger::run),
+    ("fdb", fdb::run),
     ("config", config::run),
     ("qmp", qmp::run),
 ];

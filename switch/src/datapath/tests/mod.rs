@@ -42,7 +42,7 @@ pub(crate) fn config(names: &[&str], workers: usize, spool: PathBuf) -> HostConf
     };
     HostConfig {
         name: "test".into(),
-        state_dir: spool.clone(),
+        state_dir: spool.with_extension("state"),
         control_socket: spool.join("control"),
         listen: None,
         tls: None,

@@ -16,6 +16,7 @@ use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 use gangway_shared::ledger::{IndexBatch, LaneKind, Ledger, LedgerLane, account};
 
 use super::{Host, Left, Manager, Vms, workers_of};
+use crate::addresses::Addresses;
 use crate::control::Handler;
 use crate::datapath::engine::{Engine, Port};
 use crate::datapath::stats::DROP_NAMES;
@@ -128,8 +129,10 @@ impl Site {
         let mut config = self.config.clone();
         config.workers.count = config.workers.count.max(workers_of(&left));
         let engine = Engine::start(&config).unwrap();
+        let addresses = Addresses::new(&config, engine.shared().clone());
         let manager = Arc::new(Manager::new(Host {
             engine: engine.clone(),
+            addresses: addresses.clone(),
             spool: spool.clone(),
             acceptor: self.acceptor.clone(),
             dialer: Some(self.dialer.clone()),
@@ -139,6 +142,7 @@ impl Site {
             config,
         }));
         manager.take_up(left);
+        addresses.take_up();
         *self.run.lock().unwrap() = Some(Run {
             manager,
             engine,

@@ -265,13 +265,32 @@ fn moved(kills: &[Kill]) {
     eventually("the target is live", || {
         s.b.status().state == HoldState::Live
     });
+    assert_eq!((s.a.knows_m_at(), s.b.knows_m_at()), (Some(UP), Some(M)));
     s.a.ask(Request::HoldRelease { hold: ID });
     s.b.ask(Request::HoldRelease { hold: ID });
+    // No record says it to the next run any more.
+    assert_eq!((s.a.keeps_m_at(), s.b.keeps_m_at()), (UP, M));
     eventually("nothing of it is in the spools", || {
         s.a.spool().used_bytes() + s.b.spool().used_bytes() == 0
     });
     the_ledgers_agree(&s);
     s.verdict();
+}
+
+impl Site {
+    fn knows_m_at(&self) -> Option<usize> {
+        let engine = self.engine();
+        let shared = engine.shared();
+        shared.fdb.lookup(mac(MAC_M), shared.now_s())
+    }
+
+    /// For the next run.
+    fn keeps_m_at(&self) -> usize {
+        let file = self.config.state_dir.join(crate::addresses::FILE);
+        let kept = crate::addresses::format::decode(&std::fs::read(file).unwrap()).unwrap();
+        let m = kept.addresses.iter().find(|a| a.mac == mac(MAC_M));
+        usize::from(m.unwrap().port)
+    }
 }
 
 #[test]
