@@ -2,6 +2,7 @@
 
 use gangway_tests::chaos::run::Stage;
 use gangway_tests::chaos::{Wish, cases};
+use gangway_tests::lab::demo::Ports;
 use std::path::{Path, PathBuf};
 
 fn logs(name: &str) -> PathBuf {
@@ -10,19 +11,19 @@ fn logs(name: &str) -> PathBuf {
 
 /// One behind the other in one world, which each leaves as it was; after a guest's own crash the case is run once more.
 fn all_green(name: &str, wishes: &[&str]) {
-    all_green_with(name, wishes, "");
+    all_green_with(name, wishes, Ports::VhostUser, "");
 }
 
-/// With these properties of the network cards.
-fn all_green_with(name: &str, wishes: &[&str], nic: &str) {
-    let mut stage = Some(Stage::with(None, &logs(name), nic).unwrap());
+/// With these ports, and properties of the network cards.
+fn all_green_with(name: &str, wishes: &[&str], ports: Ports, nic: &str) {
+    let mut stage = Some(Stage::with(None, &logs(name), ports, nic).unwrap());
     let steps = stage.as_ref().unwrap().steps().unwrap();
     let wishes: Vec<Wish> = wishes.iter().map(|w| w.parse().unwrap()).collect();
     for case in cases(&wishes, &steps).unwrap() {
         for again in [true, false] {
             let used = stage.take();
             let mut used =
-                used.unwrap_or_else(|| Stage::with(Some(&case), &logs(name), nic).unwrap());
+                used.unwrap_or_else(|| Stage::with(Some(&case), &logs(name), ports, nic).unwrap());
             let row = used.run(&case, &steps).unwrap();
             let crashed = used.crashed();
             if row.leaves_all_as_it_was() {
@@ -65,8 +66,15 @@ fn a_switch_that_goes_under_packed_rings_loses_nothing() {
             "no-migration restart-source-switch",
             "precopy kill-source-switch",
         ],
+        Ports::VhostUser,
         "packed=on",
     );
+}
+
+/// What they send without a switch is lost (lab_taps); what a hold has accepted is not.
+#[test]
+fn a_switch_that_goes_under_taps_loses_no_frame_of_a_hold() {
+    all_green_with("chaos-taps", &["seal kill-source-switch"], Ports::Tap, "");
 }
 
 #[test]

@@ -5,6 +5,7 @@ use clap::Parser;
 use gangway_tests::chaos::book::Book;
 use gangway_tests::chaos::run::{Row, Stage};
 use gangway_tests::chaos::{Case, Fault, Wish, cases};
+use gangway_tests::lab::demo::Ports;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -18,13 +19,16 @@ struct Args {
     /// Leave out cases of which there is a green row already
     #[arg(long)]
     missing: bool,
+    /// How VMs are attached. Results of TAPs go beside the others (OUT/tap) and into no page
+    #[arg(long, value_enum, default_value = "vhost-user")]
+    ports: Ports,
     /// Begin no further case after so many seconds
     #[arg(long, value_name = "S")]
     within_s: Option<u64>,
     /// Where results.json and the logs of red rows go
     #[arg(long, default_value = "target/chaos")]
     out: PathBuf,
-    /// The page that gets the table
+    /// The page that gets the table, as soon as results.json has all cases
     #[arg(long, value_name = "FILE")]
     page: Option<PathBuf>,
     /// Only write the page from results.json
@@ -33,7 +37,11 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let mut args = Args::parse();
+    if args.ports == Ports::Tap {
+        args.out.push("tap");
+        args.page = None;
+    }
     if !rustix::process::geteuid().is_root() {
         eprintln!("gangway-chaos: run as root: the lab makes network namespaces");
         return ExitCode::from(2);
@@ -66,7 +74,7 @@ fn run(args: &Args) -> Result<bool> {
         .filter(|text| !text.trim().is_empty())
         .map(|text| text.parse())
         .collect::<Result<_>>()?;
-    let mut stage = Some(Stage::new(None, &args.out)?);
+    let mut stage = Some(Stage::with(None, &args.out, args.ports, "")?);
     if let Some(stage) = &stage {
         book.steps = stage.steps()?;
     }
@@ -92,9 +100,11 @@ fn run(args: &Args) -> Result<bool> {
         all_green &= row.wrong.is_empty();
         book.put(row);
         book.save(&file)?;
-        args.page
-            .iter()
-            .try_for_each(|page| book.write_into(page))?;
+        if book.is_whole() {
+            args.page
+                .iter()
+                .try_for_each(|page| book.write_into(page))?;
+        }
     }
     println!("{}", file.display());
     Ok(all_green)
@@ -110,7 +120,7 @@ fn twice_if_a_guest_crashed(
     for again in [true, false] {
         let mut used = match stage.take().filter(|s| s.suits(case)) {
             Some(used) => used,
-            None => Stage::new(Some(case), &args.out)?,
+            None => Stage::with(Some(case), &args.out, args.ports, "")?,
         };
         let row = used.run(case, steps);
         let good = row.as_ref().is_ok_and(Row::leaves_all_as_it_was);

@@ -1,6 +1,6 @@
 //! Keeps what came of each case, and writes it into docs/reliability.md between two marks.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use std::fmt::Write as _;
 use std::path::Path;
@@ -50,8 +50,25 @@ impl Book {
             .with_context(|| path.display().to_string())
     }
 
-    /// Replaces what is between the marks of a page.
+    /// Cases that were never run, or no steps known at all: a page of them would be worse than the one that there is.
+    pub fn is_whole(&self) -> bool {
+        let has = |step: &String| {
+            Fault::ALL
+                .into_iter()
+                .all(|f| !f.can_hit(step, &self.steps) || self.row(step, f).is_some())
+        };
+        !self.steps.is_empty() && self.steps.iter().all(has)
+    }
+
+    /// Replaces what is between the marks of a page, if every case was run.
     pub fn write_into(&self, page: &Path) -> Result<()> {
+        if !self.is_whole() {
+            let rows = self.rows.len();
+            bail!(
+                "{} keeps its table: only {rows} cases were run here; `make chaos` runs all",
+                page.display()
+            );
+        }
         let text = std::fs::read_to_string(page).with_context(|| page.display().to_string())?;
         let parts = text
             .split_once(BEGIN)
@@ -83,8 +100,7 @@ impl Book {
             for fault in Fault::ALL {
                 let cell = match self.row(step, fault) {
                     _ if !fault.can_hit(step, &self.steps) => "-".to_owned(),
-                    None => "not run".to_owned(),
-                    Some(row) => cell(row),
+                    row => row.map(cell).unwrap_or_default(),
                 };
                 let _ = write!(out, " {cell} |");
             }
@@ -130,11 +146,15 @@ fn cell(row: &Row) -> String {
         0 => String::new(),
         n => format!(" ({n} abort)"),
     };
+    let full = match row.missed_room {
+        Some(false) => " (room not missed)",
+        _ => "",
+    };
     let red = match row.wrong.is_empty() {
         true => String::new(),
         false => format!("**RED** {} lost, ", row.traffic.lost),
     };
-    format!("{red}{ending}{user}")
+    format!("{red}{ending}{user}{full}")
 }
 
 #[cfg(test)]
@@ -160,6 +180,7 @@ mod tests {
                 ..Sum::default()
             },
             outage_ms: None,
+            missed_room: None,
             silence_ms: 0.0,
             took_s: 1.0,
             wrong: wrong.iter().map(|w| w.to_string()).collect(),
@@ -178,8 +199,19 @@ mod tests {
         std::fs::write(&page, "no marks").unwrap();
         assert!(book.write_into(&page).is_err());
         std::fs::write(&page, format!("head\n{BEGIN}\nold\n{END}\ntail\n")).unwrap();
+        let steps = book.steps.clone();
+        for step in &steps {
+            let all = Fault::ALL.into_iter();
+            for fault in all.filter(|f| f.can_hit(step, &steps)) {
+                // One at a time, as on a fresh clone.
+                assert!(book.write_into(&page).is_err());
+                assert!(std::fs::read_to_string(&page).unwrap().contains("old"));
+                let mut row = row(step, fault, &[]);
+                row.missed_room = Some(fault != Fault::SourceDiskFull);
+                book.put(row);
+            }
+        }
         book.put(row("stop", Fault::Fail, &["a | b"]));
-        book.put(row("start", Fault::Fail, &[]));
         book.write_into(&page).unwrap();
         let text = std::fs::read_to_string(&page).unwrap();
         assert!(
@@ -187,7 +219,8 @@ mod tests {
             "{text}"
         );
         assert!(!text.contains("old"), "{text}");
-        assert!(text.contains("2 cases, 1 green, 1 red"), "{text}");
+        assert!(text.contains("18 cases, 17 green, 1 red"), "{text}");
+        assert_eq!(text.matches("back (room not missed)").count(), 2, "{text}");
         assert!(
             text.contains("`make chaos CASE=\"stop fail\"` | a / b |"),
             "{text}"

@@ -3,7 +3,8 @@
 //! | fault | what it may cost |
 //! |---|---|
 //! | every one | no frame, none twice, none out of order; the migration is over: all VMs run at B, or all at A |
-//! | a switch is killed | what came in from outside while no switch ran: nobody had accepted it. Between VMs nothing is lost; of each flow a burst may arrive twice |
+//! | a switch is killed | what came in from outside while no switch ran by which the network reaches the VMs: nobody had accepted it. Between VMs nothing is lost; of each flow a burst may arrive twice |
+//! | the same, and VMs are on TAPs | also what the VMs sent meanwhile: the kernel takes it from QEMU, and has nobody to give it to |
 //! | a QEMU is killed that is the VM at that time | this VM, and what it sends and gets. The others lose nothing and go on |
 //! | held for 20 s and delivered at once | nothing; what a guest's own kernel had no room for at its sockets is told apart, by that kernel's counters |
 //! | a QEMU is killed that is not (A's when B's has all of it, B's before the commit) | nothing |
@@ -13,6 +14,9 @@ use std::collections::BTreeMap;
 use super::Fault;
 use crate::lab::traffic::Flow;
 use serde::{Deserialize, Serialize};
+
+/// A sender that the machine had not scheduled catches up: so much more of its time may fall into an outage, in seconds.
+const LATE_S: f64 = 0.1;
 
 /// A switch that is killed may have delivered at most one burst of each lane that it had not yet given back.
 pub const BURST: u64 = 32;
@@ -58,20 +62,51 @@ pub struct Scene<'a> {
     pub fault: Fault,
     /// The VM that died with its QEMU.
     pub dead: Option<&'a str>,
-    /// How long no switch ran at the host (from the kill to its first answer).
-    pub outage_s: f64,
+    /// How long no switch ran at the host by which the network reaches the VMs (from the kill to its first answer); none if it went on: see
+    /// [`serves`].
+    pub outage_s: Option<f64>,
+    /// VMs on TAPs spoke to that switch: see [`mutes`].
+    pub mutes: bool,
     /// Datagrams per second to each VM's echo.
     pub echo_rate: u32,
+    /// Datagrams per second from VM to VM.
+    pub udp_rate: u32,
     /// Datagrams that each VM's kernel has dropped at its sockets.
     pub no_room: BTreeMap<String, u64>,
 }
 
-/// Where a flow of datagrams ends, or is sent back.
-fn receiver(flow: &Flow) -> Option<&str> {
-    let name = flow.name.as_str();
-    let chain = || name.strip_prefix("udp ")?.split_once("->");
-    name.strip_prefix("outside udp echo ")
-        .or_else(|| chain().map(|(_, to)| to))
+impl Scene<'_> {
+    /// How much of a flow may have been sent while nobody heard it.
+    fn unheard(&self, flow: &str) -> u64 {
+        let rate = match flow.split_once(' ') {
+            Some(("outside", rest)) if rest.starts_with("udp") => self.echo_rate,
+            Some(("udp", _)) if self.mutes => self.udp_rate,
+            _ => return 0,
+        };
+        let time = self.outage_s.map_or(0.0, |s| s + LATE_S);
+        (f64::from(rate) * time).ceil() as u64
+    }
+}
+
+/// Whether the switch that goes is the one by which the network reaches the VMs. `at` and the others: places in the table. B's VMs speak from
+/// behind `activate` on; behind `announce` all know that they are there.
+pub fn serves(fault: Fault, at: usize, activate: usize, announce: usize) -> bool {
+    match fault {
+        Fault::KillSourceSwitch => at <= announce,
+        Fault::RestartSourceSwitch => true,
+        Fault::KillTargetSwitch => at > activate,
+        _ => false,
+    }
+}
+
+/// Whether VMs on TAPs speak to the switch that goes: A's do until they are stopped, B's from behind `activate` on.
+pub fn mutes(fault: Fault, at: usize, stop: usize, activate: usize) -> bool {
+    match fault {
+        Fault::KillSourceSwitch => at <= stop,
+        Fault::RestartSourceSwitch => true,
+        Fault::KillTargetSwitch => at > activate,
+        _ => false,
+    }
 }
 
 /// Whether a flow depends on the VM: as an end, or as a stream through it.
@@ -95,20 +130,16 @@ pub fn judge(scene: &Scene, before: &[Flow], after: &[Flow]) -> (Sum, Vec<String
         }
         let was = before.iter().find(|f| f.name == flow.name);
         let was = was.cloned().unwrap_or_default();
-        let outside = flow.name.starts_with("outside udp");
-        let mut lost = flow.lost - was.lost.min(flow.lost);
-        if (killed || scene.fault == Fault::RestartSourceSwitch) && outside {
-            let most = (f64::from(scene.echo_rate) * scene.outage_s).ceil() as u64;
-            let unheard = lost.min(most);
-            sum.unheard += unheard;
-            lost -= unheard;
-        }
-        if let Some(dropped) = receiver(flow).and_then(|vm| no_room.get_mut(vm)) {
-            let n = lost.min(*dropped);
-            *dropped -= n;
-            sum.no_room += n;
-            lost -= n;
-        }
+        let mut new = Flow {
+            name: flow.name.clone(),
+            lost: flow.lost - was.lost.min(flow.lost),
+            ..Flow::default()
+        };
+        let unheard = new.lost.min(scene.unheard(&flow.name));
+        sum.unheard += unheard;
+        new.lost -= unheard;
+        sum.no_room += new.excuse(&mut no_room);
+        let lost = new.lost;
         let duplicated = flow.duplicated - was.duplicated.min(flow.duplicated);
         let reordered = flow.reordered - was.reordered.min(flow.reordered);
         let corrupted = flow.corrupted - was.corrupted.min(flow.corrupted);
@@ -171,8 +202,10 @@ mod tests {
         Scene {
             fault,
             dead: None,
-            outage_s: 0.5,
+            outage_s: serves(fault, 5, 4, 6).then_some(0.4),
+            mutes: false,
             echo_rate: 100,
+            udp_rate: 200,
             no_room: BTreeMap::new(),
         }
     }
@@ -218,6 +251,42 @@ mod tests {
         let after = [flow("outside udp echo a", 1000, 60), flow("udp a->b", 9, 1)];
         let (sum, wrong) = judge(&scene, &[], &after);
         assert_eq!((sum.unheard, sum.lost, wrong.len()), (50, 11, 2));
+    }
+
+    #[test]
+    fn what_comes_while_another_hosts_switch_is_gone_is_heard() {
+        let mut scene = scene(Fault::KillTargetSwitch);
+        scene.outage_s = None;
+        let (sum, wrong) = judge(&scene, &[], &[flow("outside udp echo a", 1000, 1)]);
+        assert_eq!((sum.unheard, sum.lost, wrong.len()), (0, 1, 1));
+        // In the table: activate is step 1, announce step 2; its place is twice that, and one more behind it.
+        let serves = |fault, at| serves(fault, at, 2, 4);
+        let served = |fault| (0..8).map(|at| serves(fault, at)).collect::<Vec<_>>();
+        let (y, n) = (true, false);
+        assert_eq!(served(Fault::KillSourceSwitch), [y, y, y, y, y, n, n, n]);
+        assert_eq!(served(Fault::KillTargetSwitch), [n, n, n, y, y, y, y, y]);
+        assert_eq!(served(Fault::CutLong), [n; 8]);
+        let mutes = |fault| {
+            (0..6)
+                .map(|at| super::mutes(fault, at, 2, 4))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            mutes(Fault::KillSourceSwitch),
+            [y, y, y, n, n, n],
+            "they stand still"
+        );
+        assert_eq!(mutes(Fault::KillTargetSwitch), [n, n, n, n, n, y]);
+    }
+
+    #[test]
+    fn what_vms_on_taps_send_while_no_switch_runs_is_told_apart_and_bounded() {
+        let mut scene = scene(Fault::KillSourceSwitch);
+        let after = [flow("udp a->b", 1000, 101), flow("tcp a->b", 1000, 1)];
+        assert_eq!(judge(&scene, &[], &after).0.lost, 102);
+        scene.mutes = true;
+        let (sum, wrong) = judge(&scene, &[], &after);
+        assert_eq!((sum.unheard, sum.lost, wrong.len()), (100, 2, 2));
     }
 
     #[test]

@@ -53,6 +53,9 @@ pub struct Row {
     pub traffic: Sum,
     /// How long no switch ran, if one was killed.
     pub outage_ms: Option<f64>,
+    /// Whether the disk that was filled was missed: somebody waited for room, or was refused. It was full in any case.
+    #[serde(default)]
+    pub missed_room: Option<bool>,
     /// The longest silence that a client outside has seen in this world so far.
     #[serde(default)]
     pub silence_ms: f64,
@@ -78,11 +81,11 @@ pub struct Stage {
 impl Stage {
     /// Boots the group on A.
     pub fn new(case: Option<&Case>, logs: &Path) -> Result<Stage> {
-        Stage::with(case, logs, "")
+        Stage::with(case, logs, Ports::VhostUser, "")
     }
 
-    /// The same with these properties of all network cards, as QEMU has them: `packed=on`.
-    pub fn with(case: Option<&Case>, logs: &Path, nic: &str) -> Result<Stage> {
+    /// The same with these ports, and these properties of all network cards, as QEMU has them: `packed=on`.
+    pub fn with(case: Option<&Case>, logs: &Path, ports: Ports, nic: &str) -> Result<Stage> {
         let small_disks = case.is_some_and(|c| fills_a_disk(c.fault));
         let mut group = Group::roomy();
         group.vms.iter_mut().for_each(|vm| vm.nic = nic.to_owned());
@@ -100,7 +103,7 @@ impl Stage {
             ),
             false => config,
         };
-        let mut world = World::prepared(&group, Ports::VhostUser, logs, prepare, edit)?;
+        let mut world = World::prepared(&group, ports, logs, prepare, edit)?;
         world.traffic.be_patient();
         Ok(Stage {
             world,
@@ -177,7 +180,8 @@ impl Stage {
         row.took_s = began.elapsed().as_secs_f64();
         row.wrong = runs_where_it_should(world, Ending::RolledBack, None);
         row.wrong.extend(left_over(world));
-        self.judge(row, None, outage)
+        // Its switch is the only one.
+        self.judge(row, None, outage, (true, true))
     }
 
     /// What the VMs' kernels have dropped at their sockets since this was last asked.
@@ -192,7 +196,13 @@ impl Stage {
     }
 
     /// Stops the traffic, and completes the row with what came of it.
-    fn judge(&mut self, mut row: Row, dead: Option<&str>, outage: Option<f64>) -> Result<Row> {
+    fn judge(
+        &mut self,
+        mut row: Row,
+        dead: Option<&str>,
+        outage: Option<f64>,
+        (serves, mutes): (bool, bool),
+    ) -> Result<Row> {
         if let Some(dead) = dead {
             self.world.traffic.forget(dead);
         }
@@ -201,9 +211,10 @@ impl Stage {
         let scene = Scene {
             fault: row.case.fault,
             dead,
-            // Until QEMU and switch have found each other again.
-            outage_s: outage.map_or(0.0, |s| s + 1.5),
+            outage_s: outage.filter(|_| serves),
+            mutes: mutes && self.world.ports == Ports::Tap,
             echo_rate: self.world.group.echo_rate,
+            udp_rate: self.world.group.udp_rate,
             no_room: self.no_room()?,
         };
         let (traffic, wrong) = rule::judge(&scene, &self.flows, &flows);
@@ -232,6 +243,7 @@ impl Stage {
         let (migrate, folder) = begin(world, case, freeze)?;
         let id = folder.file_name().unwrap_or_default().to_string_lossy();
         let mut outage = None;
+        let told = Told::begin(world, case.fault);
         if case.fault != Fault::Fail {
             let struck = strike(world, case.fault, &migrate);
             // Whatever became of it, the coordinator must not wait for us.
@@ -284,6 +296,8 @@ impl Stage {
         if let Some(must) = must.filter(|must| *must != ending) {
             wrong.push(format!("it had to end {must:?} and ended {ending:?}"));
         }
+        let serves = rule::serves(case.fault, place, 2 * at("activate"), 2 * at("announce"));
+        let mutes = rule::mutes(case.fault, place, 2 * at("stop"), 2 * at("activate"));
         let dead = matches!(
             (case.fault, ending),
             (Fault::KillSourceQemu, Ending::RolledBack)
@@ -297,7 +311,11 @@ impl Stage {
         let mut row = Row::new(case, ending);
         (row.exit, row.user, row.troubles) = (exit, user, troubles);
         (row.took_s, row.wrong) = ((took_s * 10.0).round() / 10.0, wrong);
-        self.judge(row, dead, outage)
+        row.missed_room = match told {
+            Some(told) => Some(told.of_room()? || row.troubles.iter().any(|t| says_no_room(t))),
+            None => None,
+        };
+        self.judge(row, dead, outage, (serves, mutes))
     }
 }
 
@@ -318,6 +336,7 @@ impl Row {
             troubles: Vec::new(),
             traffic: Sum::default(),
             outage_ms: None,
+            missed_room: None,
             silence_ms: 0.0,
             took_s: 0.0,
             wrong: Vec::new(),
@@ -339,6 +358,46 @@ fn now_s() -> u64 {
 
 fn fills_a_disk(fault: Fault) -> bool {
     matches!(fault, Fault::SourceDiskFull | Fault::TargetDiskFull)
+}
+
+/// What the switch whose disk is filled and the coordinator say from now on.
+struct Told(Vec<(PathBuf, usize)>);
+
+impl Told {
+    fn begin(world: &World, fault: Fault) -> Option<Told> {
+        let host = match fault {
+            Fault::SourceDiskFull => &world.lab.a,
+            Fault::TargetDiskFull => &world.lab.b,
+            _ => return None,
+        };
+        let logs = [
+            host.dir.join("switch.log"),
+            world.lab.dir().join("migrate.log"),
+        ];
+        let so_far = |log: PathBuf| {
+            let len = std::fs::read(&log).map_or(0, |text| text.len());
+            (log, len)
+        };
+        Some(Told(logs.map(so_far).into()))
+    }
+
+    fn of_room(&self) -> Result<bool> {
+        for (log, from) in &self.0 {
+            let text = std::fs::read(log).with_context(|| log.display().to_string())?;
+            let new = text.get(*from..).unwrap_or_default();
+            if says_no_room(&String::from_utf8_lossy(new)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// The words of the switch for senders that wait, for a commit and an opening that it refuses, and the system's.
+fn says_no_room(text: &str) -> bool {
+    ["gets no room", "has no room", "No space left on device"]
+        .iter()
+        .any(|words| text.contains(words))
 }
 
 fn small_disk(host: &Host) -> Result<()> {

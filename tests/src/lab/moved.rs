@@ -158,13 +158,11 @@ impl World {
             let text = std::fs::read_to_string(&log).with_context(|| log.display().to_string())?;
             again += sent_again(&text)?;
         }
-        let mut no_room: u64 = self.traffic.no_room()?.values().sum();
+        let mut no_room = self.traffic.no_room()?;
         for flow in flows.iter_mut().filter(|f| f.name.contains("udp")) {
             let excused = flow.duplicated.min(again);
             (flow.duplicated, again) = (flow.duplicated - excused, again - excused);
-            let excused = flow.lost.min(no_room);
-            (flow.received, no_room) = (flow.received + excused, no_room - excused);
-            flow.lost -= excused;
+            flow.received += flow.excuse(&mut no_room);
         }
         Ok(flows)
     }
