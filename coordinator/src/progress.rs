@@ -35,7 +35,7 @@ fn lock(screen: &Mutex<Screen>) -> MutexGuard<'_, Screen> {
 }
 
 impl Progress {
-    /// Begins to show; `quiet` shows nothing.
+    /// Begins to show; `quiet` shows nothing, and asks for the holds all the same: one that nobody asks for is overdue.
     pub fn new(world: Arc<World>, quiet: bool) -> Progress {
         let tty = std::io::stderr().is_terminal();
         let screen = Screen {
@@ -48,7 +48,7 @@ impl Progress {
             block: Vec::new(),
         };
         let screen = Arc::new(Mutex::new(screen));
-        let ticker = (!quiet).then(|| tokio::spawn(tick(world, screen.clone())));
+        let ticker = Some(tokio::spawn(tick(world, screen.clone())));
         Progress { screen, ticker }
     }
 
@@ -135,11 +135,13 @@ impl Screen {
     }
 }
 
-/// Looks every 250 ms; without a terminal every second.
+/// Looks every 250 ms; without a terminal it shows every fourth; if it is quiet, it looks every 3 s.
 async fn tick(world: Arc<World>, screen: Arc<Mutex<Screen>>) {
     let mut n = 0_u64;
     loop {
-        tokio::time::sleep(Duration::from_millis(250)).await;
+        let quiet = lock(&screen).quiet;
+        let every = if quiet { 3000 } else { 250 };
+        tokio::time::sleep(Duration::from_millis(every)).await;
         n += 1;
         let holding = lock(&screen).holding;
         let (mut source, mut target) = (None, None);

@@ -382,6 +382,8 @@ pub struct HostInfo {
     pub spool_quota_bytes: u64,
     /// Why held senders get no more room and wait, if so.
     pub spool_error: Option<String>,
+    /// Holds that nobody asks for any more, or that hold frames for longer than they may, if there are any.
+    pub holds_overdue: Option<String>,
 }
 
 /// A worker: a thread that serves queues.
@@ -507,8 +509,22 @@ pub enum Role {
     Target,
 }
 
-/// Where a hold stands. Source: open, frozen_inside, frozen, sealed, departing, departed. Target: prepared, restored,
-/// draining, live. Both: aborting, aborted, released.
+/// Where a hold stands.
+///
+/// ```text
+/// source:  Open --Freeze--> FrozenInside --Freeze--> Frozen --Seal--> Sealed --Depart--> Departing ~~> Departed --Release--> Released
+///            `----------------Freeze (all)-------------^
+///          Open, FrozenInside, Frozen, Sealed --Abort----> Aborting ~~> Aborted
+///                FrozenInside, Frozen         --TimedOut-> Aborting
+///
+/// target:  Prepared --Restore--> Restored --Commit--> Draining ~~> Live --Release--> Released
+///          Prepared, Restored --Abort----> Aborted
+///          Prepared           --TimedOut-> Aborted
+///                                 Draining, Live --Announce--> as they were
+/// ```
+/// `~~>` happens by itself: every lane was acknowledged, delivered, or put back. A VM that stops by itself freezes an open hold.
+/// `TimedOut`: its coordinator is gone (`hold.then = "put-back"`). Behind a restart of its switch a hold stands where it stood, but
+/// `Live` drains once more, and `Restored` is `Prepared` again if not all that was verified is there.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, SchemaRead, SchemaWrite,
 )]

@@ -230,7 +230,6 @@ async fn watch(
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
         awaited.look(Instant::now());
-        manager.look(Instant::now());
         if retirement.is_due(Instant::now()) {
             let cfg = ledger.clone();
             let old = tokio::task::spawn_blocking(move || retire(&cfg, SystemTime::now())).await;
@@ -242,9 +241,12 @@ async fn watch(
                 Err(_) => {}
             }
         }
+        let holds = manager.clone();
         let even = engine.clone();
         // A panic there would be ours and is logged by the runtime.
         let _ = tokio::task::spawn_blocking(move || even.rebalance()).await;
+        // It may write a record, or put a hold back.
+        let _ = tokio::task::spawn_blocking(move || holds.look(Instant::now())).await;
         for ((slot, health), last) in devices.iter().zip(&mut last) {
             let fault = health.fault();
             if fault != *last {

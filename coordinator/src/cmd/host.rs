@@ -90,6 +90,9 @@ async fn one(cx: &Context, host: &str, format: Format) -> Result<(), Failure> {
     if let Some(why) = &info.spool_error {
         anstream::println!("held senders wait: {why}");
     }
+    if let Some(which) = &info.holds_overdue {
+        anstream::println!("holds overdue: {which}");
+    }
     let mut t = table(&[
         "port",
         "kind",

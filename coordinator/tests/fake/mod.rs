@@ -264,6 +264,7 @@ impl FakeSwitch {
                 spool_used_bytes: 0,
                 spool_quota_bytes: 1,
                 spool_error: None,
+                holds_overdue: None,
             }),
             Request::PortList => Reply::Ports(self.0.vms.iter().map(port).collect()),
             Request::LinkList => Reply::Links(

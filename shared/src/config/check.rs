@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use super::ConfigError;
 use super::raw::{At, Notes, Section, document, nearest};
 use super::valid::{
-    HostConfig, LedgerConfig, Poll, PortConfig, PortKind, SpoolConfig, SpoolLimits, Sync, TapRole,
-    TlsFiles, VmConfig, WORKERS_MAX, Workers, kept_socket,
+    HoldConfig, HostConfig, LedgerConfig, Overdue, Poll, PortConfig, PortKind, SpoolConfig,
+    SpoolLimits, Sync, TapRole, TlsFiles, VmConfig, WORKERS_MAX, Workers, kept_socket,
 };
 use crate::id::MacAddr;
 use crate::pki;
@@ -77,6 +77,7 @@ impl<'n> Check<'n> {
         let (fdb_ageing_s, fdb_capacity) = self.fdb(root);
         let flows_capacity = self.flows(root);
         let spool = self.spool(root, &state_dir, workers.count);
+        let hold = self.hold(root);
         let ledger = self.ledger(root, &state_dir);
         let keeper_dir = self.keeper(root);
         let migration_address = self.migration(root);
@@ -93,6 +94,7 @@ impl<'n> Check<'n> {
             fdb_capacity,
             flows_capacity,
             spool,
+            hold,
             ledger,
             keeper_dir,
             migration_address,
@@ -230,6 +232,22 @@ impl<'n> Check<'n> {
         let capacity = t.integer(self.notes, "capacity", 64, 1 << 24);
         t.finish(self.notes);
         capacity.map_or(1 << 20, |c| c.value as usize)
+    }
+
+    fn hold(&mut self, root: &mut Section<'_>) -> HoldConfig {
+        let mut t = root.table(self.notes, "hold");
+        let default = HoldConfig::default();
+        let quiet_s = t.integer(self.notes, "quiet_s", 10, 86_400);
+        let longest_s = t.integer(self.notes, "longest_s", 1, 2_592_000);
+        let then = t.string(self.notes, "then");
+        let all = [("keep", Overdue::Keep), ("put-back", Overdue::PutBack)];
+        let then = self.one_of(&t, "then", then, &all);
+        t.finish(self.notes);
+        HoldConfig {
+            quiet_s: quiet_s.map_or(default.quiet_s, |n| n.value),
+            longest_s: longest_s.map(|n| n.value),
+            then: then.unwrap_or(default.then),
+        }
     }
 
     fn ledger(&mut self, root: &mut Section<'_>, state_dir: &Path) -> LedgerConfig {

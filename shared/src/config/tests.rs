@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::valid::{PortKind, TapRole};
+use super::valid::{HoldConfig, Overdue, PortKind, TapRole};
 use super::*;
 
 const GOOD: &str = r#"
@@ -55,6 +55,16 @@ fn a_complete_file_is_read_with_its_defaults() {
     assert_eq!(c.ledger.dir, Path::new("/var/lib/gangway/ledger"));
     assert_eq!((c.ledger.keep_days, c.ledger.keep_bytes), (30, 256 << 20));
     assert_eq!(c.ledger.frames_bytes, 0);
+    assert_eq!((c.hold.quiet_s, c.hold.longest_s), (60, None));
+    assert_eq!(c.hold.then, Overdue::Keep);
+    let text = GOOD.to_owned() + "[hold]\nquiet_s = 10\nlongest_s = 5\nthen = \"put-back\"\n";
+    let hold = HostConfig::parse(&text, "host.toml").expect("valid").hold;
+    let wanted = HoldConfig {
+        quiet_s: 10,
+        longest_s: Some(5),
+        then: Overdue::PutBack,
+    };
+    assert_eq!(hold, wanted);
     assert_eq!(
         (c.workers.count, c.fdb_ageing_s, c.fdb_capacity),
         (1, 300, 1 << 20)
@@ -292,6 +302,21 @@ const BAD: &[(&str, &str, &str)] = &[
         "",
         "[spool]\nquota_bytes = 1\n",
         "host.toml:34: spool.quota_bytes: 1 is less than one segment",
+    ),
+    (
+        "",
+        "[hold]\nquiet_s = 9\n",
+        "host.toml:34: hold.quiet_s: 9 is out of range; 10 to 86400",
+    ),
+    (
+        "",
+        "[hold]\nlongest_s = 0\n",
+        "hold.longest_s: 0 is out of range; 1 to 2592000",
+    ),
+    (
+        "",
+        "[hold]\nthen = \"put_back\"\n",
+        "hold.then: 'put_back' is none of keep, put-back; did you mean 'put-back'?",
     ),
     (
         "",

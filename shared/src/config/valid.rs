@@ -28,6 +28,8 @@ pub struct HostConfig {
     pub flows_capacity: usize,
     /// `[spool]`.
     pub spool: SpoolConfig,
+    /// `[hold]`.
+    pub hold: HoldConfig,
     /// `[ledger]`.
     pub ledger: LedgerConfig,
     /// `keeper.dir`: where the switch listens for `gangway-keeper`, which serves the sockets of its vhost-user ports; absent: the
@@ -117,6 +119,36 @@ impl Default for SpoolLimits {
             hold_frames: None,
         }
     }
+}
+
+/// `[hold]`: a hold that nobody ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HoldConfig {
+    /// `hold.quiet_s` (60; 10 to 86400): without a request for so many seconds its coordinator counts as gone.
+    pub quiet_s: u64,
+    /// `hold.longest_s` (none; 1 to 2592000): for how many seconds a hold may hold frames on the source, from its first freeze on.
+    pub longest_s: Option<u64>,
+    /// `hold.then` (`keep`): what to do after either.
+    pub then: Overdue,
+}
+
+impl Default for HoldConfig {
+    fn default() -> HoldConfig {
+        HoldConfig {
+            quiet_s: 60,
+            longest_s: None,
+            then: Overdue::Keep,
+        }
+    }
+}
+
+/// What becomes of a hold that is overdue. In each case the log says so once, and the status as long as it is so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overdue {
+    /// It stays until somebody ends it.
+    Keep,
+    /// It is put back where that is safe whatever the coordinator knows (ADR-0035); elsewhere it stays.
+    PutBack,
 }
 
 /// `[ledger]`: what is remembered of holds that are over.

@@ -43,6 +43,7 @@ impl Handler for Fake {
                 spool_used_bytes: 0,
                 spool_quota_bytes: 0,
                 spool_error: None,
+                holds_overdue: None,
             }),
             Request::LinkList => panic!("as the test wants"),
             _ => refuse(RefusalCode::State, "no"),

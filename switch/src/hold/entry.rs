@@ -1,17 +1,16 @@
 //! A hold in memory.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use gangway_shared::api::{HoldInfo, HoldState, Refusal, RefusalCode, Role};
+use gangway_shared::api::{HoldInfo, HoldState, Refusal, RefusalCode, Reply, Role};
+use gangway_shared::config::valid::HoldConfig;
 use gangway_shared::id::HoldId;
 
+use super::machine::{Event, Persist, Verdict, step, wanted};
 use super::record::{RecordFile, Stand};
 use super::source::SourceHold;
 use super::target::TargetHold;
 use super::{Host, refuse};
-
-/// A hold that nobody asks for so long may have lost its coordinator.
-const QUIET: Duration = Duration::from_secs(60);
 
 /// One of its two ends.
 pub(super) enum End {
@@ -29,41 +28,167 @@ pub(super) struct Hold {
     pub(super) stand: Stand,
     pub(super) file: Option<RecordFile>,
     /// When somebody last asked for it by its id.
-    pub(super) asked: Instant,
-    /// That nobody does was said.
-    pub(super) said: bool,
+    asked: Instant,
+    /// Since when it holds frames in this run of the switch.
+    holding: Option<Instant>,
+    /// What was said in the log: that nobody asks for it, and that it holds for too long.
+    said: [bool; 2],
+    /// Why it was put back without an order.
+    pub(super) timed_out: Option<String>,
     /// What was found damaged when it was taken up.
     pub(super) harm: Vec<String>,
 }
 
 impl Hold {
     pub(super) fn new(info: HoldInfo, end: End, stand: Stand, file: RecordFile) -> Hold {
-        Hold {
+        let state = info.state;
+        let mut hold = Hold {
             info,
             end,
             stand,
             file: Some(file),
             asked: Instant::now(),
-            said: false,
+            holding: None,
+            said: [false; 2],
+            timed_out: None,
             harm: Vec::new(),
-        }
+        };
+        hold.is_now(state);
+        hold
     }
 
-    /// It holds, or claims, something, and nobody asks for it.
-    pub(super) fn quiet(&self, now: Instant) -> Option<String> {
+    fn is_now(&mut self, state: HoldState) {
         use HoldState as S;
-        let s = now.saturating_duration_since(self.asked);
+        self.info.state = state;
+        let holds = matches!(
+            state,
+            S::FrozenInside | S::Frozen | S::Sealed | S::Departing
+        );
+        self.holding = holds.then(|| self.holding.unwrap_or_else(Instant::now));
+    }
+
+    /// Somebody asks for it.
+    pub(super) fn is_asked(&mut self) {
+        (self.asked, self.said[0]) = (Instant::now(), false);
+    }
+
+    /// It holds, or claims, something, and nobody asks for it; or it holds for too long.
+    fn lateness(&self, limits: &HoldConfig, now: Instant) -> [Option<String>; 2] {
+        use HoldState as S;
+        let s = now.saturating_duration_since(self.asked).as_secs();
         let idle = matches!(
             self.info.state,
             S::Open | S::Aborting | S::Aborted | S::Released
         );
-        (!idle && s >= QUIET).then(|| {
+        let quiet = (!idle && s >= limits.quiet_s).then(|| {
             format!(
-                "no coordinator has asked for it for {} s; if none is at work, take it up with `gangway abort {}`",
-                s.as_secs(),
+                "no coordinator has asked for it for {s} s; if none is at work, take it up with `gangway abort {}`",
                 self.info.hold
             )
-        })
+        });
+        let s = self
+            .holding
+            .map(|t| now.saturating_duration_since(t).as_secs());
+        let long = limits.longest_s.zip(s).filter(|(most, s)| s >= most);
+        let long = long
+            .map(|(most, s)| format!("it has held frames for {s} s, and hold.longest_s is {most}"));
+        [quiet, long]
+    }
+
+    /// Why it is overdue.
+    pub(super) fn overdue(&self, limits: &HoldConfig, now: Instant) -> Option<String> {
+        let all: Vec<_> = self.lateness(limits, now).into_iter().flatten().collect();
+        (!all.is_empty()).then(|| all.join("; "))
+    }
+
+    /// Logs it, once.
+    pub(super) fn say_overdue(&mut self, limits: &HoldConfig, now: Instant) {
+        let all = self.lateness(limits, now);
+        for (why, said) in all.into_iter().zip(&mut self.said) {
+            if let (Some(why), false) = (why, *said) {
+                let i = &self.info;
+                tracing::warn!(hold = %i.hold, "{:?} on the {:?}: {why}", i.state, i.role);
+                *said = true;
+            }
+        }
+    }
+
+    /// Its time-out would be right now, whatever its coordinator's journal says: in its state, and as things are on this host.
+    pub(super) fn may_time_out(&self, host: &Host) -> bool {
+        let goes = step(self.info.role, self.info.state, Event::TimedOut);
+        matches!(goes, Verdict::Go(..))
+            && match &self.end {
+                End::Source(s) => s.may_time_out(host),
+                End::Target(_) => true,
+                End::Over => false,
+            }
+    }
+
+    /// The one way to another state: checks the transition, carries it out by `act`, and writes it down, in the order that the machine
+    /// says. None: it was done before. `Err`: it stands where it stood; what an order has begun is gone on with when it is repeated.
+    ///
+    /// That an abort can't be written down is no reason not to put things back: the VMs wait for them.
+    pub(super) fn step(
+        &mut self,
+        host: &Host,
+        event: Event,
+        act: impl FnOnce(&mut End, &mut HoldInfo) -> Result<Option<Reply>, Refusal>,
+    ) -> Result<Option<Reply>, Refusal> {
+        let (next, persist) = match step(self.info.role, self.info.state, event) {
+            Verdict::No => return Err(self.not_now(event)),
+            Verdict::Again => return Ok(None),
+            Verdict::Go(next, persist) => (next, persist),
+        };
+        let before = self.stand;
+        self.stand.announced |= event == Event::Announce;
+        let noted = match persist {
+            Persist::First => self.note(host, next),
+            Persist::Then => Ok(()),
+        };
+        if let (Err(e), false) = (&noted, event == Event::Abort) {
+            self.stand = before;
+            return Err(e.clone());
+        }
+        let done = act(&mut self.end, &mut self.info);
+        let reply = done.inspect_err(|_| {
+            self.stand = before;
+            if persist == Persist::First
+                && let Err(e) = self.note(host, before.state)
+            {
+                tracing::error!("{e}");
+            }
+        })?;
+        if persist == Persist::Then {
+            self.note(host, next)?;
+        }
+        if let Err(e) = noted {
+            tracing::error!("{e}");
+        }
+        self.is_now(next);
+        tracing::info!(hold = %self.info.hold, "{event:?}: {next:?}");
+        if self.is_over() && !self.is_armed() {
+            self.forget();
+        }
+        Ok(reply)
+    }
+
+    fn not_now(&self, event: Event) -> Refusal {
+        let i = &self.info;
+        let states = wanted(i.role, event);
+        let states: Vec<_> = states.iter().map(|s| format!("{s:?}")).collect();
+        let wanted = match states.as_slice() {
+            [] => "that is an order for the other end".to_owned(),
+            all => format!("it would have to be {}", all.join(" or ")),
+        };
+        let why = self.timed_out.as_ref().map(|w| format!(" ({w})"));
+        let what = format!(
+            "{event:?} is not possible: hold {} is {:?} on the {:?}{}; {wanted}",
+            i.hold,
+            i.state,
+            i.role,
+            why.unwrap_or_default()
+        );
+        refuse(RefusalCode::State, what)
     }
 
     pub(super) fn is_over(&self) -> bool {
@@ -80,16 +205,36 @@ impl Hold {
         (self.end, self.file) = (End::Over, None);
     }
 
+    /// Frames that were lost to it: what uplinks' sockets have dropped, and backlogs that could not be held; in earlier runs, too.
+    fn lost(&self, host: &Host) -> u64 {
+        match &self.end {
+            End::Source(s) => s.lost(host),
+            End::Target(t) => t.lost(host),
+            End::Over => self.stand.lost,
+        }
+    }
+
+    /// Writes down what was lost since the last time, so that the next run knows it.
+    pub(super) fn note_lost(&mut self, host: &Host) {
+        if self.lost(host) != self.stand.lost
+            && let Err(e) = self.note(host, self.info.state)
+        {
+            tracing::warn!("{e}");
+        }
+    }
+
     /// Writes down that it is in this state. What is over has no record.
-    pub(super) fn note(&mut self, state: HoldState) -> Result<(), Refusal> {
+    fn note(&mut self, host: &Host, state: HoldState) -> Result<(), Refusal> {
         if matches!(state, HoldState::Released | HoldState::Aborted) {
             return Ok(());
         }
         if let (HoldState::Restored, End::Target(t)) = (state, &self.end) {
             self.stand.named = t.named();
         }
+        let lost = self.lost(host);
         let i = &self.info;
         self.stand = Stand {
+            lost,
             state,
             frozen_ns: i.frozen_ns,
             thawed_ns: i.thawed_ns,
@@ -105,33 +250,25 @@ impl Hold {
         })
     }
 
-    /// It has moved by itself: written down, then so.
-    pub(super) fn became(&mut self, state: HoldState) {
-        if let Err(e) = self.note(state) {
-            tracing::error!("{e}");
-        }
-        self.info.state = state;
-    }
-
     pub(super) fn snapshot(&self, host: &Host) -> HoldInfo {
         let mut i = self.info.clone();
+        let mut errors = Vec::new();
         if !self.is_over() {
-            (i.lanes, i.error) = match &self.end {
+            let error;
+            (i.lanes, error) = match &self.end {
                 End::Source(s) => (s.lanes(host), s.error()),
-                End::Target(t) => (t.lanes(), t.error()),
+                End::Target(t) => (t.lanes(host), t.error()),
                 End::Over => (Vec::new(), None),
             };
-            let waits = host.spool.trouble(Some(i.hold));
-            let all = i.error.take().into_iter();
-            let all = all.chain(waits.map(|why| format!("senders wait: {why}")));
-            let all = all.chain(
-                self.harm
-                    .iter()
-                    .map(|h| format!("damaged in the spool: {h}")),
-            );
-            let all: Vec<String> = all.chain(self.quiet(Instant::now())).collect();
-            i.error = (!all.is_empty()).then(|| all.join("; "));
+            let trouble = host.spool.trouble(Some(i.hold));
+            errors.extend(error);
+            errors.extend(trouble.map(|why| format!("senders wait: {why}")));
+            let harm = self.harm.iter();
+            errors.extend(harm.map(|h| format!("damaged in the spool: {h}")));
+            errors.extend(self.overdue(&host.config.hold, Instant::now()));
         }
+        errors.extend(self.timed_out.clone());
+        i.error = (!errors.is_empty()).then(|| errors.join("; "));
         i
     }
 

@@ -12,7 +12,12 @@ use crate::datapath::engine::{Mode, Port};
 use crate::datapath::stats::{DROP_NAMES, link_total, port_total};
 
 /// [`gangway_shared::api::Request::HostShow`].
-pub(super) fn host_info(host: &Host, uptime: Duration, left: Option<String>) -> HostInfo {
+pub(super) fn host_info(
+    host: &Host,
+    uptime: Duration,
+    left: Option<String>,
+    holds_overdue: Option<String>,
+) -> HostInfo {
     let shared = host.engine.shared();
     let c = &host.config;
     HostInfo {
@@ -30,6 +35,7 @@ pub(super) fn host_info(host: &Host, uptime: Duration, left: Option<String>) -> 
         spool_used_bytes: host.spool.used_bytes(),
         spool_quota_bytes: c.spool.quota_bytes,
         spool_error: host.spool.trouble(None).or(left),
+        holds_overdue,
     }
 }
 

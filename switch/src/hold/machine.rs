@@ -1,12 +1,4 @@
-//! PURE: which request is right in which state of a hold, and where it leads.
-//!
-//! ```text
-//! source:  Open --Freeze--> FrozenInside --Freeze--> Frozen --Seal--> Sealed --Depart--> Departing ~~> Departed --Release--> Released
-//!            \________________\______________________\_________________\--Abort--> Aborting ~~> Aborted
-//! target:  Prepared --Restore--> Restored --Commit--> Draining ~~> Live --Release--> Released
-//!             \______________________\--Abort--> Aborted
-//! ```
-//! `~~>` happens by itself: every lane was acknowledged, delivered, or put back.
+//! PURE: what moves a hold, in which state that is right, and where it leads. The picture: [`HoldState`].
 //!
 //! Every move is written down ([`Persist`]) before anybody is told of it, so that a switch that starts again knows where its
 //! holds stand ([`taken_up`]).
@@ -37,6 +29,9 @@ pub enum Event {
     Drained,
     /// Both.
     Abort,
+    /// Nobody asks for it any more, or it holds frames for too long, and the configuration wants such a hold put back. Only where
+    /// that is right whatever its coordinator's journal says (ADR-0035).
+    TimedOut,
     /// Both.
     Release,
 }
@@ -105,6 +100,7 @@ pub fn step(role: Role, state: HoldState, event: Event) -> Verdict {
         (Role::Source, S::Open | S::FrozenInside | S::Frozen | S::Sealed, E::Abort) => {
             Go(S::Aborting, First)
         }
+        (Role::Source, S::FrozenInside | S::Frozen, E::TimedOut) => Go(S::Aborting, First),
         (Role::Source, S::Aborting, E::Drained) => Go(S::Aborted, Then),
 
         (Role::Target, S::Prepared, E::Restore) => Go(S::Restored, Then),
@@ -115,9 +111,10 @@ pub fn step(role: Role, state: HoldState, event: Event) -> Verdict {
         (Role::Target, S::Draining, E::Drained) => Go(S::Live, Then),
         (Role::Target, S::Live, E::Release) => Go(S::Released, Then),
         (Role::Target, S::Prepared | S::Restored, E::Abort) => Go(S::Aborted, Then),
+        (Role::Target, S::Prepared, E::TimedOut) => Go(S::Aborted, Then),
 
         (_, S::Released, E::Release) => Again,
-        (_, S::Aborting | S::Aborted, E::Abort | E::Release) => Again,
+        (_, S::Aborting | S::Aborted, E::Abort | E::Release | E::TimedOut) => Again,
         _ => No,
     }
 }
@@ -153,7 +150,7 @@ pub fn holds(state: HoldState, inside: bool, waits: bool) -> bool {
 mod tests {
     use super::*;
 
-    const EVENTS: [Event; 11] = [
+    const EVENTS: [Event; 12] = [
         Event::Freeze(Scope::Inside),
         Event::Freeze(Scope::All),
         Event::Seal,
@@ -164,6 +161,7 @@ mod tests {
         Event::Announce,
         Event::Drained,
         Event::Abort,
+        Event::TimedOut,
         Event::Release,
     ];
 
@@ -198,6 +196,18 @@ mod tests {
         }
         for s in [HoldState::Draining, HoldState::Live] {
             assert_eq!(step(Role::Target, s, Event::Abort), Verdict::No);
+        }
+    }
+
+    /// What the coordinator may have gone on with stays. It has begun the commit only if a restore was answered, and that only if the
+    /// seal was.
+    #[test]
+    fn a_time_out_ends_only_what_cannot_have_been_committed() {
+        let ends = |role, s| matches!(step(role, s, Event::TimedOut), Verdict::Go(..));
+        for s in STATES {
+            let held = [HoldState::FrozenInside, HoldState::Frozen];
+            assert_eq!(ends(Role::Source, s), held.contains(&s), "{s:?}");
+            assert_eq!(ends(Role::Target, s), s == HoldState::Prepared, "{s:?}");
         }
     }
 

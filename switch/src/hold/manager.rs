@@ -8,10 +8,11 @@ use gangway_shared::api::{
     HoldInfo, HoldOpen, HoldState, IncomingPrepare, Refusal, RefusalCode, Reply, Request, Role,
     Scope,
 };
+use gangway_shared::config::valid::Overdue;
 use gangway_shared::id::HoldId;
 
 use super::entry::{End, Hold, info};
-use super::machine::{Event, Persist, Verdict, step, wanted};
+use super::machine::{Event, Verdict, step};
 use super::record::Stand;
 use super::restart::Left;
 use super::source::SourceHold;
@@ -33,6 +34,8 @@ const HEAR: Duration = Duration::from_secs(2);
 const DIED: Duration = Duration::from_millis(250);
 /// How often a hold that moves by itself is looked at.
 const TICK: Duration = Duration::from_millis(1);
+/// When that is tried again which has failed.
+const RETRY: Duration = Duration::from_millis(100);
 /// When an announcement is repeated, after the first.
 const ANNOUNCE_AGAIN_MS: [u64; 5] = [20, 80, 200, 500, 1000];
 /// Ended holds that are remembered for reports.
@@ -87,7 +90,10 @@ impl Manager {
                         Role::Source => {
                             let state = stand.state;
                             SourceHold::take_up(&self.host, &record, state, l.queues, &mut l.harm)
-                                .map(|s| (End::Source(s), state))
+                                .map(|mut s| {
+                                    s.lost = stand.lost;
+                                    (End::Source(s), state)
+                                })
                         }
                         Role::Target => {
                             let host = &self.host;
@@ -120,22 +126,68 @@ impl Manager {
         }
     }
 
-    /// Says of which holds the coordinator may be gone. They are kept: whether a VM may run here is not ours to say.
+    /// Says which holds are overdue, and puts those back that may be, if the configuration wants it; writes down what uplinks have lost.
     pub fn look(&self, now: Instant) {
-        let holds: Vec<_> = lock(&self.holds).values().cloned().collect();
-        for h in holds {
+        let limits = &self.host.config.hold;
+        for (id, h) in self.all() {
             // One that is busy is asked for.
             let Ok(mut h) = h.try_lock() else { continue };
-            if let (Some(why), false) = (h.quiet(now), h.said) {
-                tracing::warn!(hold = %h.info.hold, "{:?} on the {:?}: {why}", h.info.state, h.info.role);
-                h.said = true;
+            h.note_lost(&self.host);
+            h.say_overdue(limits, now);
+            let Some(why) = h.overdue(limits, now) else {
+                continue;
+            };
+            if limits.then != Overdue::PutBack || !h.may_time_out(&self.host) {
+                continue;
+            }
+            let mut follow = false;
+            let done = h.step(&self.host, Event::TimedOut, |end, info| {
+                follow = put_back(&self.host, end, info)?;
+                Ok(None)
+            });
+            match done {
+                Ok(_) => {
+                    h.timed_out = Some(format!("this host has put it back: {why}"));
+                    tracing::warn!(hold = %id, "put back: {why}");
+                }
+                Err(e) => tracing::error!("{e}"),
+            }
+            drop(h);
+            if follow {
+                self.watch_put_back(id);
             }
         }
     }
 
+    fn all(&self) -> Vec<(HoldId, Arc<Mutex<Hold>>)> {
+        let holds = lock(&self.holds);
+        holds.iter().map(|(id, h)| (*id, h.clone())).collect()
+    }
+
+    /// For the host's listing.
+    fn holds_overdue(&self) -> Option<String> {
+        let late = |(id, h): (HoldId, Arc<Mutex<Hold>>)| {
+            let h = h.try_lock().ok()?;
+            let why = h.overdue(&self.host.config.hold, Instant::now())?;
+            Some(format!(
+                "hold {id} ({:?} on the {:?}): {why}",
+                h.info.state, h.info.role
+            ))
+        };
+        let all: Vec<_> = self.all().into_iter().filter_map(late).collect();
+        (!all.is_empty()).then(|| all.join("; "))
+    }
+
     #[cfg(test)]
-    pub(super) fn quiet_at(&self, hold: HoldId, now: Instant) -> Option<String> {
-        lock(&*self.find(hold).ok()?).quiet(now)
+    pub(super) fn overdue_at(&self, hold: HoldId, now: Instant) -> Option<String> {
+        lock(&*self.find(hold).ok()?).overdue(&self.host.config.hold, now)
+    }
+
+    #[cfg(test)]
+    pub(super) fn record_fails(&self, hold: HoldId, fails: bool) {
+        let h = self.find(hold).expect("it is known");
+        let mut h = lock(&h);
+        h.file.as_mut().expect("it has a record").fail(fails);
     }
 
     /// As if the process had died: shipments end without a word, nothing is put back.
@@ -196,8 +248,7 @@ impl Manager {
             }
             group.extend(mine);
         }
-        let all: Vec<_> = lock(&self.holds).values().cloned().collect();
-        for h in all {
+        for (_, h) in self.all() {
             let h = lock(&h);
             if let Some(p) = group.iter().find(|p| !h.is_over() && h.group().contains(p)) {
                 let what = format!(
@@ -299,24 +350,21 @@ impl Manager {
         self.follow(id, |host, h| {
             let early = matches!(h.info.state, HoldState::Open | HoldState::FrozenInside);
             let End::Source(s) = &mut h.end else {
-                return true;
+                return Ok(true);
             };
             if early && s.stopped(host) {
-                match s.freeze(host, Scope::All) {
-                    Ok((at, _)) => {
-                        h.info.frozen_ns = at;
-                        h.became(HoldState::Frozen);
-                        tracing::info!(hold = %h.info.hold, "a VM has stopped by itself: frozen");
-                        if let End::Source(s) = &mut h.end
-                            && let Err(e) = s.read_back_stopped(host)
-                        {
-                            tracing::warn!(hold = %h.info.hold, "{e}");
-                        }
-                    }
-                    Err(e) => tracing::error!("{e}"),
+                // Cut again if it can't be written down: what is held by then stays so.
+                h.step(host, Event::Freeze(Scope::All), |end, info| {
+                    cut(host, end, info, Scope::All)
+                })?;
+                tracing::info!(hold = %h.info.hold, "a VM has stopped by itself: frozen");
+                if let End::Source(s) = &mut h.end
+                    && let Err(e) = s.read_back_stopped(host)
+                {
+                    tracing::warn!(hold = %h.info.hold, "{e}");
                 }
             }
-            !early
+            Ok(!early)
         });
     }
 
@@ -357,8 +405,7 @@ impl Manager {
         self.keep(Hold::new(i, End::Target(end), Stand::new(state), file))
     }
 
-    /// Checks the transition, carries it out, and writes the state down, in the order that the machine says. That an abort
-    /// can't be written down is no reason not to put things back.
+    /// An order of the coordinator's: see [`Hold::step`].
     fn advance(
         &self,
         id: HoldId,
@@ -367,74 +414,40 @@ impl Manager {
     ) -> Answer {
         let h = self.find(id)?;
         let mut h = lock(&h);
-        (h.asked, h.said) = (Instant::now(), false);
-        match step(h.info.role, h.info.state, event) {
-            Verdict::No => {
-                let states = wanted(h.info.role, event);
-                let states: Vec<_> = states.iter().map(|s| format!("{s:?}")).collect();
-                let wanted = match states.as_slice() {
-                    [] => "that is an order for the other end".to_owned(),
-                    all => format!("it would have to be {}", all.join(" or ")),
-                };
-                let what = format!(
-                    "{event:?} is not possible: hold {id} is {:?} on the {:?}; {wanted}",
-                    h.info.state, h.info.role
-                );
-                Err(refuse(RefusalCode::State, what))
-            }
-            Verdict::Again => Ok(Reply::Hold(h.snapshot(&self.host))),
-            Verdict::Go(next, persist) => {
-                let before = h.stand;
-                h.stand.announced |= event == Event::Announce;
-                let noted = match persist {
-                    Persist::First => h.note(next),
-                    Persist::Then => Ok(()),
-                };
-                if let (Err(e), false) = (&noted, event == Event::Abort) {
-                    h.stand = before;
-                    return Err(e.clone());
-                }
-                let Hold { info, end, .. } = &mut *h;
-                match act(end, info) {
-                    Ok(reply) => {
-                        if persist == Persist::Then {
-                            h.note(next)?;
-                        }
-                        if let Err(e) = noted {
-                            tracing::error!("{e}");
-                        }
-                        h.info.state = next;
-                        tracing::info!(hold = %id, "{event:?}: {next:?}");
-                        if h.is_over() && !h.is_armed() {
-                            h.forget();
-                        }
-                        Ok(reply.unwrap_or_else(|| Reply::Hold(h.snapshot(&self.host))))
-                    }
-                    Err(e) => {
-                        h.stand = before;
-                        if persist == Persist::First
-                            && let Err(e) = h.note(before.state)
-                        {
-                            tracing::error!("{e}");
-                        }
-                        Err(e)
-                    }
-                }
-            }
-        }
+        let reply = h.step(&self.host, event, act);
+        // Now, not when it came: it may have taken a while.
+        h.is_asked();
+        Ok(reply?.unwrap_or_else(|| Reply::Hold(h.snapshot(&self.host))))
     }
 
-    /// Runs `look` every [`TICK`] until it has moved the hold on.
-    fn follow(&self, id: HoldId, mut look: impl FnMut(&Host, &mut Hold) -> bool + Send + 'static) {
+    /// Runs `look` every [`TICK`] until it says that there is nothing more to look for. What it can't do or write down is tried again:
+    /// the hold stands where it stood until then.
+    fn follow(
+        &self,
+        id: HoldId,
+        mut look: impl FnMut(&Host, &mut Hold) -> Result<bool, Refusal> + Send + 'static,
+    ) {
         let Ok(hold) = self.find(id) else { return };
         let (hold, host) = (Arc::downgrade(&hold), Arc::downgrade(&self.host));
         let body = move || {
+            let mut said = None;
             while let (Some(h), Some(host)) = (Weak::upgrade(&hold), Weak::upgrade(&host)) {
-                if look(&host, &mut lock(&h)) {
-                    return;
-                }
+                let looked = look(&host, &mut lock(&h));
                 drop((h, host));
-                std::thread::sleep(TICK);
+                match looked {
+                    Ok(true) => return,
+                    Ok(false) => {
+                        said = None;
+                        std::thread::sleep(TICK);
+                    }
+                    Err(e) => {
+                        if said.as_ref() != Some(&e) {
+                            tracing::error!(hold = %id, "tried again: {e}");
+                        }
+                        said = Some(e);
+                        std::thread::sleep(RETRY);
+                    }
+                }
             }
         };
         if let Err(e) = std::thread::Builder::new()
@@ -448,10 +461,7 @@ impl Manager {
     fn freeze(&self, hold: HoldId, scope: Scope) -> Answer {
         let host = &self.host;
         let reply = self.advance(hold, Event::Freeze(scope), |end, info| {
-            let End::Source(s) = end else { return Ok(None) };
-            let (at_ns, drained) = s.freeze(host, scope)?;
-            info.frozen_ns = at_ns;
-            Ok(Some(Reply::Frozen { at_ns, drained }))
+            cut(host, end, info, scope)
         })?;
         Ok(match reply {
             Reply::Hold(i) => Reply::Frozen {
@@ -491,20 +501,16 @@ impl Manager {
         let until = Instant::now() + Duration::from_millis(grace_ms.into());
         self.follow(hold, move |host, h| {
             let End::Source(s) = &mut h.end else {
-                return true;
+                return Ok(true);
             };
-            match s.departed(host, Instant::now() > until) {
-                Ok(false) => false,
-                Ok(true) => {
-                    h.info.drained_ns = now_ns();
-                    h.became(HoldState::Departed);
-                    true
-                }
-                Err(e) => {
-                    tracing::error!("{e}");
-                    false
-                }
+            let done = s.departed(host, Instant::now() > until)?;
+            if done {
+                h.step(host, Event::Acknowledged, |_, info| {
+                    info.drained_ns = now_ns();
+                    Ok(None)
+                })?;
             }
+            Ok(done)
         });
     }
 
@@ -530,7 +536,7 @@ impl Manager {
         let mut next = Instant::now() + 2 * DIED;
         self.follow(hold, move |host, h| {
             let End::Target(t) = &mut h.end else {
-                return true;
+                return Ok(true);
             };
             let now = Instant::now();
             if now >= next {
@@ -539,10 +545,13 @@ impl Manager {
             }
             let done = t.drained(host);
             if done {
-                h.info.drained_ns = now_ns();
-                h.became(HoldState::Live);
+                // The ports are plain ports from here on, whether it can be written down or not: nothing waits for that.
+                h.step(host, Event::Drained, |_, info| {
+                    info.drained_ns = now_ns();
+                    Ok(None)
+                })?;
             }
-            done
+            Ok(done)
         });
     }
 
@@ -566,16 +575,16 @@ impl Manager {
         let mut due = next.next();
         self.follow(hold, move |host, h| {
             let (Some(ms), End::Target(t)) = (due, &h.end) else {
-                return true;
+                return Ok(true);
             };
             if !matches!(h.info.state, HoldState::Draining | HoldState::Live) {
-                return true;
+                return Ok(true);
             }
             if start.elapsed() >= Duration::from_millis(*ms) {
                 t.announce(host);
                 due = next.next();
             }
-            false
+            Ok(false)
         });
     }
 
@@ -618,22 +627,7 @@ impl Manager {
         self.end(hold);
         let mut follow = false;
         let reply = self.advance(hold, Event::Abort, |end, info| {
-            match end {
-                End::Source(s) => {
-                    s.abort(host)?;
-                    follow = true;
-                }
-                End::Target(t) => {
-                    info.lanes = t.lanes();
-                    // Only what was counted: the VMs wait to run on the source again, and reading takes its time.
-                    let mut books = t.books();
-                    books.iter_mut().for_each(|b| b.again = None);
-                    t.abort(host);
-                    book::keep(host, info, HoldState::Aborted, books);
-                }
-                End::Over => {}
-            }
-            info.thawed_ns = now_ns();
+            follow = put_back(host, end, info)?;
             Ok(None)
         })?;
         if follow {
@@ -648,7 +642,7 @@ impl Manager {
         let mut next = Instant::now() + 2 * DIED;
         self.follow(hold, move |host, h| {
             let End::Source(s) = &mut h.end else {
-                return true;
+                return Ok(true);
             };
             if Instant::now() >= next {
                 s.give_up_the_dead(host);
@@ -659,16 +653,20 @@ impl Manager {
                 if done {
                     h.forget();
                 }
-                return done;
+                return Ok(done);
             }
             if s.put_back_done(host) {
-                h.info.lanes = s.lanes(host);
-                h.info.drained_ns = now_ns();
-                book::keep(host, &h.info, HoldState::Aborted, s.books(host));
-                s.forget(host);
-                h.info.state = HoldState::Aborted;
+                h.step(host, Event::Drained, |end, info| {
+                    if let End::Source(s) = end {
+                        info.lanes = s.lanes(host);
+                        info.drained_ns = now_ns();
+                        book::keep(host, info, HoldState::Aborted, s.books(host));
+                        s.forget(host);
+                    }
+                    Ok(None)
+                })?;
             }
-            false
+            Ok(false)
         });
     }
 
@@ -685,8 +683,8 @@ impl Manager {
                     s.release(host)?;
                 }
                 End::Target(t) => {
-                    info.lanes = t.lanes();
-                    book::keep(host, info, HoldState::Released, t.books());
+                    info.lanes = t.lanes(host);
+                    book::keep(host, info, HoldState::Released, t.books(host));
                     t.release(host);
                 }
                 End::Over => {}
@@ -701,6 +699,7 @@ impl Manager {
                 &self.host,
                 self.start.elapsed(),
                 self.left_over(),
+                self.holds_overdue(),
             ))),
             Request::PortList => Ok(Reply::Ports(listing::ports(&self.host))),
             Request::LinkList => Ok(Reply::Links(listing::links(&self.host))),
@@ -730,14 +729,13 @@ impl Manager {
                 let h = self.find(hold)?;
                 let mut h = lock(&h);
                 let told = Reply::Hold(h.snapshot(&self.host));
-                (h.asked, h.said) = (Instant::now(), false);
+                h.is_asked();
                 Ok(told)
             }
             Request::HoldList => {
-                let holds: Vec<_> = lock(&self.holds).values().cloned().collect();
-                Ok(Reply::Holds(
-                    holds.iter().map(|h| lock(h).snapshot(&self.host)).collect(),
-                ))
+                let all = self.all();
+                let told = all.iter().map(|(_, h)| lock(h).snapshot(&self.host));
+                Ok(Reply::Holds(told.collect()))
             }
             Request::HoldAbort { hold } => self.abort(hold),
             Request::HoldRelease { hold } => self.release(hold),
@@ -770,6 +768,37 @@ impl Manager {
         let open: Vec<String> = holds.iter().filter_map(name).collect();
         open.join("; ")
     }
+}
+
+/// A freeze, on the source.
+fn cut(
+    host: &Host,
+    end: &mut End,
+    info: &mut HoldInfo,
+    scope: Scope,
+) -> Result<Option<Reply>, Refusal> {
+    let End::Source(s) = end else { return Ok(None) };
+    let (at_ns, drained) = s.freeze(host, scope)?;
+    info.frozen_ns = at_ns;
+    Ok(Some(Reply::Frozen { at_ns, drained }))
+}
+
+/// An abort. True: frames drain, and that is to be followed.
+fn put_back(host: &Host, end: &mut End, info: &mut HoldInfo) -> Result<bool, Refusal> {
+    match end {
+        End::Source(s) => s.abort(host)?,
+        End::Target(t) => {
+            info.lanes = t.lanes(host);
+            // Only what was counted: the VMs wait to run on the source again, and reading takes its time.
+            let mut books = t.books(host);
+            books.iter_mut().for_each(|b| b.again = None);
+            t.abort(host);
+            book::keep(host, info, HoldState::Aborted, books);
+        }
+        End::Over => {}
+    }
+    info.thawed_ns = now_ns();
+    Ok(matches!(end, End::Source(_)))
 }
 
 fn late(hold: HoldId) -> Refusal {

@@ -63,6 +63,8 @@ pub struct Stand {
     pub thawed_ns: u64,
     /// Likewise.
     pub drained_ns: u64,
+    /// Frames that could not be held, as far as they were counted.
+    pub lost: u64,
 }
 
 impl Stand {
@@ -76,6 +78,7 @@ impl Stand {
             frozen_ns: 0,
             thawed_ns: 0,
             drained_ns: 0,
+            lost: 0,
         }
     }
 
@@ -90,6 +93,7 @@ impl Stand {
         b[24..32].copy_from_slice(&self.frozen_ns.to_le_bytes());
         b[32..40].copy_from_slice(&self.thawed_ns.to_le_bytes());
         b[40..48].copy_from_slice(&self.drained_ns.to_le_bytes());
+        b[48..56].copy_from_slice(&self.lost.to_le_bytes());
         let sum = crc32c(&b[..SLOT - 4]);
         b[SLOT - 4..].copy_from_slice(&sum.to_le_bytes());
         b
@@ -115,6 +119,7 @@ impl Stand {
             frozen_ns: le64(b, 24),
             thawed_ns: le64(b, 32),
             drained_ns: le64(b, 40),
+            lost: le64(b, 48),
         };
         Some((number, stand))
     }
@@ -287,6 +292,13 @@ impl RecordFile {
         Ok(Some((record, stand, file)))
     }
 
+    /// From now on it can't be written to, or again.
+    #[cfg(test)]
+    pub fn fail(&mut self, fails: bool) {
+        let file = OpenOptions::new().read(true).write(!fails).open(&self.path);
+        self.file = file.expect("the record");
+    }
+
     /// Where it stands from now on.
     pub fn put(&mut self, stand: &Stand) -> Result<(), RecordError> {
         let number = self.number + 1;
@@ -346,6 +358,7 @@ mod tests {
             frozen_ns: 1_700_000_000_000_000_001,
             thawed_ns: 2,
             drained_ns: 3,
+            lost: 4,
         }
     }
 

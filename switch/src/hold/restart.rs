@@ -410,6 +410,8 @@ impl TargetHold {
             pin: Some(places.pin),
             local,
             flushed: Vec::new(),
+            lost: stand.lost,
+            overruns: Vec::new(),
         };
         hold.stand_by(host);
         if state == HoldState::Draining {

@@ -71,9 +71,9 @@ pub struct SourceHold {
     pub(super) outgoing: Arc<Outgoing>,
     /// Until the end: the lanes that were cut are all there are.
     pub(super) pin: Option<Pin>,
-    /// Frames of backlogs that could not be held.
+    /// Frames of backlogs that could not be held, and what an earlier run had counted.
     pub(super) lost: u64,
-    /// What sockets had dropped when the hold was opened, by port.
+    /// What sockets had dropped when the hold was opened, or taken up, by port.
     pub(super) overruns: Vec<u64>,
     pub(super) dead: Dead,
 }
@@ -257,21 +257,20 @@ impl SourceHold {
 
     /// One of the VMs has run since the hold was opened, and does not any more, as far as earlier calls have seen it.
     pub fn stopped(&mut self, host: &Host) -> bool {
-        let ports = &host.engine.shared().ports;
         let mut stopped = false;
         for (&g, ran) in self.group.iter().zip(&mut self.ran) {
-            // A TAP stays up whatever its VM does.
-            let runs = match (host.taps.contains_key(&g), &ports[g].vm) {
-                (true, Some(vm)) => match host.vms.status(vm) {
-                    Some(status) => status == "running",
-                    None => *ran,
-                },
-                _ => ports[g].is_up(),
-            };
+            let runs = runs(host, g).unwrap_or(*ran);
             stopped |= *ran && !runs;
             *ran |= runs;
         }
         stopped
+    }
+
+    /// Every VM of the group runs here, so what goes back is taken; and none of their lanes is closed, so the target has not all that a
+    /// restore wants.
+    pub fn may_time_out(&self, host: &Host) -> bool {
+        let mut lanes = self.lanes.iter().chain(&self.read_back);
+        lanes.all(|l| !l.closed) && self.group.iter().all(|&g| runs(host, g) == Some(true))
     }
 
     /// The cut. Returns its time and whether all TAP queues ran empty.
@@ -537,16 +536,20 @@ impl SourceHold {
         &self.group
     }
 
-    /// For status and report. What an uplink's socket has dropped since the opening, for whomever, stands at its first lane.
+    /// Frames that could not be held, in earlier runs, too.
+    pub fn lost(&self, host: &Host) -> u64 {
+        self.lost + overruns(host, &self.overruns).iter().sum::<u64>()
+    }
+
+    /// For status and report. What a port's socket has dropped since the opening, for whomever, stands at its first lane; other losses at
+    /// the first lane from outside.
     pub fn lanes(&self, host: &Host) -> Vec<LaneInfo> {
         let ships = self.outgoing.status();
-        let ports = &host.engine.shared().ports;
-        let mut overruns: Vec<u64> = ports
-            .iter()
-            .zip(&self.overruns)
-            .map(|(p, then)| p.counters.overruns().saturating_sub(*then))
-            .collect();
-        let mut lost = self.lost;
+        let mut overruns = overruns(host, &self.overruns);
+        let outside = self.lanes.iter().find(|l| !l.inside);
+        if let Some(l) = outside.or(self.lanes.first()) {
+            overruns[l.seat.port] += self.lost;
+        }
         let info = |l: &Lane| LaneInfo {
             lane: l.key.clone(),
             sealed: l.queue.is_sealed(),
@@ -557,7 +560,7 @@ impl SourceHold {
                 .map_or(Tally::default(), |s| s.acked),
             flushed: l.flushed.as_ref().map_or(Tally::default(), |p| p.tally()),
             queued_behind: l.spare.as_ref().map_or(0, |(_, q)| q.tally().frames),
-            dropped: std::mem::take(&mut lost) + std::mem::take(&mut overruns[l.seat.port]),
+            dropped: std::mem::take(&mut overruns[l.seat.port]),
         };
         self.lanes.iter().chain(&self.read_back).map(info).collect()
     }
@@ -593,6 +596,24 @@ impl SourceHold {
     pub fn error(&self) -> Option<String> {
         self.outgoing.error()
     }
+}
+
+/// The VM behind this port runs; none if that is not known.
+fn runs(host: &Host, port: usize) -> Option<bool> {
+    let p = &host.engine.shared().ports[port];
+    match (host.taps.contains_key(&port), &p.vm) {
+        // A TAP stays up whatever its VM does.
+        (true, Some(vm)) => Some(host.vms.status(vm)? == "running"),
+        _ => Some(p.is_up()),
+    }
+}
+
+/// What sockets have dropped since then, by port.
+pub(super) fn overruns(host: &Host, then: &[u64]) -> Vec<u64> {
+    let ports = host.engine.shared().ports.iter().zip(then);
+    ports
+        .map(|(p, then)| p.counters.overruns().saturating_sub(*then))
+        .collect()
 }
 
 /// What waited behind older frames; none if nothing did.

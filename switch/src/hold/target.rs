@@ -24,7 +24,7 @@ use super::Host;
 use super::book::book;
 use super::dead::Dead;
 use super::record::RecordFile;
-use super::source::behind;
+use super::source::{behind, overruns};
 use super::{READ_BACK, refuse};
 use crate::datapath::engine::{Mode, Pin};
 use crate::datapath::lane::{Behind, Drain, Progress, Source as Older, Stage};
@@ -59,6 +59,10 @@ pub struct TargetHold {
     /// Of each shipped lane, once committed.
     pub(super) flushed: Vec<(LaneKey, Arc<Progress>)>,
     pub(super) dead: Dead,
+    /// Frames that could not be held, as an earlier run had counted them.
+    pub(super) lost: u64,
+    /// What sockets had dropped at the commit, by port: from there on they wait for lanes.
+    pub(super) overruns: Vec<u64>,
 }
 
 impl TargetHold {
@@ -144,6 +148,8 @@ impl TargetHold {
             pin: Some(pin),
             local,
             flushed: Vec::new(),
+            lost: 0,
+            overruns: Vec::new(),
         };
         hold.stand_by(host);
         host.expect(&hold.incoming);
@@ -233,6 +239,7 @@ impl TargetHold {
         for i in 0..self.group.len() {
             self.commit_port(host, self.group[i], uplink, &shipped, &mut commands);
         }
+        self.overruns = shared.ports.iter().map(|p| p.counters.overruns()).collect();
         host.batch(commands)?;
         for (&g, mac) in self.group.iter().zip(&self.macs) {
             shared.ports[g].set_mode(Mode::Held);
@@ -406,8 +413,13 @@ impl TargetHold {
         &self.group
     }
 
-    /// For status and report.
-    pub fn lanes(&self) -> Vec<LaneInfo> {
+    /// Frames that could not be held since the commit, in earlier runs, too: what sockets have dropped, for whomever.
+    pub fn lost(&self, host: &Host) -> u64 {
+        self.lost + overruns(host, &self.overruns).iter().sum::<u64>()
+    }
+
+    /// For status and report. What could not be held stands at the first lane from outside.
+    pub fn lanes(&self, host: &Host) -> Vec<LaneInfo> {
         let behind = |key: &LaneKey| {
             self.local
                 .iter()
@@ -427,14 +439,21 @@ impl TargetHold {
             dropped: 0,
             lane: l.key,
         };
-        self.incoming.lanes().into_iter().map(info).collect()
+        let shipped = self.incoming.lanes();
+        let outside = shipped.iter().position(|l| !l.inside).unwrap_or(0);
+        let mut lanes: Vec<LaneInfo> = shipped.into_iter().map(info).collect();
+        if let Some(l) = lanes.get_mut(outside) {
+            l.dropped = self.lost(host);
+        }
+        lanes
     }
 
     /// For the ledger.
-    pub fn books(&self) -> Vec<Book> {
+    pub fn books(&self, host: &Host) -> Vec<Book> {
         let mut books = Vec::new();
-        for l in self.incoming.lanes() {
+        for (l, info) in self.incoming.lanes().into_iter().zip(self.lanes(host)) {
             let mut b = book(&l.key, LaneKind::Shipped, l.inside);
+            b.lane.dropped = info.dropped;
             b.note(At::Receive, counted(l.queue.progress()));
             if let Some((_, p)) = self.flushed.iter().find(|(k, _)| *k == l.key) {
                 b.drained(p);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use gangway_shared::config::HostConfig;
 use gangway_shared::config::valid::{
-    LedgerConfig, Poll, PortConfig, PortKind, SpoolConfig, SpoolLimits, Sync, Workers,
+    HoldConfig, LedgerConfig, Poll, PortConfig, PortKind, SpoolConfig, SpoolLimits, Sync, Workers,
 };
 use gangway_shared::id::{HoldId, LaneKey, MacAddr};
 
@@ -54,6 +54,7 @@ pub(crate) fn config(names: &[&str], workers: usize, spool: PathBuf) -> HostConf
         fdb_ageing_s: 300,
         fdb_capacity: 1024,
         flows_capacity: 1024,
+        hold: HoldConfig::default(),
         ledger: LedgerConfig {
             dir: spool.join("ledger"),
             keep_days: 30,

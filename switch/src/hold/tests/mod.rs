@@ -28,7 +28,9 @@ use crate::ship::tests::World;
 use crate::spool::{Kind, Spool};
 
 mod moves;
+mod overdue;
 mod restart;
+mod uplink;
 
 const ID: HoldId = HoldId(0xfeed);
 const P: usize = 0;
@@ -86,7 +88,7 @@ struct Site {
 }
 
 impl Site {
-    fn new(w: &World, name: &str) -> Site {
+    fn new(w: &World, name: &str, change: impl Fn(&mut HostConfig)) -> Site {
         let mut cfg = config(&["p", "m", "up0"], 2, w.dir.path().join(name));
         cfg.name = name.into();
         let kept = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
@@ -103,6 +105,7 @@ impl Site {
                 incoming: None,
             });
         }
+        change(&mut cfg);
         let site = Site {
             config: cfg,
             acceptor: w.acceptor.clone(),
@@ -295,10 +298,15 @@ struct Scene {
 
 impl Scene {
     fn new() -> Scene {
+        Scene::with(|_| ())
+    }
+
+    /// On hosts that are configured otherwise.
+    fn with(change: impl Fn(&mut HostConfig)) -> Scene {
         let w = World::new(Sync::Batch);
         let (a, b) = (
-            Arc::new(Site::new(&w, "alpha")),
-            Arc::new(Site::new(&w, "beta")),
+            Arc::new(Site::new(&w, "alpha", &change)),
+            Arc::new(Site::new(&w, "beta", &change)),
         );
         a.plug(M);
         a.plug(P);

@@ -6,7 +6,7 @@ use crate::spool::{Kind, Queue};
 
 /// How far a hold got.
 #[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
-enum Upto {
+pub(super) enum Upto {
     Open,
     FrozenInside,
     Frozen,
@@ -23,7 +23,7 @@ const ALL: [Upto; 5] = [
 ];
 
 /// Goes there; what `p` had queued when it was stopped.
-fn go(s: &Scene, upto: Upto) -> Vec<Vec<u8>> {
+pub(super) fn go(s: &Scene, upto: Upto) -> Vec<Vec<u8>> {
     s.more();
     s.prepare();
     if upto >= Upto::FrozenInside {
@@ -50,14 +50,14 @@ fn go(s: &Scene, upto: Upto) -> Vec<Vec<u8>> {
     ring
 }
 
-fn seal(s: &Scene) {
+pub(super) fn seal(s: &Scene) {
     s.a.ask(Request::Seal {
         hold: ID,
         timeout_ms: 5000,
     });
 }
 
-fn put_back(s: &Scene) {
+pub(super) fn put_back(s: &Scene) {
     eventually("it is put back", || {
         s.a.status().state == HoldState::Aborted
     });
@@ -80,7 +80,7 @@ fn each_holds(s: &Scene, least: u64) {
 }
 
 /// Held frames that wait at A's switch.
-fn held(s: &Scene) -> u64 {
+pub(super) fn held(s: &Scene) -> u64 {
     s.a.status().lanes.iter().map(|l| l.held.frames).sum()
 }
 
@@ -553,14 +553,14 @@ fn a_hold_that_nobody_asks_for_is_kept_and_says_so() {
     go(&s, Upto::Frozen);
     s.a.status();
     let later = std::time::Instant::now() + Duration::from_secs(61);
-    let h = s.a.manager().quiet_at(ID, later);
+    let h = s.a.manager().overdue_at(ID, later);
     assert!(h.is_some_and(|why| why.contains("gangway abort")));
     s.a.manager().look(later);
     assert_eq!(s.a.status().state, HoldState::Frozen, "it is kept");
     s.a.ask(Request::HoldAbort { hold: ID });
     s.b.ask(Request::HoldAbort { hold: ID });
     put_back(&s);
-    assert_eq!(s.a.manager().quiet_at(ID, later), None, "it is over");
+    assert_eq!(s.a.manager().overdue_at(ID, later), None, "it is over");
     s.more();
     s.verdict();
 }
