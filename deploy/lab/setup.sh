@@ -23,6 +23,7 @@ need ethtool ethtool
 need iperf3 iperf3
 need tcpdump tcpdump
 need cpio cpio
+need mkfs.ext4 e2fsprogs
 need lz4 lz4
 need xz xz-utils
 need zstd zstd

@@ -14,6 +14,7 @@ use crate::port::{Frame, VnetHdr};
 mod golden;
 mod limits;
 mod model;
+mod power;
 mod recovery;
 mod sync;
 
