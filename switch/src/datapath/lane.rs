@@ -722,6 +722,73 @@ mod tests {
         }
     }
 
+    /// What is damaged is passed, counted and named; what is behind it is delivered.
+    #[test]
+    fn a_drain_passes_what_is_damaged_and_says_so() {
+        use std::os::unix::fs::FileExt;
+        let dir = tempfile::tempdir().expect("a directory");
+        let cfg = SpoolConfig {
+            dir: dir.path().join("spool"),
+            segment_bytes: 128 << 10,
+            quota_bytes: 64 << 20,
+            sync: Sync::None,
+            limits: SpoolLimits::default(),
+        };
+        let (spool, _) = Spool::open(&cfg).expect("a spool");
+        let key = LaneKey {
+            from: "a".into(),
+            queue: 0,
+            to: "b".into(),
+        };
+        let (mut writer, queue) = spool
+            .create(HoldId(1), Kind::Source, &key)
+            .expect("a queue");
+        for first in [1, 11, 21] {
+            let all: Vec<Vec<u8>> = (first..first + 10).map(|n| frame(n, 100)).collect();
+            let frames: Vec<Frame<'_>> = all
+                .iter()
+                .map(|b| Frame::from_slice(VnetHdr::default(), b))
+                .collect();
+            assert_eq!(writer.append_run(1, &frames, Origin::NONE), 10);
+        }
+        writer.commit();
+        let file = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open(queue.dir().join("000000.seg"))
+            .expect("a segment");
+        // Header, a batch of 10 slots of 112 bytes behind its table, and 300 bytes of the next.
+        let at = 256 + 48 + 48 + 10 * 112 + 300;
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).expect("a byte");
+        file.write_all_at(&[byte[0] ^ 16], at).expect("a bit");
+
+        let mut lane = Lane::default();
+        assert!(lane.hold(writer, 1).is_ok_and(|lost| lost == 0));
+        let progress: Arc<Progress> = Arc::default();
+        assert!(lane.put_back(None, progress.clone()));
+        let (mut out, mut dropped) = (Vec::new(), Vec::new());
+        let mut send = |f: &Frame<'_>| {
+            out.push(number(f));
+            Sent::Yes
+        };
+        let end = lane.step(1000, &mut send, &mut |why| dropped.push(why));
+        lane.note();
+        assert_eq!(end, Step::Idle);
+        assert_eq!(out, (1..=10).chain(21..=30).collect::<Vec<u64>>());
+        assert_eq!(dropped, [Drop::Corrupt]);
+        let (lost, more) = progress.lost();
+        assert_eq!((lost, more), (vec![(11, 20, "spool_corrupt")], 0));
+        assert!(progress.finished());
+        assert_eq!((queue.flushed_seq(), progress.tally().frames), (30, 20));
+        // An account of what an earlier run has delivered passes it, too.
+        let again: Arc<Progress> = Arc::default();
+        let source = Source::new(&queue, again.clone());
+        assert_eq!(source.reader.next_seq(), 31);
+        assert_eq!(again.lost().0, [(11, 20, "spool_corrupt")]);
+        assert_eq!(again.tally().frames, 20);
+    }
+
     #[test]
     fn a_full_backlog_stops_the_sender_if_the_receiver_is_awaited_and_drops_otherwise() {
         let mut lane = Lane::default();

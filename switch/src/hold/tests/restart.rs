@@ -472,6 +472,59 @@ fn a_queue_that_does_not_say_whose_it_is_is_not_thrown_away() {
     s.verdict();
 }
 
+/// Who asks for the hold is told which lane and which numbers; an abort delivers all others, and the ledger says which not.
+#[test]
+fn a_damaged_record_is_named_by_the_hold_and_never_delivered() {
+    let mut s = Scene::new();
+    let ring = go(&s, Upto::Sealed);
+    let dir = queue_dir(&s.a, Kind::Source, "p", 1);
+    let lane = LaneKey {
+        from: "p".into(),
+        queue: 1,
+        to: "m".into(),
+    };
+    s.a.kill();
+    let path = dir.join("000000.seg");
+    let mut b = std::fs::read(&path).unwrap();
+    let le = |b: &[u8], at: usize| b[at..at + 8].try_into().map(u64::from_le_bytes).unwrap();
+    // The second batch: behind the header and the first one.
+    let at = 256 + (le(&b, 256 + 16) & 0xffff_ffff) as usize;
+    let (first, n) = (le(&b, at + 24), u64::from(b[at + 20]));
+    b[at + 60] ^= 8;
+    std::fs::write(&path, &b).unwrap();
+    s.a.start(&[UP]);
+    let damaged = format!("{lane}: records {first} to {} are damaged", first + n - 1);
+    let why = s.a.status().error.unwrap_or_default();
+    assert!(why.contains(&damaged), "{why}, not {damaged}");
+    s.a.ask(Request::HoldAbort { hold: ID });
+    s.b.ask(Request::HoldAbort { hold: ID });
+    resumed(&s, ring);
+    put_back(&s);
+    let ledger = s.a.ledger(Role::Source);
+    let account = ledger.iter().find(|l| l.lane == lane && !l.lost.is_empty());
+    let lost = &account.expect("the ledger says what is lost").lost;
+    for l in lost {
+        let range = (l.first_seq, l.last_seq);
+        assert_eq!(range, (first, first + n - 1), "at {:?}: {}", l.stage, l.why);
+    }
+    s.end();
+    let got = s.got.lock().unwrap();
+    let of_q: Vec<u32> = got
+        .iter()
+        .filter(|(who, _)| *who == MAC_Q)
+        .map(|(_, n)| *n)
+        .collect();
+    let missing = of_q
+        .windows(2)
+        .map(|w| u64::from(w[1]) - u64::from(w[0]) - 1);
+    let missing: Vec<u64> = missing.filter(|n| *n > 0).collect();
+    assert_eq!(
+        missing,
+        [n],
+        "one gap, of the damaged batch, and none twice"
+    );
+}
+
 /// What was delivered is not known any more, of no lane: nothing is lost, and nothing of it was delivered before.
 #[test]
 fn a_hold_whose_words_are_lost_delivers_everything() {

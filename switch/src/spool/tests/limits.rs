@@ -378,3 +378,44 @@ fn frames_behind_a_shipment_do_not_stop_the_shipment() {
         }
     }
 }
+
+/// Size and what of it is mapped in, in KiB, of each segment of a queue, as the kernel says.
+fn faulted_in(q: &Queue) -> Vec<(u64, u64)> {
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let dir = q.dir().to_str().unwrap();
+    let mut lines = maps.lines();
+    let mut all = Vec::new();
+    while lines.any(|l| l.contains(dir) && l.ends_with(".seg")) {
+        let mut number = |key| {
+            let line = lines.find(|l| l.starts_with(key)).unwrap();
+            line.split_whitespace().nth(1).unwrap().parse().unwrap()
+        };
+        all.push((number("Size:"), number("Rss:")));
+    }
+    all
+}
+
+/// A worker that stores into a segment meets no page fault: what it has not come to yet is there already.
+#[test]
+fn segments_for_workers_are_faulted_in() {
+    let dir = tmp();
+    let (spool, _) = open(dir.path());
+    let fresh = |q: &Queue| {
+        let all = faulted_in(q);
+        assert!(!all.is_empty());
+        assert!(all.iter().all(|(size, rss)| size == rss), "{all:?}");
+        all.len()
+    };
+    let (mut w, q) = spool.create(HOLD, Kind::Source, &lane(0)).unwrap();
+    assert_eq!(fresh(&q), 1);
+    // More than lie ready at the beginning, so that they are made one by one.
+    for n in 0..30_000 {
+        put(&mut w, n, 700);
+        w.commit();
+    }
+    assert!(fresh(&q) > 150);
+    // This test can see one that is not.
+    let (_w, shipped) = spool.create(HoldId(2), Kind::Incoming, &lane(0)).unwrap();
+    let all = faulted_in(&shipped);
+    assert!(all.iter().all(|(size, rss)| rss < size), "{all:?}");
+}
