@@ -1,13 +1,4 @@
-//! The migration's machine: events in, actions out.
-//!
-//! ```text
-//!  Idle --Start--> Forward --(last step done)------------------------> Ended(Moved)
-//!                  |  |  ^
-//!                  |  |  `- past the point of no return: a failed step is tried again; too often: Ended(Unfinished)
-//!                  |  `-- before it: a step fails, or Abort --> Halting --(all running steps have let go)--+
-//!                  |                                                                                       v
-//!                  `--(nothing to undo)--> Ended(NothingDone)          Ended(RolledBack) <-- last undo -- Undoing
-//! ```
+//! The migration's machine: events in, actions out. The picture: [`Phase`].
 //!
 //! Actions must be carried out in their order, and a [`Action::Journal`] must be on its way to the disk before the
 //! next one: what depends on a record comes behind it.
@@ -116,6 +107,28 @@ pub enum Outcome {
     Unfinished,
 }
 
+/// Where a migration stands.
+///
+/// ```text
+///  Idle --Start--> Forward --(last step done)--> Ended(Moved)
+///   |              |  |  ^
+///   |              |  |  `- past the point of no return: a failed step is tried again; too often: Ended(Unfinished)
+///   |              |  `-- before it: a step fails, or Abort; or the first commit of a first life is refused
+///   |              |        |
+///   |              |        v
+///   |              |      Halting --(all running steps have let go)--> Undoing --(last undo)--> Ended(RolledBack)
+///   |              |                  |                                 |  ^ |
+///   |              |                  |                                 |  `-' a failed undo is tried again; too often:
+///   |              |                  |                                 |      the next one, and in the end
+///   |              |                  |                                 `----> Ended(RollbackIncomplete)
+///   |              |                  `--(nothing was begun that has an undo)--> Ended(NothingDone)
+///   `--Abort-------)-----------------------------------------------------------> Ended(NothingDone)
+///                  `--Abort past the point of no return: too late, it goes on
+///
+///  replay: the commit has begun, and no rollback ----> Forward, all that is not done begins
+///          an end is noted, but Unfinished or RollbackIncomplete --> Ended
+///          otherwise --------------------------------> Undoing, everything; or Ended(NothingDone)
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Phase {
     Idle,

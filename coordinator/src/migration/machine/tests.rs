@@ -56,17 +56,79 @@ fn running(m: &Machine) -> Vec<Step> {
     }
 }
 
-fn matrix() -> String {
-    let mut states: Vec<(String, Machine)> =
-        vec![("idle".into(), Machine::new(FreezeMode::Switchover))];
+/// Where a machine stands, and what it did to come there, if it was made of a journal.
+struct At {
+    name: String,
+    machine: Machine,
+    replayed: Option<Vec<Action>>,
+}
+
+fn here(name: impl Into<String>, machine: &Machine) -> At {
+    At {
+        name: name.into(),
+        machine: machine.clone(),
+        replayed: None,
+    }
+}
+
+fn replayed(name: &str, freeze: FreezeMode, journal: &[Entry]) -> At {
+    let (machine, actions) = Machine::replay(freeze, journal);
+    At {
+        name: format!("replayed: {name}"),
+        machine,
+        replayed: Some(actions),
+    }
+}
+
+/// What stands in the journal when exactly this step has begun and everything before it is done.
+fn journal_at(step: Step, freeze: FreezeMode) -> Vec<Entry> {
+    let actions = begin(&mut Machine::new(freeze), step);
+    let entries = actions.into_iter().filter_map(|a| match a {
+        Action::Journal { entry, .. } => Some(entry),
+        _ => None,
+    });
+    entries.collect()
+}
+
+fn failed(m: &mut Machine, step: Step, times: u32) -> Vec<Action> {
+    let failed = Event::Failed {
+        step,
+        unchanged: false,
+    };
+    (0..times).flat_map(|_| m.on(failed)).collect()
+}
+
+fn names(steps: &[Step]) -> String {
+    let names: Vec<&str> = steps.iter().map(|s| s.name()).collect();
+    names.join(" and ")
+}
+
+/// Every phase, with every step and undo in it, at its first and its last try, half let go, and made of a journal.
+fn states() -> Vec<At> {
+    let mut all = vec![here("idle", &Machine::new(FreezeMode::Switchover))];
     for row in TABLE {
-        let m = at(row.step, FreezeMode::Early);
-        let names: Vec<&str> = running(&m).iter().map(|s| s.name()).collect();
-        states.push((format!("running {}", names.join(" and ")), m.clone()));
+        let mut m = at(row.step, FreezeMode::Early);
+        let steps = running(&m);
+        all.push(here(format!("running {}", names(&steps)), &m));
         if row.step < NO_RETURN {
-            let mut h = m;
+            let mut h = m.clone();
             h.on(Event::Abort);
-            states.push((format!("halting {}", names.join(" and ")), h));
+            all.push(here(format!("halting {}", names(&steps)), &h));
+            for s in steps.iter().filter(|_| steps.len() > 1) {
+                let (mut m, mut h) = (m.clone(), h.clone());
+                m.on(Event::Done(*s));
+                h.on(Event::Halted(*s));
+                let rest = names(&running(&m));
+                all.push(here(format!("running {rest}, {} is done", s.name()), &m));
+                all.push(here(format!("halting {rest}, {} has let go", s.name()), &h));
+            }
+        } else {
+            failed(&mut m, row.step, 1);
+            all.push(here(format!("running {}, failed once", row.name), &m));
+            failed(&mut m, row.step, FORWARD_TRIES - 2);
+            all.push(here(format!("running {}, its last try", row.name), &m));
+            failed(&mut m, row.step, 1);
+            all.push(here(format!("ended, {} never succeeded", row.name), &m));
         }
     }
     let mut m = at(Step::Switchover, FreezeMode::Switchover);
@@ -74,49 +136,132 @@ fn matrix() -> String {
     for s in running(&m) {
         m.on(Event::Halted(s));
     }
+    let mut incomplete = m.clone();
     for u in Undo::ALL {
-        states.push((format!("undoing {u:?}"), m.clone()));
+        all.push(here(format!("undoing {u:?}"), &m));
+        for _ in 1..UNDO_TRIES {
+            incomplete.on(Event::UndoFailed(u));
+        }
+        let before = if u == Undo::ALL[0] {
+            ""
+        } else {
+            ", those before were not undone"
+        };
+        all.push(here(
+            format!("undoing {u:?}, its last try{before}"),
+            &incomplete,
+        ));
+        incomplete.on(Event::UndoFailed(u));
         m.on(Event::Undone(u));
     }
-    states.push(("ended".into(), m));
-    states.dedup_by(|a, b| a.0 == b.0);
+    all.push(here("ended, rolled back", &m));
+    all.push(here("ended, not all of it undone", &incomplete));
+    let mut moved = at(Step::Release, FreezeMode::Early);
+    moved.on(Event::Done(Step::Release));
+    all.push(here("ended, moved", &moved));
 
+    let early = FreezeMode::Early;
+    all.push(replayed("nothing", early, &[]));
+    for row in TABLE {
+        let journal = journal_at(row.step, early);
+        all.push(replayed(
+            &format!("{} has begun", row.name),
+            early,
+            &journal,
+        ));
+    }
+    let ends = |step, more: &[Entry]| [journal_at(step, early).as_slice(), more].concat();
+    let refused = [Entry::Failed(NO_RETURN)];
+    for (name, journal) in [
+        ("the commit was refused", ends(NO_RETURN, &refused)),
+        (
+            "the commit was refused, and a rollback began",
+            ends(NO_RETURN, &[refused[0], Entry::Rollback]),
+        ),
+        (
+            "seal is done, switchover is not",
+            ends(Step::Seal, &[Entry::Done(Step::Seal)]),
+        ),
+        (
+            "a rollback from start began",
+            ends(Step::Start, &[Entry::Rollback]),
+        ),
+        (
+            "and one thing was undone",
+            ends(
+                Step::Start,
+                &[Entry::Rollback, Entry::Undone(Undo::EndTargets)],
+            ),
+        ),
+        (
+            "not all was undone",
+            ends(
+                Step::Start,
+                &[Entry::Rollback, Entry::End(Outcome::RollbackIncomplete)],
+            ),
+        ),
+        (
+            "it was unfinished",
+            ends(Step::Activate, &[Entry::End(Outcome::Unfinished)]),
+        ),
+        (
+            "it was rolled back",
+            ends(
+                Step::Start,
+                &[Entry::Rollback, Entry::End(Outcome::RolledBack)],
+            ),
+        ),
+        (
+            "it has moved",
+            ends(
+                Step::Release,
+                &[Entry::Done(Step::Release), Entry::End(Outcome::Moved)],
+            ),
+        ),
+    ] {
+        all.push(replayed(name, early, &journal));
+    }
+    let mut m = Machine::replay(early, &journal_at(Step::Activate, early)).0;
+    failed(&mut m, Step::Activate, FORWARD_TRIES - 1);
+    all.push(here("replayed: activate has begun, its last try", &m));
+    all.dedup_by(|a, b| a.name == b.name);
+    all
+}
+
+fn events() -> Vec<(String, Event)> {
+    let mut all = vec![
+        ("start".to_owned(), Event::Start),
+        ("abort".to_owned(), Event::Abort),
+    ];
+    for row in TABLE {
+        let (step, name) = (row.step, row.name);
+        let fails = |unchanged| Event::Failed { step, unchanged };
+        all.push((format!("done {name}"), Event::Done(step)));
+        all.push((format!("failed {name}"), fails(false)));
+        all.push((format!("refused {name}"), fails(true)));
+        all.push((format!("halted {name}"), Event::Halted(step)));
+    }
+    for u in Undo::ALL {
+        all.push((format!("undone {u:?}"), Event::Undone(u)));
+        all.push((format!("undo failed {u:?}"), Event::UndoFailed(u)));
+    }
+    all
+}
+
+fn matrix() -> String {
     let mut out = String::from(
-        "# state x event, made by coordinator/src/migration/machine/tests.rs; journal! is synced. No line: nothing happens.\n",
+        "# state x event, made by coordinator/src/migration/machine/tests.rs; journal! is synced. No line: nothing is done, though a step may\n# be noted as let go. (replay): what the journal alone makes it do.\n",
     );
-    for (name, m) in &states {
-        out += &format!("\n{name}\n");
-        let mut events = vec![
-            ("start".to_owned(), Event::Start),
-            ("abort".to_owned(), Event::Abort),
-        ];
-        for s in running(m) {
-            events.push((format!("done {}", s.name()), Event::Done(s)));
-            events.push((
-                format!("failed {}", s.name()),
-                Event::Failed {
-                    step: s,
-                    unchanged: false,
-                },
-            ));
-            events.push((
-                format!("refused {}", s.name()),
-                Event::Failed {
-                    step: s,
-                    unchanged: true,
-                },
-            ));
-            events.push((format!("halted {}", s.name()), Event::Halted(s)));
+    let words = |actions: &[Action]| actions.iter().map(word).collect::<Vec<_>>().join(", ");
+    for at in states() {
+        out += &format!("\n{}\n", at.name);
+        if let Some(actions) = &at.replayed {
+            out += &format!("  (replay): {}\n", words(actions));
         }
-        for u in Undo::ALL {
-            events.push((format!("undone {u:?}"), Event::Undone(u)));
-            events.push((format!("undo failed {u:?}"), Event::UndoFailed(u)));
-        }
-        for (event_name, event) in events {
-            let actions = m.clone().on(event);
+        for (name, event) in events() {
+            let actions = at.machine.clone().on(event);
             if !actions.is_empty() {
-                let words: Vec<String> = actions.iter().map(word).collect();
-                out += &format!("  {event_name}: {}\n", words.join(", "));
+                out += &format!("  {name}: {}\n", words(&actions));
             }
         }
     }
@@ -216,56 +361,130 @@ fn an_undo_that_never_succeeds_does_not_stop_the_others() {
     assert_eq!(m.outcome(), Some(Outcome::RollbackIncomplete));
 }
 
+#[test]
+fn a_step_behind_the_commit_that_never_succeeds_ends_unfinished_and_is_taken_up_again() {
+    for row in TABLE.iter().filter(|r| r.step >= NO_RETURN) {
+        for again in [false, true] {
+            let mut m = at(row.step, FreezeMode::Early);
+            let mut journal = journal_at(row.step, FreezeMode::Early);
+            if again {
+                m = Machine::replay(FreezeMode::Early, &journal).0;
+            }
+            let actions = failed(&mut m, row.step, FORWARD_TRIES);
+            let tries = actions.iter().filter_map(|a| match a {
+                Action::Run { step, attempt } => Some((*step, *attempt)),
+                _ => None,
+            });
+            let wanted = (1..FORWARD_TRIES).map(|n| (row.step, n));
+            assert!(tries.eq(wanted), "{}: {actions:?}", row.name);
+            assert!(
+                !actions
+                    .iter()
+                    .any(|a| matches!(a, Action::Undo { .. } | Action::Halt(_)))
+            );
+            assert_eq!(m.outcome(), Some(Outcome::Unfinished), "{}", row.name);
+            assert_eq!(m.on(Event::Abort), [Action::TooLate], "no way back");
+            journal.push(Entry::End(Outcome::Unfinished));
+            let (m, actions) = Machine::replay(FreezeMode::Early, &journal);
+            let run = Action::Run {
+                step: row.step,
+                attempt: 0,
+            };
+            assert!(m.past_return() && actions.contains(&run), "{}", row.name);
+        }
+    }
+}
+
+/// What an observer of the actors knows of the commit.
+#[derive(Default)]
+struct Commit {
+    /// It was ordered, and not answered.
+    ordered: bool,
+    /// An order was answered otherwise than by a refusal, or never.
+    maybe: bool,
+}
+
 proptest! {
-    /// Whatever happens and wherever it crashes: no undo once the commit may have happened, no forward step once a
-    /// rollback began, and the journal leads every action.
+    /// Whatever happens, and wherever it crashes, between any two actions or with the power gone: no undo once the commit may have happened, no
+    /// forward step once a rollback began, and the journal leads every action.
     #[test]
-    fn random_walks_keep_the_contract(choices in prop::collection::vec((0u8..8, any::<prop::sample::Index>()), 1..120)) {
-        let mut m = Machine::new(FreezeMode::Switchover);
+    fn random_walks_keep_the_contract(
+        ahead in 0..TABLE.len(),
+        choices in prop::collection::vec((0u8..9, any::<prop::sample::Index>()), 1..120),
+    ) {
+        let freeze = FreezeMode::Switchover;
+        let mut m = Machine::new(freeze);
         let mut journal: Vec<Entry> = Vec::new();
+        // How much of it survives a loss of power.
+        let mut synced = 0;
         let mut pending = m.on(Event::Start);
         let (mut running, mut undoing): (Vec<Step>, Option<Undo>) = (Vec::new(), None);
-        let mut committed = false;
-        let mut committing_failed_unchanged = false;
-        for (choice, index) in choices {
-            for a in pending.drain(..) {
+        let mut commit = Commit::default();
+        // Most walks shall get somewhere first.
+        let steps = std::iter::repeat_n((0, None), ahead);
+        for (choice, index) in steps.chain(choices.into_iter().map(|(c, i)| (c, Some(i)))) {
+            let pick = |n: usize| index.map_or(0, |i| i.index(n));
+            let crash = choice >= 7;
+            let until = if crash { pick(pending.len() + 1) } else { pending.len() };
+            for a in pending.drain(..).take(until) {
                 match a {
-                    Action::Journal { entry, .. } => journal.push(entry),
+                    Action::Journal { entry, sync } => {
+                        journal.push(entry);
+                        if sync { synced = journal.len(); }
+                    }
                     Action::Run { step, .. } => {
                         prop_assert!(journal.contains(&Entry::Begin(step)), "{step:?} without its record");
                         prop_assert!(!journal.contains(&Entry::Rollback), "{step:?} after the rollback");
                         if !running.contains(&step) { running.push(step); }
-                        committed |= step == NO_RETURN;
+                        commit.ordered |= step == NO_RETURN;
                     }
                     Action::Undo { undo, .. } => {
                         prop_assert!(journal.contains(&Entry::Rollback));
-                        prop_assert!(!committed || committing_failed_unchanged, "{undo:?} after the commit");
+                        prop_assert!(!commit.ordered && !commit.maybe, "{undo:?} after the commit");
                         undoing = Some(undo);
                     }
-                    Action::Halt(_) | Action::TooLate | Action::End(_) => {}
+                    Action::End(o) => {
+                        prop_assert!(journal.contains(&Entry::End(o)));
+                        prop_assert!(o != Outcome::Moved || commit.maybe);
+                    }
+                    Action::Halt(_) | Action::TooLate => {}
                 }
             }
-            if m.outcome().is_some() { break; }
-            // A crash: a new machine from the journal.
-            if choice == 7 {
-                let (again, actions) = Machine::replay(FreezeMode::Switchover, &journal);
-                prop_assert_eq!(again.past_return(), m.past_return() && again.outcome().is_none());
+            if crash {
+                // Of what was not synced, a loss of power leaves as much as it likes.
+                if choice == 8 {
+                    journal.truncate(synced + pick(journal.len() - synced + 1));
+                }
+                commit.maybe |= std::mem::take(&mut commit.ordered);
+                let (again, actions) = Machine::replay(freeze, &journal);
+                let forward = journal.contains(&Entry::Begin(NO_RETURN)) && !journal.contains(&Entry::Rollback);
+                prop_assert_eq!(again.past_return() || again.outcome().is_some(), forward || again.outcome().is_some());
+                prop_assert!(forward || !commit.maybe, "a commit is forgotten");
                 m = again;
                 pending = actions;
                 running.clear();
                 undoing = None;
                 continue;
             }
+            if m.outcome().is_some() { break; }
             let event = match (choice, running.is_empty(), undoing) {
-                (0 | 1, false, _) => Event::Done(running.remove(index.index(running.len()))),
+                (0 | 1, false, _) => {
+                    let step = running.remove(pick(running.len()));
+                    if step == NO_RETURN { commit = Commit { ordered: false, maybe: true }; }
+                    Event::Done(step)
+                }
                 (2, false, _) => {
-                    let step = running[index.index(running.len())];
-                    let unchanged = index.index(2) == 0;
-                    committing_failed_unchanged |= step == NO_RETURN && unchanged;
+                    // It is answered; another try is another order.
+                    let step = running.remove(pick(running.len()));
+                    let unchanged = pick(2) == 0;
+                    if step == NO_RETURN {
+                        commit.ordered = false;
+                        commit.maybe |= !unchanged;
+                    }
                     Event::Failed { step, unchanged }
                 }
                 (3, ..) => Event::Abort,
-                (4 | 5, false, _) => Event::Halted(running[index.index(running.len())]),
+                (4 | 5, false, _) => Event::Halted(running[pick(running.len())]),
                 (_, _, Some(u)) if choice % 2 == 0 => Event::Undone(u),
                 (_, _, Some(u)) => Event::UndoFailed(u),
                 _ => Event::Start,
