@@ -74,10 +74,12 @@ impl Acceptor {
         let mut hold = None;
         let end = self.serve(&conn, &peer_name, &mut hold).await;
         let of = hold.map_or(String::new(), |h| format!(" of hold {h}"));
+        let peer = format!("host '{peer_name}'");
         match end {
             Ok(()) => {}
+            // One that comes back and goes again is no news either.
             Err(e @ (ShipError::Connection(_) | ShipError::Closed)) => {
-                tracing::info!(peer = %peer_name, "shipment{of}: {e}");
+                self.said.info(peer, format!("shipment{of}: {e}"));
             }
             Err(e) => {
                 // The error's own text is for the source: "the target refused".
@@ -85,7 +87,6 @@ impl Acceptor {
                     ShipError::Refused(r) => r.message,
                     e => e.to_string(),
                 };
-                let peer = format!("host '{peer_name}'");
                 self.said.warn(peer, format!("shipment{of} refused: {why}"));
             }
         }
@@ -136,8 +137,8 @@ impl Acceptor {
             ticket,
         } = first
         else {
-            let m = "the first message must be Hello";
-            return refuse(RefusalCode::Malformed, m.into());
+            let m = format!("the first message must be Hello, not {}", name(first));
+            return refuse(RefusalCode::Malformed, m);
         };
         if *version != VERSION {
             let m =
@@ -169,6 +170,16 @@ impl Drop for Acceptor {
             // Also from inside of a runtime, where nothing may block.
             lanes.shutdown_background();
         }
+    }
+}
+
+fn name(m: &ToTarget) -> &'static str {
+    match m {
+        ToTarget::Hello { .. } => "Hello",
+        ToTarget::Lane { .. } => "Lane",
+        ToTarget::End { .. } => "End",
+        ToTarget::Abort => "Abort",
+        ToTarget::Named { .. } => "Named",
     }
 }
 

@@ -177,7 +177,10 @@ async fn messages(
                 incoming.update(|s| s.named = true);
             }
             Some(ToTarget::End { lane, tally }) => {
-                let place = numbers.lock().get(&lane).copied();
+                let (place, known) = {
+                    let all = numbers.lock();
+                    (all.get(&lane).copied(), all.len())
+                };
                 incoming.update(|s| match place.and_then(|p| s.lanes.get_mut(p)) {
                     // It has been compared, and acknowledged.
                     Some(l) if l.complete && tally != l.acked => Err(ShipError::Disagree {
@@ -188,7 +191,9 @@ async fn messages(
                         l.end = Some(tally);
                         Ok(())
                     }
-                    None => Err(ShipError::Protocol(format!("lane {lane} was not named"))),
+                    None => Err(ShipError::Protocol(format!(
+                        "an end of lane {lane}, which was not named; {known} lanes were"
+                    ))),
                 })?;
                 incoming.received.notify_one();
                 incoming.urgent.notify_one();
@@ -198,7 +203,8 @@ async fn messages(
                 return Ok(());
             }
             Some(ToTarget::Hello { .. }) => {
-                return Err(ShipError::Protocol("a second hello".into()));
+                let what = "a second Hello; a connection has one";
+                return Err(ShipError::Protocol(what.into()));
             }
             None => return Err(ShipError::Connection("the source ended it".into())),
         }
@@ -368,7 +374,7 @@ async fn stream(
                     writer.commit();
                     wait_for_room(writer, &incoming).await?;
                 }
-                Err(e @ RejectedBatch::Garbage) => {
+                Err(e @ (RejectedBatch::Garbage | RejectedBatch::Header(_))) => {
                     let next = writer.next_seq();
                     return Err(garbage(format!("{e} where record {next} must follow")));
                 }

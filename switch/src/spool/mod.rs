@@ -202,7 +202,7 @@ pub enum SpoolError {
     #[error("hold {0} has a {1} queue for {2} already")]
     Exists(HoldId, Kind, LaneKey),
     /// A port's name that does not fit.
-    #[error("'{0}' can't be the name of a spooled port: 1 to 64 bytes")]
+    #[error("the name of a spooled port has 1 to 64 bytes, not {len}: '{0}'", len = .0.len())]
     Name(String),
     /// A file that this program can't read.
     #[error("{}: {reason}", .path.display())]

@@ -38,6 +38,8 @@ pub(crate) struct World {
     pub(crate) conns: Arc<std::sync::Mutex<Vec<quinn::Connection>>>,
     pub(crate) relay: Arc<AtomicBool>,
     pub(crate) relayed: SocketAddr,
+    /// Which the log names; another one where a test looks there.
+    hold: HoldId,
 }
 
 fn spool_config(dir: PathBuf, sync: Sync) -> SpoolConfig {
@@ -134,6 +136,7 @@ impl World {
             conns,
             relay,
             relayed,
+            hold: HOLD,
             rt: {
                 drop(_in);
                 rt
@@ -143,7 +146,7 @@ impl World {
     }
 
     fn expect(&self) -> Arc<Incoming> {
-        let i = self.incoming(HOLD, TICKET, "alpha");
+        let i = self.incoming(self.hold, TICKET, "alpha");
         self.acceptor.register(i.clone());
         i
     }
@@ -155,7 +158,7 @@ impl World {
 
     fn args(&self) -> OutgoingArgs {
         OutgoingArgs {
-            hold: HOLD,
+            hold: self.hold,
             ticket: TICKET,
             target_address: self.address.to_string(),
             target_host: "beta".into(),
@@ -168,7 +171,9 @@ impl World {
     }
 
     fn queue(&self, n: u16) -> (Writer, Arc<Queue>) {
-        self.source.create(HOLD, Kind::Source, &key(n)).unwrap()
+        self.source
+            .create(self.hold, Kind::Source, &key(n))
+            .unwrap()
     }
 
     fn cut(&self) {
