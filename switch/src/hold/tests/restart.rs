@@ -501,7 +501,10 @@ fn a_damaged_record_is_named_by_the_hold_and_never_delivered() {
     resumed(&s, ring);
     put_back(&s);
     let ledger = s.a.ledger(Role::Source);
-    let account = ledger.iter().find(|l| l.lane == lane && !l.lost.is_empty());
+    let account = ledger
+        .1
+        .iter()
+        .find(|l| l.lane == lane && !l.lost.is_empty());
     let lost = &account.expect("the ledger says what is lost").lost;
     for l in lost {
         let range = (l.first_seq, l.last_seq);
