@@ -71,11 +71,13 @@ pub enum Bug {
     ForgetsNoReturn,
     /// `hold::machine::step` panics.
     Panics,
+    /// A hold that nobody asks for is put back at its source behind the seal, too.
+    TimeOutSealed,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 25] = [
+    pub const ALL: [Bug; 26] = [
         Bug::AckBeforeSync,
         Bug::AnswerFirst,
         Bug::SkipPersist,
@@ -101,6 +103,7 @@ impl Bug {
         Bug::LeavesTargets,
         Bug::ForgetsNoReturn,
         Bug::Panics,
+        Bug::TimeOutSealed,
     ];
 
     /// What of the contract it breaks: only a violation of that counts as found.
@@ -120,7 +123,8 @@ impl Bug {
             | Bug::SkipJournal
             | Bug::JournalNotSynced
             | Bug::LeavesTargets
-            | Bug::ForgetsNoReturn => "all or nothing",
+            | Bug::ForgetsNoReturn
+            | Bug::TimeOutSealed => "all or nothing",
             Bug::NoDedupe => "no duplicate beyond the bound",
             Bug::AnswerFirst
             | Bug::SkipPersist

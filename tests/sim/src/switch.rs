@@ -61,10 +61,11 @@ pub struct Hold {
     marked: BTreeSet<u8>,
     departed: BTreeSet<u8>,
     give_up_at: u64,
+    asked: u64,
 }
 
 impl Hold {
-    fn new(record: Record, lanes: BTreeMap<Lane, HeldLane>) -> Hold {
+    fn new(record: Record, lanes: BTreeMap<Lane, HeldLane>, now: u64) -> Hold {
         Hold {
             record,
             lanes,
@@ -75,6 +76,7 @@ impl Hold {
             marked: BTreeSet::new(),
             departed: BTreeSet::new(),
             give_up_at: 0,
+            asked: now,
         }
     }
 
@@ -150,6 +152,9 @@ impl World {
             }
             (_, _, Move::Commit) if self.has(Bug::Panics) => {
                 panic!("a bug that was put in panics")
+            }
+            (Role::Source, HoldState::Sealed, Move::TimedOut) if self.has(Bug::TimeOutSealed) => {
+                Verdict::Go(HoldState::Aborting, Persist::First)
             }
             _ => step(role, state, event),
         }
@@ -335,6 +340,7 @@ impl World {
                 Some((Role::Target, HoldState::Draining)) => self.draining(h, id)?,
                 _ => {}
             }
+            self.time_out(h, id)?;
             self.ship_tick(h, id)?;
         }
         for p in std::mem::take(&mut self.nodes[h].pending) {
@@ -530,6 +536,10 @@ impl World {
     pub fn on_call(&mut self, h: Host, call: Call) -> Work {
         let id = call.hold;
         self.say(|| format!("{} hears {:?}", name(h), call.request));
+        let now = self.now;
+        if let Some(x) = self.hold(h, id) {
+            x.asked = now;
+        }
         match call.request {
             Request::Show => self.reply(h, &call, Reply::Ok),
             Request::Prepare => return self.prepare(h, call),
@@ -708,7 +718,7 @@ impl World {
             named: 0,
             closed: Vec::new(),
         };
-        let x = Hold::new(record, self.lanes());
+        let x = Hold::new(record, self.lanes(), self.now);
         self.nodes[h].holds.insert(call.hold, x);
         self.become_(h, call.hold, HoldState::Prepared)?;
         self.reply(h, &call, Reply::Ok);
@@ -729,7 +739,7 @@ impl World {
             named: 0,
             closed: Vec::new(),
         };
-        let mut x = Hold::new(record, self.lanes());
+        let mut x = Hold::new(record, self.lanes(), self.now);
         x.opening = true;
         self.nodes[h].holds.insert(call.hold, x);
         let until = self.now + WAIT;
@@ -811,7 +821,7 @@ impl World {
             // In memory is enough: what was on its way to this process dies with it.
             self.nodes[h]
                 .holds
-                .insert(id, Hold::new(record, BTreeMap::new()));
+                .insert(id, Hold::new(record, BTreeMap::new(), self.now));
             self.reply(h, &call, Reply::Refused(RefusalCode::Unknown));
             return Ok(());
         }
@@ -820,6 +830,40 @@ impl World {
             w.check.cut.clear();
             Ok(Some(Reply::Ok))
         })
+    }
+
+    /// Nobody asks for it any more, as the product's: only where no seal was begun and all VMs run, and not while an order waits.
+    fn time_out(&mut self, h: Host, id: HoldId) -> Work {
+        let now = self.now;
+        let overdue = self.overdue;
+        let asked = |x: &&Hold| !x.opening && overdue.is_some_and(|q| now > x.asked + q);
+        let Some(x) = self.nodes[h].holds.get(&id).filter(asked) else {
+            return Ok(());
+        };
+        let (role, state) = (x.record.role, x.record.state);
+        let Verdict::Go(next, persist) = self.verdict(role, state, Move::TimedOut) else {
+            return Ok(());
+        };
+        let mut queues = self.nodes[h].disk.queues.iter();
+        let sealed = queues.any(|(q, x)| (q.0, q.1) == (id, Kind::Source) && x.is_sealed());
+        let run = self.vms.iter().all(|v| v.procs[h] == Proc::Running);
+        let wait = self.nodes[h].pending.iter().any(|p| p.call.hold == id);
+        let safe = role == Role::Target || (run && !sealed) || state == HoldState::Sealed;
+        if wait || !safe {
+            return Ok(());
+        }
+        self.say(|| format!("{}: nobody asks for {id}", name(h)));
+        if persist == Persist::First {
+            self.become_(h, id, next)?;
+        }
+        self.ship_end(h, id, true);
+        if role == Role::Source {
+            self.check.cut.clear();
+        }
+        if persist == Persist::Then {
+            self.become_(h, id, next)?;
+        }
+        Ok(())
     }
 
     /// Looks again at a request that waits.
@@ -968,7 +1012,7 @@ impl World {
     }
 
     fn take_hold_up(&mut self, h: Host, id: HoldId, record: Record) -> Hold {
-        let mut x = Hold::new(record, self.lanes());
+        let mut x = Hold::new(record, self.lanes(), self.now);
         if x.is_over() {
             return x;
         }

@@ -252,6 +252,8 @@ pub struct World {
     pub vms: Vec<Vm>,
     /// Queues of each sender.
     pub queues: u8,
+    /// A hold that nobody has asked for so long is put back where that is safe.
+    pub overdue: Option<u64>,
     /// Shipments' connections.
     pub conns: BTreeMap<u64, Conn>,
     links: [bool; 3],
@@ -317,6 +319,9 @@ impl World {
             nodes: [node(), node()],
             vms: (0..vms).map(|_| vm()).collect(),
             queues,
+            // Much too impatient: many a coordinator is still there.
+            overdue: (options.faults && seed.is_multiple_of(2))
+                .then_some((3 + (seed.wrapping_mul(7919) % 40).pow(2)) * MS),
             conns: BTreeMap::new(),
             links: [true; 3],
             loss: some(&mut rng, 60),
