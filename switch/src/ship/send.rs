@@ -117,7 +117,19 @@ async fn connect(out: &Outgoing) -> Result<Connection, ShipError> {
         .endpoint
         .connect_with(out.client.clone(), to, &name)
         .map_err(|e| bad(&e))?;
-    connecting.await.map_err(|e| bad(&e))
+    connecting.await.map_err(|e| {
+        let text = e.to_string();
+        let whose = match e {
+            quinn::ConnectionError::ConnectionClosed(_) => "this host".into(),
+            _ => format!("host '{}'", out.args.target_host),
+        };
+        match wire::dated(&text) {
+            (why, true) => bad(&format!(
+                "{why}: that of {whose}; issue it anew (`gangway pki issue`), or compare the clocks"
+            )),
+            (_, false) => bad(&text),
+        }
+    })
 }
 
 /// What lane tasks tell the session.

@@ -19,7 +19,17 @@ pub(super) fn lost(e: impl std::error::Error) -> ShipError {
     while let Some(next) = cause.source() {
         cause = next;
     }
-    ShipError::Connection(format!("the connection was lost: {cause}"))
+    let cause = cause.to_string();
+    let (why, _) = dated(&cause);
+    ShipError::Connection(format!("the connection was lost: {why}"))
+}
+
+/// What is wrong with a certificate without rustls' seconds, which are others the next time; whether it is a matter of its dates.
+pub(super) fn dated(text: &str) -> (&str, bool) {
+    match text.split_once(": verification time") {
+        Some((why, _)) => (why, true),
+        None => (text, false),
+    }
 }
 
 async fn write(s: &mut SendStream, message: &[u8]) -> Result<(), ShipError> {

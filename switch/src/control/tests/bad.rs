@@ -3,15 +3,20 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use gangway::hosts::Hosts;
 use gangway_shared::api::{HoldInfo, HoldOpen, IncomingPort, IncomingPrepare, Scope};
 use gangway_shared::id::HoldId;
 use gangway_shared::pki::{Credentials, host_server_name};
 
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+
 use super::*;
 use crate::run::Switch;
 use crate::said::tests::{listen, logged};
+use crate::ship::{Outgoing, OutgoingArgs, ShipError};
 
 /// How often each thing is tried.
 const TIMES: usize = 3;
@@ -86,10 +91,10 @@ async fn once(words: &[&str]) -> String {
 
 /// What the coordinator's command says of a host that its file calls `name`. One test only may ask: its endpoint belongs to
 /// the process, and to the runtime that first used it.
-async fn coordinator(host: &Host, name: &str, files: &TlsFiles) -> String {
+async fn coordinator(address: SocketAddr, name: &str, files: &TlsFiles) -> String {
     let text = format!(
         "[[host]]\nname = '{name}'\naddress = '{}'\n[tls]\ncert = '{}'\nkey = '{}'\nca = '{}'\n",
-        host.address.expect("listens"),
+        address,
         files.cert.display(),
         files.key.display(),
         files.ca.display()
@@ -111,6 +116,7 @@ async fn a_wrong_certificate_does_not_get_in_and_the_log_says_so_once() {
     let kim = ca.issue("kim", Role::Coordinator);
     let ray = ca.revoked("ray", Role::Coordinator);
     let host = Host::start(Some(a));
+    let at = host.address.expect("listens");
 
     // It trusts both authorities, the host only its own.
     let pem = |pki: &Pki| std::fs::read_to_string(pki.path("ca.pem")).expect("ca");
@@ -203,15 +209,24 @@ async fn a_wrong_certificate_does_not_get_in_and_the_log_says_so_once() {
             ],
         ),
     ] {
-        let said = coordinator(&host, name, files).await;
+        let said = coordinator(at, name, files).await;
         for word in words {
             assert!(said.contains(word), "no {word:?} in: {said}");
         }
     }
 
+    let said = coordinator(outdated(&ca).0, "a", &me).await;
+    for word in [
+        "switch of host 'a' at",
+        "cannot be reached",
+        "its certificate has expired, issue a new one",
+    ] {
+        assert!(said.contains(word), "no {word:?} in: {said}");
+    }
+
     // Nobody came through; whoever may does.
     assert!(host.shipped.0.lock().expect("lock").is_empty());
-    let shown = coordinator(&host, "a", &me).await;
+    let shown = coordinator(at, "a", &me).await;
     assert!(shown.contains("uptime_s"), "{shown}");
     let conn = host.quic(&b, ship::ALPN).await.expect("a host may ship");
     conn.closed().await;
@@ -226,6 +241,86 @@ async fn a_wrong_certificate_does_not_get_in_and_the_log_says_so_once() {
             "{line}"
         );
     }
+}
+
+/// A switch `a` whose certificate has expired while it ran: where it is, and how often somebody came.
+fn outdated(ca: &Pki) -> (SocketAddr, Arc<AtomicUsize>) {
+    let files = ca.forged("late", "a.host.gangway", (2019, 2020));
+    let chain = CertificateDer::pem_file_iter(&files.cert).expect("cert");
+    let chain = chain.map(|c| c.expect("cert")).collect();
+    let key = PrivateKeyDer::from_pem_file(&files.key).expect("key");
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let tls = rustls::ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect("versions");
+    let mut tls = tls
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .expect("tls");
+    tls.alpn_protocols = vec![api::ALPN.to_vec(), ship::ALPN.to_vec()];
+    let tls = quinn::crypto::rustls::QuicServerConfig::try_from(tls).expect("quic");
+    let server = quinn::ServerConfig::with_crypto(Arc::new(tls));
+    let any = "127.0.0.1:0".parse().expect("address");
+    let endpoint = quinn::Endpoint::server(server, any).expect("endpoint");
+    let (address, came) = (
+        endpoint.local_addr().expect("address"),
+        Arc::new(AtomicUsize::new(0)),
+    );
+    let count = came.clone();
+    tokio::spawn(async move {
+        while let Some(incoming) = endpoint.accept().await {
+            count.fetch_add(1, Ordering::Relaxed);
+            tokio::spawn(async move { incoming.await.map(|c| async move { c.closed().await }) });
+        }
+    });
+    (address, came)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_whose_certificate_has_expired_is_named_and_the_log_says_so_once() {
+    listen();
+    let ca = Pki::new();
+    let (at, came) = outdated(&ca);
+    let mut cfg = config(ca.0.path());
+    cfg.name = "b".into();
+    cfg.listen = Some("127.0.0.1:0".parse().expect("address"));
+    cfg.tls = Some(ca.issue("b", Role::Host));
+    let quic = endpoint(&cfg).expect("endpoint").expect("it listens");
+    let args = OutgoingArgs {
+        hold: HoldId(0xb0d1_e5b0_d1e5_0009),
+        ticket: [0; 32],
+        target_address: at.to_string(),
+        target_host: "a".into(),
+    };
+    let id = args.hold.to_string();
+    let client = quic.ship_client().expect("client");
+    let rt = tokio::runtime::Handle::current();
+    let new = Outgoing::start(
+        rt.clone(),
+        quic.endpoint.clone(),
+        client.clone(),
+        args.clone(),
+    );
+    let waiting = new.clone();
+    let wait = move || waiting.wait_connected(Duration::from_secs(1));
+    let e = tokio::task::spawn_blocking(wait).await.expect("no panic");
+    let Err(ShipError::Timeout(Some(said))) = e else {
+        panic!("{e:?}")
+    };
+    let words = ["certificate expired: that of host 'a'", "gangway pki issue"];
+    for word in words {
+        assert!(said.contains(word), "no {word:?} in: {said}");
+    }
+    new.close();
+    // One that was under way tries again, each second in the end.
+    let before = came.load(Ordering::Relaxed);
+    let old = Outgoing::go_on(rt, quic.endpoint.clone(), client, args);
+    while came.load(Ordering::Relaxed) < before + 9 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    old.close();
+    let line = once(&[&id, "trying again", words[0]]).await;
+    assert!(line.contains("INFO") && line.contains(" to a: "), "{line}");
 }
 
 #[tokio::test]
