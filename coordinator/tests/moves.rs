@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use fake::qemu::{FakeHost, Status};
 use fake::{FakeSwitch, FakeVm, Incoming};
-use gangway::migration::steps::{NO_RETURN, Step, TABLE};
+use gangway::migration::act::End;
+use gangway::migration::orders::{Order, Task, phases};
+use gangway::migration::steps::{NO_RETURN, Step, TABLE, Undo};
 use serde_json::Value;
 use tokio::process::Command;
 
@@ -220,6 +222,86 @@ async fn a_group_moves_in_dependency_order_and_the_report_says_so() {
         r
     );
     assert_eq!(w.run("abort").await.status.code(), Some(5), "too late");
+}
+
+/// By what a switch, or a VM's QMP, was asked; none for what is asked for other reasons, too.
+fn command(order: Order) -> Option<(bool, &'static str)> {
+    let (of_switch, name) = match order {
+        Order::Show | Order::Status | Order::VmShow => return None,
+        Order::Prepare => (true, "IncomingPrepare"),
+        Order::Open => (true, "HoldOpen"),
+        Order::Freeze(_) => (true, "Freeze"),
+        Order::Seal => (true, "Seal"),
+        Order::Restore => (true, "IncomingRestore"),
+        Order::Commit => (true, "Commit"),
+        Order::Announce => (true, "Announce"),
+        Order::Depart => (true, "Depart"),
+        Order::Release => (true, "HoldRelease"),
+        Order::Abort => (true, "HoldAbort"),
+        Order::VmStart => (true, "VmmStart"),
+        Order::VmEnd => (true, "VmmStop"),
+        Order::VmMigrate => (false, "migrate"),
+        Order::VmStop => (false, "stop"),
+        Order::VmSwitchover => (false, "migrate-continue"),
+        Order::VmCont => (false, "cont"),
+        Order::VmCancel => (false, "migrate_cancel"),
+        Order::VmQuit => (false, "quit"),
+    };
+    Some((of_switch, name))
+}
+
+/// The simulation and the model do what the table of orders says: so does the coordinator.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_hosts_are_asked_for_what_the_table_of_orders_says() {
+    for fails in [false, true] {
+        let w = World::new();
+        let mut migrate = w.command("migrate chain --to b --freeze early");
+        let mut tasks: Vec<Task> = TABLE.iter().map(|r| Task::Step(r.step)).collect();
+        if fails {
+            // There is a transfer to cancel, and VMs stand still.
+            migrate.env("GANGWAY_FAIL_AT", "stop:after");
+            tasks.retain(|t| *t <= Task::Step(Step::Stop));
+            tasks.extend(Undo::ALL.map(Task::Undo));
+        }
+        let out = migrate.output().await.expect("run");
+        let code = if fails { 3 } else { 0 };
+        assert_eq!(out.status.code(), Some(code), "{}", text(&out));
+        let asks: Vec<(End, Order)> = tasks
+            .into_iter()
+            .flat_map(phases)
+            .flat_map(|p| p.asks)
+            .copied()
+            .collect();
+        let all = TABLE.iter().map(|r| Task::Step(r.step));
+        let all: Vec<&str> = all
+            .chain(Undo::ALL.map(Task::Undo))
+            .flat_map(phases)
+            .flat_map(|p| p.asks)
+            .filter_map(|(_, o)| Some(command(*o)?.1))
+            .collect();
+        for (end, switch, vms) in [(End::Source, &w.a, &w.vms_a), (End::Target, &w.b, &w.vms_b)] {
+            for of_switch in [true, false] {
+                let mut wanted = Vec::new();
+                for (at, order) in &asks {
+                    match command(*order) {
+                        Some((to, name)) if *at == end && to == of_switch => {
+                            let times = if order.is_for_vms() { VMS.len() } else { 1 };
+                            wanted.extend(std::iter::repeat_n(name, times));
+                        }
+                        _ => {}
+                    }
+                }
+                let heard = if of_switch {
+                    switch.calls()
+                } else {
+                    vms.commands()
+                };
+                let heard = heard.iter().filter_map(|c| c.split(' ').next());
+                let heard: Vec<&str> = heard.filter(|c| all.contains(c)).collect();
+                assert_eq!(heard, wanted, "{end:?}, fails: {fails}");
+            }
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -38,6 +38,8 @@ impl Status {
 pub struct FakeHost {
     vms: Arc<Mutex<HashMap<String, Running>>>,
     ports: Arc<Mutex<HashMap<u16, Arc<Mutex<Vm>>>>>,
+    /// Commands, in order.
+    log: Arc<Mutex<Vec<String>>>,
 }
 
 /// A VM and the task that serves its QMP.
@@ -85,6 +87,7 @@ impl FakeHost {
         FakeHost {
             vms: Arc::default(),
             ports: self.ports.clone(),
+            log: Arc::default(),
         }
     }
 
@@ -118,6 +121,11 @@ impl FakeHost {
             .lock()
             .expect("lock")
             .insert(name.to_owned(), (vm, task.abort_handle()));
+    }
+
+    /// What all VMs of this host were told.
+    pub fn commands(&self) -> Vec<String> {
+        self.log.lock().expect("lock").clone()
     }
 
     pub fn kill(&self, name: &str) {
@@ -174,6 +182,7 @@ impl FakeHost {
     }
 
     fn command(&self, arc: &Arc<Mutex<Vm>>, command: &str, args: &Value) -> Result<Value, String> {
+        self.log.lock().expect("lock").push(command.to_owned());
         let mut vm = arc.lock().expect("lock");
         match command {
             "qmp_capabilities" | "migrate-set-capabilities" | "quit" => {}

@@ -1,47 +1,71 @@
-//! The coordinator and what it asks for. What a step asks of whom follows coordinator/src/migration/act.rs.
+//! The coordinator and what it asks for. What a step asks of whom is the product's table.
 
+use gangway::migration::act::End;
 use gangway::migration::machine::{Action as Order, Entry, Event, Machine, Outcome};
+use gangway::migration::orders::{Order as Ask, Task, phases};
 use gangway::migration::steps::{NO_RETURN, Step, Undo};
-use gangway_shared::api::HoldState as H;
+use gangway_shared::api::{HoldState as H, Scope};
 
 use crate::switch::Answer;
 use crate::{
     A, B, Bug, Coordinator, Death, Happening, M, Move, P, Proc, Request as R, Run, Sent, State,
-    Task,
 };
 
-/// What a task asks for in this phase; nothing: it is done.
+/// What a task asks for in this phase; nothing: it is done. No VM dies here, so none is looked at.
 fn asks(task: Task, phase: u8) -> Vec<(usize, R)> {
-    let all = |host: usize, r: fn(usize) -> R| vec![(host, r(P)), (host, r(M))];
-    let both = |r| vec![(A, r), (B, r)];
-    match (task, phase) {
-        (Task::Step(Step::Check), 0) => both(R::Show),
-        (Task::Step(Step::Prepare), 0) => vec![(B, R::Prepare)],
-        (Task::Step(Step::Prepare), 1) => vec![(A, R::Open)],
-        (Task::Step(Step::Start), 0) => all(B, R::VmStart),
-        (Task::Step(Step::FreezeInside), 0) => vec![(A, R::FreezeInside)],
-        (Task::Step(Step::Precopy), 0) => all(A, R::VmMigrate),
-        (Task::Step(Step::Freeze), 0) => vec![(A, R::FreezeAll)],
-        (Task::Step(Step::Stop), 0) => all(A, R::VmStop),
-        (Task::Step(Step::Seal), 0) => vec![(A, R::Seal)],
-        (Task::Step(Step::Switchover), 0) => all(A, R::VmSwitchover),
-        (Task::Step(Step::Restore), 0) => vec![(B, R::Restore)],
-        (Task::Step(Step::Commit), 0) => vec![(B, R::Commit)],
-        (Task::Step(Step::Activate), 0) => vec![(B, R::VmCont(P))],
-        (Task::Step(Step::Activate), 1) => vec![(B, R::VmCont(M))],
-        (Task::Step(Step::Announce), 0) => vec![(B, R::Announce)],
-        (Task::Step(Step::Depart), 0) => vec![(A, R::Depart)],
-        (Task::Step(Step::Settle), 0) => both(R::Status),
-        (Task::Step(Step::Retire), 0) => all(A, R::VmQuit),
-        (Task::Step(Step::Release), 0) => vec![(A, R::Release)],
-        (Task::Step(Step::Release), 1) => vec![(B, R::Release)],
-        (Task::Undo(Undo::CancelMemory), 0) => all(A, R::VmCancel),
-        (Task::Undo(Undo::EndTargets), 0) => all(B, R::VmEnd),
-        (Task::Undo(Undo::ResumeSources), 0) => all(A, R::VmCont),
-        (Task::Undo(Undo::ReturnFrames), 0) => both(R::Abort),
-        (Task::Undo(Undo::ReturnFrames), 1) => both(R::Status),
-        _ => Vec::new(),
-    }
+    let all = phases(task).iter().flat_map(|p| {
+        let asks = p.asks.iter().filter(|(_, o)| *o != Ask::VmShow);
+        let of = |o: &Ask| {
+            if o.is_for_vms() {
+                [P, M].as_slice()
+            } else {
+                &[P]
+            }
+        };
+        let asks: Vec<(usize, R)> = asks
+            .flat_map(|(end, o)| of(o).iter().map(|v| request(*end, *o, *v)))
+            .collect();
+        match p.in_turn && !RELAXED.contains(&task) {
+            true => asks.into_iter().map(|a| vec![a]).collect(),
+            false => vec![asks],
+        }
+    });
+    let mut all = all.filter(|asks| !asks.is_empty());
+    all.nth(usize::from(phase)).unwrap_or_default()
+}
+
+/// Their turns are not told apart: more orders than the product's, in fewer states.
+const RELAXED: [Task; 1] = [Task::Step(Step::Switchover)];
+
+fn request(end: End, order: Ask, v: usize) -> (usize, R) {
+    let host = match end {
+        End::Source => A,
+        End::Target => B,
+    };
+    let request = match order {
+        Ask::Show | Ask::VmShow => R::Show,
+        Ask::Prepare => R::Prepare,
+        Ask::Open => R::Open,
+        Ask::Freeze(Scope::Inside) => R::FreezeInside,
+        Ask::Freeze(Scope::All) => R::FreezeAll,
+        Ask::Seal => R::Seal,
+        Ask::Restore => R::Restore,
+        Ask::Commit => R::Commit,
+        Ask::Announce => R::Announce,
+        Ask::Depart => R::Depart,
+        Ask::Status => R::Status,
+        Ask::Release => R::Release,
+        Ask::Abort => R::Abort,
+        Ask::VmStart => R::VmStart(v),
+        Ask::VmMigrate => R::VmMigrate(v),
+        Ask::VmStop => R::VmStop(v),
+        Ask::VmSwitchover => R::VmSwitchover(v),
+        Ask::VmCont => R::VmCont(v),
+        Ask::VmCancel => R::VmCancel(v),
+        Ask::VmEnd => R::VmEnd(v),
+        Ask::VmQuit => R::VmQuit(v),
+    };
+    (host, request)
 }
 
 impl Move {

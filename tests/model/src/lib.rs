@@ -23,7 +23,8 @@ mod switch;
 use std::collections::{HashMap, VecDeque};
 
 use gangway::migration::machine::{Action as Order, Entry, Machine, Outcome};
-use gangway::migration::steps::{FreezeMode, Step, Undo};
+use gangway::migration::orders::Task;
+use gangway::migration::steps::FreezeMode;
 use gangway_shared::api::HoldState;
 use stateright::{Model, Property};
 
@@ -125,15 +126,6 @@ pub struct Sent {
     pub request: Request,
     /// Of the coordinator with VMs: an older one's orders are dropped.
     pub session: u8,
-}
-
-/// A step or an undo that is under way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Task {
-    /// Forward.
-    Step(Step),
-    /// Back.
-    Undo(Undo),
 }
 
 /// What is under way for a task.

@@ -1,11 +1,14 @@
 //! The coordinator: the product's migration machine, driven action by action, with its journal on a disk that can lose
-//! what was not synced. What a step asks of whom follows coordinator/src/migration/act.rs.
+//! what was not synced. What a step asks of whom is the product's table.
 
 use std::collections::{BTreeMap, VecDeque};
 
+use gangway::migration::act::End;
 use gangway::migration::machine::{Action, Entry, Event as Move, Machine, Outcome};
+pub use gangway::migration::orders::Task;
+use gangway::migration::orders::{Order, phases};
 use gangway::migration::steps::{FreezeMode, NO_RETURN, Step, Undo};
-use gangway_shared::api::{HoldState, RefusalCode, Scope, Tally};
+use gangway_shared::api::{HoldState, RefusalCode, Tally};
 use gangway_shared::id::HoldId;
 
 use crate::Bug;
@@ -24,15 +27,6 @@ pub enum CoordEvent {
     Late(u64),
     /// A step or an undo asks again, after a while.
     Go(Task),
-}
-
-/// What runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Task {
-    /// A step.
-    Step(Step),
-    /// An undo.
-    Undo(Undo),
 }
 
 #[derive(Debug, Default)]
@@ -112,7 +106,7 @@ impl Coordinator {
 
     /// The last look at the target's VMs may be over.
     pub fn may_have_looked(&self) -> bool {
-        entries(&self.written).contains(&Entry::Begin(Step::Restore))
+        entries(&self.written).contains(&Entry::Begin(NO_RETURN))
     }
 
     /// For people.
@@ -125,6 +119,39 @@ impl Coordinator {
             self.lives
         )
     }
+}
+
+/// Of the order, for this VM.
+fn request(end: End, order: Order, v: u8) -> (Host, Request) {
+    use Request as R;
+    let h = match end {
+        End::Source => A,
+        End::Target => B,
+    };
+    let request = match order {
+        Order::Show => R::Show,
+        Order::Prepare => R::Prepare,
+        Order::Open => R::Open,
+        Order::Freeze(scope) => R::Freeze(scope),
+        Order::Seal => R::Seal,
+        Order::Restore => R::Restore,
+        Order::Commit => R::Commit,
+        Order::Announce => R::Announce,
+        Order::Depart => R::Depart,
+        Order::Status => R::Status,
+        Order::Release => R::Release,
+        Order::Abort => R::Abort,
+        Order::VmStart => R::VmStart(v),
+        Order::VmMigrate => R::VmMigrate(v),
+        Order::VmStop => R::VmStop(v),
+        Order::VmSwitchover => R::VmSwitchover(v),
+        Order::VmShow => R::VmShow(v),
+        Order::VmCont => R::VmCont(h, v),
+        Order::VmCancel => R::VmCancel(v),
+        Order::VmEnd => R::VmEnd(v),
+        Order::VmQuit => R::VmQuit(v),
+    };
+    (h, request)
 }
 
 /// The journal's records; a torn last line counts for nothing.
@@ -245,7 +272,11 @@ impl World {
             n => (50 << n.min(6)).min(2000) * MS,
         };
         let until = self.now + delay + 30 * S;
+        // Nobody takes a look again that is only before the first try.
+        let again = attempt > 0 || self.coord.lives > 0;
+        let phase = phases(task).iter().take_while(|p| again && p.once).count();
         let run = Run {
+            phase,
             until,
             ..Run::default()
         };
@@ -256,43 +287,25 @@ impl World {
 
     /// What a task asks for in this phase; nothing: it is done.
     fn asks(&self, task: Task, phase: usize) -> Vec<(Host, Request)> {
-        let vms = || 0..self.vms.len() as u8;
-        let all = |h: Host, f: fn(u8) -> Request| vms().map(|v| (h, f(v))).collect();
-        let both = |r| vec![(A, r), (B, r)];
-        match (task, phase) {
-            (Task::Step(Step::Check), 0) => both(Request::Show),
-            (Task::Step(Step::Prepare), 0) => vec![(B, Request::Prepare)],
-            (Task::Step(Step::Prepare), 1) => vec![(A, Request::Open)],
-            (Task::Step(Step::Start), 0) => all(B, Request::VmStart),
-            (Task::Step(Step::FreezeInside), 0) => vec![(A, Request::Freeze(Scope::Inside))],
-            (Task::Step(Step::Precopy), 0) => all(A, Request::VmMigrate),
-            (Task::Step(Step::Freeze), 0) => vec![(A, Request::Freeze(Scope::All))],
-            (Task::Step(Step::Stop), 0) => all(A, Request::VmStop),
-            (Task::Step(Step::Seal), 0) => vec![(A, Request::Seal)],
-            (Task::Step(Step::Switchover), 0) => all(A, Request::VmSwitchover),
-            (Task::Step(Step::Restore), 0) => {
-                let there = vms().map(|v| (B, Request::VmShow(v)));
-                there.chain([(B, Request::Restore)]).collect()
+        let vms = self.vms.len();
+        let mut at = 0;
+        for p in phases(task) {
+            let turns = if p.in_turn { vms } else { 1 };
+            if phase < at + turns {
+                let turn = p.in_turn.then_some(phase - at);
+                let of = |o: &Order| match (o.is_for_vms(), turn) {
+                    (false, _) => 0..1,
+                    (true, None) => 0..vms,
+                    (true, Some(v)) => v..v + 1,
+                };
+                let asks = p.asks.iter();
+                return asks
+                    .flat_map(|(end, o)| of(o).map(|v| request(*end, *o, v as u8)))
+                    .collect();
             }
-            (Task::Step(Step::Commit), 0) => vec![(B, Request::Commit)],
-            (Task::Step(Step::Activate), v) if v < self.vms.len() => {
-                vec![(B, Request::VmCont(B, v as u8))]
-            }
-            (Task::Step(Step::Announce), 0) => vec![(B, Request::Announce)],
-            (Task::Step(Step::Depart), 0) => vec![(A, Request::Depart)],
-            (Task::Step(Step::Settle), 0) => both(Request::Status),
-            (Task::Step(Step::Retire), 0) => all(A, Request::VmQuit),
-            (Task::Step(Step::Release), 0) => vec![(A, Request::Release)],
-            (Task::Step(Step::Release), 1) => vec![(B, Request::Release)],
-            (Task::Undo(Undo::CancelMemory), 0) => all(A, Request::VmCancel),
-            (Task::Undo(Undo::EndTargets), 0) => all(B, Request::VmEnd),
-            (Task::Undo(Undo::ResumeSources), 0) => {
-                vms().map(|v| (A, Request::VmCont(A, v))).collect()
-            }
-            (Task::Undo(Undo::ReturnFrames), 0) => both(Request::Abort),
-            (Task::Undo(Undo::ReturnFrames), 1) => both(Request::Status),
-            _ => Vec::new(),
+            at += turns;
         }
+        Vec::new()
     }
 
     fn go(&mut self, task: Task) {
@@ -346,6 +359,8 @@ impl World {
         let undoing = matches!(task, Task::Undo(_));
         // A lost answer says nothing; a refusal says that nothing was done.
         let failed = match (&reply, request) {
+            // One that can't be looked at counts as dead: nothing was done yet.
+            (None, Request::VmShow(_)) => Some(true),
             (None, _) => Some(false),
             (Some(Reply::Refused(RefusalCode::Unknown)), _) if undoing => None,
             // Released, and the switch was started again since.

@@ -76,6 +76,8 @@ pub struct Vm {
     pub session: [u64; 2],
     /// Its process on the target was ended for this migration: an order to start it comes too late.
     pub ended: bool,
+    /// It has stopped by itself, and will go on so.
+    pub stopped: bool,
     /// Its process on the source has died.
     pub died: bool,
 }
@@ -300,6 +302,7 @@ impl World {
             deaf_until: 0,
             session: [0; 2],
             ended: false,
+            stopped: false,
             died: false,
         };
         let faults = options.faults;
@@ -495,7 +498,7 @@ impl World {
             && self
                 .vms
                 .iter()
-                .all(|v| v.rings.iter().all(VecDeque::is_empty))
+                .all(|v| !v.stopped && v.rings.iter().all(VecDeque::is_empty))
     }
 
     fn what_moves(&self) -> String {
@@ -815,9 +818,10 @@ impl World {
             if self.coord.lets_run() {
                 self.run_vm(A, v);
             } else {
-                self.after(100 * MS, Event::GoesOn(v));
+                return self.after(100 * MS, Event::GoesOn(v));
             }
         }
+        self.vms[usize::from(v)].stopped = false;
     }
 
     fn outside(&mut self) {
@@ -897,9 +901,11 @@ impl World {
                 }
             }
             Fault::GuestStops(v) => {
-                let procs = &mut self.vms[usize::from(v)].procs;
-                if let Some(p) = procs.iter_mut().find(|p| **p == Proc::Running) {
+                let vm = &mut self.vms[usize::from(v)];
+                let runs = vm.procs.iter_mut().find(|p| **p == Proc::Running);
+                if let (Some(p), false) = (runs, vm.stopped) {
                     *p = Proc::Paused;
+                    vm.stopped = true;
                     self.check.seen.count(Seen::GuestStop);
                     let on = self.rng.range(5 * MS, 2 * S);
                     self.after(on, Event::GoesOn(v));
