@@ -123,14 +123,14 @@ impl Bug {
             | Bug::SkipJournal
             | Bug::JournalNotSynced
             | Bug::LeavesTargets
-            | Bug::ForgetsNoReturn
-            | Bug::TimeOutSealed => "all or nothing",
+            | Bug::ForgetsNoReturn => "all or nothing",
             Bug::NoDedupe => "no duplicate beyond the bound",
             Bug::AnswerFirst
             | Bug::SkipPersist
             | Bug::NoTombstone
             | Bug::NeverDeparts
-            | Bug::FailureIsSuccess => "it does not end",
+            | Bug::FailureIsSuccess
+            | Bug::TimeOutSealed => "it does not end",
             Bug::Panics => "panic",
         }
     }
