@@ -472,6 +472,27 @@ fn a_queue_that_does_not_say_whose_it_is_is_not_thrown_away() {
     s.verdict();
 }
 
+/// Behind the commit there is only forward: the hold goes on, and says what may be lost.
+#[test]
+fn a_target_of_which_a_queue_is_missing_behind_the_commit_says_so() {
+    for committed_too in [false, true] {
+        let mut s = Scene::new();
+        match committed_too {
+            true => committed(&s),
+            false => restored(&s),
+        };
+        let gone = queue_dir(&s.b, Kind::Local, "up0", 0);
+        s.b.kill();
+        std::fs::remove_dir_all(gone).unwrap();
+        s.b.start(&[UP]);
+        let status = s.b.status();
+        let why = status.error.unwrap_or_default();
+        let said = why.contains("up0.0 -> ") && why.contains("not in the spool any more");
+        assert_eq!(said, committed_too, "{:?}: {why}", status.state);
+        s.end();
+    }
+}
+
 /// Who asks for the hold is told which lane and which numbers; an abort delivers all others, and the ledger says which not.
 #[test]
 fn a_damaged_record_is_named_by_the_hold_and_never_delivered() {
