@@ -1,4 +1,4 @@
-//! The migration's machine: events in, actions out. The picture: [`Phase`].
+//! The migration's machine: events in, actions out. The picture: `Phase`.
 //!
 //! Actions must be carried out in their order, and a [`Action::Journal`] must be on its way to the disk before the
 //! next one: what depends on a record comes behind it.

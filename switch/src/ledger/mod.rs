@@ -211,7 +211,7 @@ pub fn retire(cfg: &LedgerConfig, now: SystemTime) -> Result<usize, LedgerError>
 /// How often a host on which no hold ends looks for what is due.
 const RETIRE_EVERY: Duration = Duration::from_secs(3600);
 
-/// When it is looked for: at the start of the switch, then every [`RETIRE_EVERY`].
+/// When it is looked for: at the start of the switch, then every hour.
 #[derive(Debug, Default)]
 pub struct Retirement {
     next: Option<Instant>,
