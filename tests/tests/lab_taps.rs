@@ -23,6 +23,13 @@ fn told(world: &World, device: &str, what: &str) -> u64 {
     text.trim().parse().unwrap()
 }
 
+/// That are in the file of the FDB (docs/formats/fdb.md).
+fn addresses(file: &Path) -> Option<usize> {
+    let bytes = std::fs::read(file).ok()?;
+    let count = bytes.get(48..52)?.try_into().ok()?;
+    usize::try_from(u32::from_le_bytes(count)).ok()
+}
+
 fn devices(world: &World) -> Vec<String> {
     let config = world.config(&world.lab.a);
     let named = config.split("device = \"").skip(1);
@@ -54,6 +61,19 @@ fn killed() {
     world.traffic.be_patient();
     world.traffic.start().unwrap();
     thread::sleep(Duration::from_secs(2));
+    // All VMs, and who talks to them from outside: it is written once a second, more rarely on a slow disk.
+    let file = world.lab.a.dir.join("fdb");
+    let until = Instant::now() + Duration::from_secs(60);
+    while addresses(&file).is_none_or(|n| n <= group.vms.len()) {
+        let log = world.lab.a.dir.join("switch.log");
+        assert!(
+            Instant::now() < until,
+            "{:?}, {}",
+            addresses(&file),
+            log.display()
+        );
+        thread::sleep(Duration::from_millis(100));
+    }
     let devices = devices(&world);
     assert_eq!(devices.len(), group.vms.len());
     let index = |w: &World| -> Vec<u64> { devices.iter().map(|d| told(w, d, "ifindex")).collect() };
@@ -111,7 +131,6 @@ fn killed() {
         assert_eq!(f.digest_source, f.digest_target, "{f:#?}");
     }
 
-    // All VMs, and who talks to them from outside.
     let log = std::fs::read_to_string(world.lab.a.dir.join("switch.log")).unwrap();
     let line = log
         .lines()

@@ -201,7 +201,11 @@ pub fn decode(b: &[u8]) -> Result<(HoldRecord, Stand, u64), String> {
     if record.hold.0 != le64(header, 16) {
         return Err("it names two holds".into());
     }
-    let slots = SLOTS.map(|at| header.get(at..at + SLOT).and_then(Stand::decode));
+    let slots = SLOTS.map(|at| {
+        let found = header.get(at..at + SLOT).and_then(Stand::decode);
+        // The next one must not go where this one is.
+        found.filter(|(number, _)| slot_of(*number) == at)
+    });
     let newest = slots.into_iter().flatten().max_by_key(|(n, _)| *n);
     match newest {
         Some((number, stand)) => Ok((record, stand, number)),
