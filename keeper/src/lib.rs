@@ -13,11 +13,13 @@
 //! - [`transcript`]: pure; what a new back-end must be told, in order
 //! - [`wire`]: messages with their descriptors, over a socket
 //! - [`relay`]: a port's loop
+//! - [`devices`]: the sockets of network devices, which are only held
 //!
 //! Invariant: a message counts as part of the transcript when the switch has answered it or nobody waits for an answer. One that
 //! was not answered is sent again.
 //! Invariant: a switch that hangs up and lives on has refused something: then the VM's end is closed, too, as without a keeper.
 
+pub mod devices;
 pub mod message;
 pub mod relay;
 pub mod transcript;

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use gangway_keeper::devices;
 use gangway_keeper::relay::{self, Port};
 use gangway_shared::config::HostConfig;
 use gangway_shared::config::valid::PortKind;
@@ -87,9 +88,14 @@ fn run(cfg: &HostConfig, dir: &Path) -> Result<()> {
         let thread = std::thread::Builder::new().name(format!("keep-{}", p.name));
         threads.push(thread.spawn(move || relay::serve(&port))?);
     }
+    let own = dir.to_owned();
+    let thread = std::thread::Builder::new().name("keep-devices".to_owned());
+    let devices = thread.spawn(move || devices::serve(&own))?;
     tracing::info!(host = cfg.name, ports = threads.len(), "keeping");
     for t in threads {
         let _ = t.join();
     }
-    Ok(())
+    let ended = devices.join();
+    let ended = ended.unwrap_or_else(|_| Err(std::io::Error::other("its thread panicked")));
+    ended.with_context(|| format!("cannot keep sockets in {}", dir.display()))
 }

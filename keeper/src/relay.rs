@@ -116,7 +116,10 @@ enum End {
 }
 
 /// Which of the descriptors can be read or have hung up; `false` ones are only looked at for that.
-fn waits(fds: &[(rustix::fd::BorrowedFd<'_>, bool)], timeout: Option<Duration>) -> Vec<bool> {
+pub(crate) fn waits(
+    fds: &[(rustix::fd::BorrowedFd<'_>, bool)],
+    timeout: Option<Duration>,
+) -> Vec<bool> {
     let mut polled: Vec<_> = fds
         .iter()
         .map(|(fd, read)| {

@@ -17,6 +17,7 @@ use crate::datapath::engine::Mode;
 use crate::hold::{Host, Left, Manager, workers_of};
 use crate::ledger::{Retirement, retire};
 use crate::port::Attach;
+use crate::port::kept::Kept;
 use crate::port::packet::{self, Fault, Health, Opened};
 use crate::port::tap::{VmTap, open_endpoint};
 use crate::port::vhost::{self, VhostConfig, VhostPort};
@@ -103,13 +104,15 @@ impl Switch {
         let (spool, recovered) = Spool::open(&cfg.spool).context("the spool")?;
         let left = Left::read(&spool, recovered).context("the spool")?;
         let engine = start_engine(cfg, workers_of(&left)).context("cannot start the workers")?;
+        let kept = Arc::new(Kept::new(cfg.keeper_dir.as_deref()));
         let mut taps = HashMap::new();
         let mut opened = Vec::new();
         for (slot, p) in cfg.ports.iter().enumerate() {
-            if let Some(device) = open_device(&p.kind, slot, &mut taps).transpose() {
+            if let Some(device) = open_device(&p.kind, slot, &mut taps, &kept).transpose() {
                 opened.push((slot, device.with_context(|| format!("port {}", p.name))?));
             }
         }
+        kept.done();
         let acceptor = Arc::new(Acceptor::new().context("cannot start the threads that ship")?);
         let dialer = match quic {
             Some(q) => Some((q.endpoint.clone(), q.ship_client()?)),
@@ -172,6 +175,7 @@ impl Switch {
             manager.clone(),
             awaited,
             devices,
+            kept,
             cfg.ledger.clone(),
         ));
         Ok(Switch {
@@ -223,6 +227,7 @@ async fn watch(
     manager: Arc<Manager>,
     mut awaited: Awaited,
     devices: Vec<(usize, Arc<Health>)>,
+    kept: Arc<Kept>,
     ledger: LedgerConfig,
 ) {
     let mut last = vec![None; devices.len()];
@@ -242,9 +247,13 @@ async fn watch(
             }
         }
         let holds = manager.clone();
-        let even = engine.clone();
+        let (even, kept) = (engine.clone(), kept.clone());
+        let both = move || {
+            even.rebalance();
+            kept.look();
+        };
         // A panic there would be ours and is logged by the runtime.
-        let _ = tokio::task::spawn_blocking(move || even.rebalance()).await;
+        let _ = tokio::task::spawn_blocking(both).await;
         // It may write a record, or put a hold back.
         let _ = tokio::task::spawn_blocking(move || holds.look(Instant::now())).await;
         for ((slot, health), last) in devices.iter().zip(&mut last) {
@@ -284,6 +293,7 @@ fn open_device(
     kind: &PortKind,
     slot: usize,
     taps: &mut HashMap<usize, Arc<VmTap>>,
+    kept: &Kept,
 ) -> Result<Option<Opened>> {
     Ok(Some(match kind {
         PortKind::Tap {
@@ -295,11 +305,11 @@ fn open_device(
             role: TapRole::Vm,
         } => {
             let tap = VmTap::create(device)?;
-            let queues = tap.queues()?;
+            let queues = tap.queues(kept)?;
             taps.insert(slot, tap);
             queues
         }
-        PortKind::Uplink { device } => packet::open(device)?,
+        PortKind::Uplink { device } => packet::open(device, kept)?,
         PortKind::VhostUser { .. } => return Ok(None),
     }))
 }

@@ -1,7 +1,8 @@
 //! A's switch is killed under running VMs whose ports are TAPs, and comes again after 200 ms, as by its supervisor.
 //!
-//! The devices stay, and QEMU keeps them: what waited in one for its VM is read. What a VM sends meanwhile is lost: QEMU gives it
-//! to the kernel, which has nobody to give it to (docs/reliability.md). Nothing else is, and nobody is flooded with what was known.
+//! The devices stay, and QEMU keeps them: what waited in one for its VM is read. What a VM sends meanwhile, and what comes in at the
+//! uplink, waits in sockets of which the keeper has copies (ADR-0039). At most a burst of a device is lost, which the switch had received
+//! and not forwarded; and nobody is flooded with what was known.
 
 use gangway_tests::lab::demo::Ports;
 use gangway_tests::lab::group::Group;
@@ -13,8 +14,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 const RESTART: Duration = Duration::from_millis(200);
-/// As the chaos rule has it.
-const LATE_S: f64 = 0.1;
+/// What a switch receives from a device at once.
+const BURST: u64 = 32;
 
 /// Of a device: what the kernel says in /sys/class/net.
 fn told(world: &World, device: &str, what: &str) -> u64 {
@@ -115,12 +116,7 @@ fn killed() {
             "{}: {} of {} lost, {} twice; no switch for {outage:.3} s",
             f.name, f.lost, f.sent, f.duplicated
         );
-        let rate = match f.name.as_str() {
-            name if name.starts_with("outside udp") => group.echo_rate,
-            name if name.starts_with("udp") => group.udp_rate,
-            _ => 0,
-        };
-        let most = (f64::from(rate) * (outage + LATE_S)).ceil() as u64;
+        let most = if f.name.starts_with("tcp") { 0 } else { BURST };
         assert!(f.lost <= most, "at most {most}: {f:#?}");
         assert_eq!(
             (f.duplicated, f.reordered, f.corrupted),
@@ -150,6 +146,6 @@ fn killed() {
 }
 
 #[test]
-fn vms_on_taps_outlive_their_switch_and_lose_what_they_send_without_one() {
+fn vms_on_taps_outlive_their_switch_and_what_they_send_without_one_waits() {
     once_more_after_a_crash(killed);
 }

@@ -18,6 +18,7 @@ use self::offload::Offloads;
 pub use self::vhost::claim::{Claim, Places};
 use crate::mem::Seg;
 
+pub mod kept;
 #[cfg(test)]
 pub mod memory;
 pub mod offload;

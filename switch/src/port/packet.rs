@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
+use super::kept::Kept;
 use super::offload::pieces::Pieces;
 use super::{BURST, Burst, Frame, NeverReason, RxErrors, RxQueue, Sent, TxQueue};
 use crate::sys::FrameBuf;
@@ -224,10 +225,12 @@ pub struct PacketRx {
 }
 
 impl PacketRx {
-    /// On a device by number; `promiscuous` for an uplink.
+    /// On a device by number and name; `promiscuous` for an uplink. Goes on where an earlier run of the switch ended, if its socket is kept.
     pub(super) fn open(
+        device: &str,
         ifindex: u32,
         promiscuous: bool,
+        kept: &Kept,
         health: Arc<Health>,
     ) -> io::Result<PacketRx> {
         let direction = Direction::Receive {
@@ -235,7 +238,7 @@ impl PacketRx {
             promiscuous,
         };
         Ok(PacketRx {
-            socket: PacketSocket::open(ifindex, direction)?,
+            socket: kept.socket(device, ifindex, direction)?,
             waiting: Waiting::new(),
             health,
             overrun: Cell::new((0, None)),
@@ -325,12 +328,13 @@ pub struct Opened {
 ///
 /// # Errors
 /// The device is not there or we may not; see [`PortError`].
-pub fn open(device: &str) -> Result<Opened, PortError> {
+pub fn open(device: &str, kept: &Kept) -> Result<Opened, PortError> {
     let err = |doing| move |e| PortError::of(doing, device, e);
     let control = DeviceControl::new().map_err(err("look up"))?;
     let ifindex = control.index(device).map_err(err("look up"))?;
     let health = Arc::new(Health::default());
-    let rx = PacketRx::open(ifindex, true, Arc::clone(&health)).map_err(err("receive from"))?;
+    let rx = PacketRx::open(device, ifindex, true, kept, Arc::clone(&health));
+    let rx = rx.map_err(err("receive from"))?;
     let direction = Direction::Send {
         bypass_qdisc: false,
     };

@@ -90,6 +90,25 @@ impl PacketSocket {
         Ok(s)
     }
 
+    /// One that receives, which an earlier run of the switch has opened.
+    ///
+    /// # Errors
+    /// If it is of another device, as one that was made anew under its name, or is no such socket.
+    pub fn adopt(fd: OwnedFd, ifindex: u32) -> io::Result<PacketSocket> {
+        // SAFETY: a plain struct; all zeroes is a valid value.
+        let mut addr: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        let mut len = size_of_val(&addr) as libc::socklen_t;
+        // SAFETY: `addr` is a `sockaddr_ll` of the length given.
+        check(unsafe { libc::getsockname(fd.as_raw_fd(), (&raw mut addr).cast(), &raw mut len) })?;
+        let is_ours = addr.sll_family == libc::AF_PACKET as u16
+            && addr.sll_ifindex == ifindex as i32
+            && addr.sll_protocol == (libc::ETH_P_ALL as u16).to_be();
+        match is_ours {
+            true => Ok(PacketSocket { fd }),
+            false => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
     fn bind(&self, ifindex: u32, protocol: u16) -> io::Result<()> {
         // SAFETY: a plain struct; all zeroes is a valid value.
         let mut addr: libc::sockaddr_ll = unsafe { std::mem::zeroed() };

@@ -211,10 +211,8 @@ impl Stage {
         let scene = Scene {
             fault: row.case.fault,
             dead,
-            outage_s: outage.filter(|_| serves),
+            serves,
             mutes: mutes && self.world.ports == Ports::Tap,
-            echo_rate: self.world.group.echo_rate,
-            udp_rate: self.world.group.udp_rate,
             no_room: self.no_room()?,
         };
         let (traffic, wrong) = rule::judge(&scene, &self.flows, &flows);

@@ -84,9 +84,7 @@ pub fn host_config(lab: &Lab, host: &Host, group: &Group, ports: Ports) -> Strin
          [[port]]\nname = \"uplink\"\ntype = \"uplink\"\ndevice = \"up0\"\n",
         group.workers
     );
-    if ports == Ports::VhostUser {
-        let _ = write!(text, "\n[keeper]\ndir = \"{dir}/kept\"\n");
-    }
+    let _ = write!(text, "\n[keeper]\ndir = \"{dir}/kept\"\n");
     for vm in &group.vms {
         let nic = nic(host, vm, ports);
         let files = Files::new(&host.dir, &vm.name);

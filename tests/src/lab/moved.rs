@@ -83,9 +83,7 @@ impl World {
         let coordinator = Coordinator::new(lab, programs)?;
         let configs = [&lab.a, &lab.b].map(|host| edit(host_config(lab, host, group, ports)));
         for (host, config) in [&mut lab.a, &mut lab.b].into_iter().zip(&configs) {
-            if ports == Ports::VhostUser {
-                host.start_keeper(&programs.keeper, config)?;
-            }
+            host.start_keeper(&programs.keeper, config)?;
             host.start_switch(&programs.switch, config)?;
         }
         for host in [&lab.a, &lab.b] {

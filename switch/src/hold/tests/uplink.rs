@@ -4,6 +4,7 @@ use std::process::Command;
 
 use super::restart::{Upto, go, put_back};
 use super::*;
+use crate::port::kept::Kept;
 use crate::port::packet::{self, Opened};
 use crate::port::{Frame, VnetHdr};
 use crate::sys::process;
@@ -20,7 +21,7 @@ fn cable() -> (Opened, Opened) {
             let done = Command::new("ip").args(args.split(' ')).status();
             assert!(done.expect("run ip").success(), "ip {args}");
         }
-        let open = |device| packet::open(device).expect(device);
+        let open = |device| packet::open(device, &Kept::default()).expect(device);
         (open("d0"), open("d1"))
     });
     thread.join().expect("a cable")

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::tx::CREDIT;
 use super::*;
+use crate::port::kept::Kept;
 use crate::port::offload::gso;
 use crate::port::packet::{self, Fault, Opened, PortError};
 use crate::port::{Burst, Frame, NeverReason, RxQueue, Sent, TxQueue, VnetHdr};
@@ -171,7 +172,7 @@ fn is_tcp(f: &[u8]) -> bool {
 /// An endpoint and an uplink on the two sides of one TAP.
 fn pair() -> (Opened, Opened) {
     let endpoint = open_endpoint("t0").expect("endpoint");
-    let uplink = packet::open("t0").expect("uplink");
+    let uplink = packet::open("t0", &Kept::default()).expect("uplink");
     (endpoint, uplink)
 }
 
@@ -181,7 +182,7 @@ fn vm() -> (Arc<VmTap>, Opened, OwnedFd) {
     let qemu = tun::open_tap("v0", false).expect("open as QEMU does");
     tun::set_offloads(qemu.as_fd(), tun::OFFLOADS).expect("offloads");
     tap.adopt(std::process::id(), 1).expect("adopt");
-    let queues = tap.queues().expect("queues");
+    let queues = tap.queues(&Kept::default()).expect("queues");
     (tap, queues, qemu)
 }
 
@@ -399,10 +400,10 @@ fn opening_says_whose_fault_it_is() {
     in_namespace(|| {
         let no = |r: Result<Opened, PortError>| r.err().expect("must fail");
         assert!(matches!(
-            no(packet::open("nosuch")),
+            no(packet::open("nosuch", &Kept::default())),
             PortError::NoDevice { .. }
         ));
-        assert!(packet::open("a name that is too long").is_err());
+        assert!(packet::open("a name that is too long", &Kept::default()).is_err());
         let _first = open_endpoint("t0").expect("endpoint");
         assert!(matches!(
             open_endpoint("t0").err(),
@@ -413,11 +414,87 @@ fn opening_says_whose_fault_it_is() {
     });
 }
 
+/// A keeper, for as long as the tests last, in a folder of its own.
+fn keeper(dir: &std::path::Path) {
+    let dir = dir.to_owned();
+    let socket = dir.join(gangway_keeper::devices::FILE);
+    std::thread::spawn(move || gangway_keeper::devices::serve(&dir));
+    let until = Instant::now() + Duration::from_secs(20);
+    while !socket.exists() {
+        assert!(Instant::now() < until, "no keeper");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn numbers(rx: &mut dyn RxQueue, n: usize) -> Vec<u32> {
+    let got = receive(rx, n, is_numbered);
+    got.iter().filter_map(|(_, f)| number(f)).collect()
+}
+
+#[test]
+fn what_comes_while_no_switch_runs_waits_in_kept_sockets() {
+    in_namespace(|| {
+        let dir = tempfile::tempdir().expect("a folder");
+        let start = |device: &str| {
+            let kept = Kept::new(Some(dir.path()));
+            let opened = packet::open(device, &kept).expect("uplink");
+            kept.done();
+            (kept, opened)
+        };
+        let frame = |n| numbered(n, 60);
+        let plain = VnetHdr::default();
+        let mut e = open_endpoint("t0").expect("endpoint");
+        // The keeper comes later than the switch.
+        let (kept, mut u) = start("t0");
+        keeper(dir.path());
+        kept.look();
+        assert_eq!(send(&mut *e.tx, plain, &frame(1)), Sent::Yes);
+        assert_eq!(numbers(&mut *u.rx, 1), [1]);
+        // The switch dies; twice.
+        drop((kept, u));
+        for n in 2..=100 {
+            assert_eq!(send(&mut *e.tx, plain, &frame(n)), Sent::Yes);
+        }
+        let (kept, mut u) = start("t0");
+        let first = numbers(&mut *u.rx, 40);
+        drop((kept, u));
+        let (kept, mut u) = start("t0");
+        let rest = numbers(&mut *u.rx, 99 - first.len());
+        assert!(!rest.is_empty(), "{first:?}");
+        assert_eq!([first, rest].concat(), (2..=100).collect::<Vec<_>>());
+        drop((kept, u));
+        // Another device of the same name: nothing of the old one.
+        assert_eq!(send(&mut *e.tx, plain, &frame(200)), Sent::Yes);
+        drop(e);
+        let mut e = open_endpoint("t0").expect("endpoint");
+        let (kept, mut u) = start("t0");
+        assert_eq!(send(&mut *e.tx, plain, &frame(201)), Sent::Yes);
+        assert_eq!(numbers(&mut *u.rx, 1), [201]);
+        drop((kept, u));
+
+        // A VM's: what its QEMU gives to the kernel meanwhile.
+        let tap = VmTap::create("v0").expect("create");
+        let qemu = tun::open_tap("v0", false).expect("open as QEMU does");
+        let kept = Kept::new(Some(dir.path()));
+        drop((tap.queues(&kept).expect("queues"), kept, tap));
+        for n in 1..=40 {
+            let bytes = frame(n);
+            let frame = Frame::from_slice(plain, &bytes);
+            frame_io::write_frame(qemu.as_fd(), &frame).expect("as QEMU does");
+        }
+        let tap = VmTap::create("v0").expect("it is adopted");
+        let kept = Kept::new(Some(dir.path()));
+        let mut q = tap.queues(&kept).expect("queues");
+        assert_eq!(numbers(&mut *q.rx, 40), (1..=40).collect::<Vec<_>>());
+        tap.delete().expect("delete");
+    });
+}
+
 #[test]
 fn several_queues_of_an_endpoint_share_the_flows() {
     in_namespace(|| {
         let mut e = open_endpoint_queues("t0", 2).expect("endpoint");
-        let mut u = packet::open("t0").expect("uplink");
+        let mut u = packet::open("t0", &Kept::default()).expect("uplink");
         let (vnet, mut frame) = tso(100, 1448);
         for port in 0..64 {
             frame[35] = port;
@@ -446,7 +523,7 @@ fn several_queues_of_an_endpoint_share_the_flows() {
 fn without_a_reader_a_vm_tap_is_down() {
     in_namespace(|| {
         let tap = VmTap::create("v0").expect("create");
-        let mut q = tap.queues().expect("queues");
+        let mut q = tap.queues(&Kept::default()).expect("queues");
         let frame = numbered(1, 60);
         assert_eq!(send(&mut *q.tx, VnetHdr::default(), &frame), Sent::Down);
         assert_eq!(q.health.fault(), Some(Fault::NoReader));

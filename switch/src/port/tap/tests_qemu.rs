@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::tests::{in_namespace, number, numbered, send};
 use super::*;
+use crate::port::kept::Kept;
 use crate::port::packet::Opened;
 use crate::port::{Burst, RxQueue, Sent, TxQueue, VnetHdr};
 use crate::sys::peer_pid;
@@ -264,7 +265,7 @@ fn a_vm_talks_through_its_tap_and_what_a_pause_leaves_is_read_back() {
         ));
 
         // TCP with checksum and segmentation offload from end to end, in both directions.
-        let vm_side = tap.queues().expect("queues");
+        let vm_side = tap.queues(&Kept::default()).expect("queues");
         let wire = Wire::start([(vm_side.rx, vm_side.tx), (endpoint.rx, endpoint.tx)]);
         echo(4 << 20);
         let gso = [0, 1].map(|i| wire.gso[i].load(Ordering::Relaxed));
@@ -292,7 +293,7 @@ fn a_vm_talks_through_its_tap_and_what_a_pause_leaves_is_read_back() {
 
         // Fresh queues with the whole credit.
         drop((rx, tx));
-        let Opened { mut rx, mut tx, .. } = tap.queues().expect("queues");
+        let Opened { mut rx, mut tx, .. } = tap.queues(&Kept::default()).expect("queues");
         // A stop by somebody else: 400 frames to the paused VM come back, but for the one that QEMU keeps; and it reads no mark.
         tap.remember();
         for n in 0..400 {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::reader::Reader;
 use super::taken::{self, Back, Taken, Whole};
 use super::tx::{CREDIT, VmTapTx};
+use crate::port::kept::Kept;
 use crate::port::offload::pieces::Pieces;
 use crate::port::packet::{Health, Opened, PacketRx, PortError};
 use crate::port::{Frame, VnetHdr};
@@ -161,9 +162,10 @@ impl VmTap {
     ///
     /// # Errors
     /// The device is gone, or we may not.
-    pub fn queues(self: &Arc<Self>) -> Result<Opened, PortError> {
+    pub fn queues(self: &Arc<Self>, kept: &Kept) -> Result<Opened, PortError> {
         let err = |doing| move |e| PortError::of(doing, &self.device, e);
-        let rx = PacketRx::open(self.ifindex, false, Arc::clone(&self.health));
+        let health = Arc::clone(&self.health);
+        let rx = PacketRx::open(&self.device, self.ifindex, false, kept, health);
         let rx = rx.map_err(err("receive from"))?;
         let open = |bypass_qdisc| {
             PacketSocket::open(self.ifindex, Direction::Send { bypass_qdisc })
