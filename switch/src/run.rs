@@ -212,6 +212,8 @@ impl Switch {
             Ok(false) => tracing::warn!("receivers do not take what waits for them; it is lost"),
             Err(e) => tracing::warn!("{e}"),
         }
+        // Or what waits for them would be dropped as for ports that are down, one by one as they go.
+        self.engine.shared().ports.iter().for_each(|p| p.arm());
         for v in self.vhost {
             v.stop();
         }
@@ -250,6 +252,9 @@ async fn watch(
         let (even, kept) = (engine.clone(), kept.clone());
         let both = move || {
             even.rebalance();
+            if let Some(shelf) = &even.shared().shelf {
+                shelf.is_alive();
+            }
             kept.look();
         };
         // A panic there would be ours and is logged by the runtime.

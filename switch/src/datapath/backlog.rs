@@ -97,6 +97,8 @@ pub struct Backlog {
     /// What lies before is not wanted any more.
     noted: u64,
     frames: usize,
+    /// There was no memory for more; until something was delivered.
+    is_short: bool,
 }
 
 impl Backlog {
@@ -120,7 +122,9 @@ impl Backlog {
         // A fresh one, or one that cannot be read.
         let (head, said) = waits.map_or((0, 0), |_| (head, said));
         if head < said {
-            room.need(BACKLOG_BYTES)?;
+            // One that wraps was there to its end.
+            let (from, to) = (offset(head), offset(said));
+            room.need(if from < to { to } else { BACKLOG_BYTES })?;
         }
         let mut found = Backlog {
             ring: Ring::Kept(Box::new(room)),
@@ -129,6 +133,7 @@ impl Backlog {
             tail: said,
             noted: head,
             frames: 0,
+            is_short: false,
         };
         let mut at = head;
         while at < said {
@@ -139,8 +144,9 @@ impl Backlog {
             found.frames += usize::from(is_frame);
         }
         found.tail = at;
-        found.ring.set(HEAD, head);
-        found.ring.set(TAIL, at);
+        if at < said {
+            found.ring.set(TAIL, at);
+        }
         Ok((found, header))
     }
 
@@ -166,9 +172,9 @@ impl Backlog {
         self.frames
     }
 
-    /// Whether [`Backlog::push`] would take a frame of this length, as far as there is memory.
+    /// Whether [`Backlog::push`] would take a frame of this length, as far as is known.
     pub fn has_room(&self, len: u32) -> bool {
-        self.place(len).is_some()
+        !self.is_short && self.place(len).is_some()
     }
 
     /// Where a frame would go. Not where the ring ends: then everything up to there is passed.
@@ -201,6 +207,7 @@ impl Backlog {
         let from = offset(at);
         let to = from + need(f.len);
         let Some(bytes) = self.ring.bytes_mut(to.max(passed + 4)) else {
+            self.is_short = true;
             return false;
         };
         if at != self.tail {
@@ -282,7 +289,7 @@ impl Backlog {
     /// What was removed is where it belongs, whatever becomes of this process.
     pub fn note(&mut self) {
         if self.noted != self.head {
-            self.noted = self.head;
+            (self.noted, self.is_short) = (self.head, false);
             self.ring.set(HEAD, self.head);
         }
     }

@@ -29,6 +29,7 @@ use super::backlog::Backlog;
 use super::reading::Reading;
 use super::shelf::Spot;
 use super::stats::{DROP_NAMES, Drop, add};
+use super::worker::now_ns;
 use crate::port::{Frame, Sent};
 use crate::spool::{Origin, Owed, Queue, Reader, Writer};
 
@@ -297,12 +298,18 @@ impl Lane {
     /// back or was shipped, and older than what comes.
     pub fn take_up(&mut self, backlog: Backlog, now_ns: u64) {
         self.backlog = backlog;
-        let Some(writer) = (match &mut self.gate {
-            Gate::Hold(w) => Some(w),
-            Gate::Drain(d) => d.behind.as_mut().map(|b| &mut b.writer),
-            _ => None,
-        }) else {
-            return;
+        self.spool_left(now_ns);
+    }
+
+    /// Of a lane that spools: what an earlier run has left goes into the spool, as far as there is room. Nothing newer is taken before.
+    fn spool_left(&mut self, now_ns: u64) {
+        let writer = match &mut self.gate {
+            Gate::Hold(w) => w,
+            Gate::Drain(d) => match &mut d.behind {
+                Some(b) => &mut b.writer,
+                None => return,
+            },
+            _ => return,
         };
         while !self.backlog.is_empty() && spool(&mut self.backlog, writer, now_ns) == 0 {}
         writer.commit();
@@ -331,6 +338,9 @@ impl Lane {
 
     /// Takes frames that came together, behind `from`, into the spool queue, as many as it has room for; none without a queue.
     pub fn take_run(&mut self, frames: &[Frame<'_>], now_ns: u64, from: Origin) -> usize {
+        if !self.backlog.is_empty() {
+            return 0;
+        }
         self.writer()
             .map_or(0, |w| w.append_run(now_ns, frames, from))
     }
@@ -349,8 +359,11 @@ impl Lane {
         match &self.gate {
             Gate::Forward => self.backlog.is_empty() || self.backlog.has_room(len) || !awaited(),
             Gate::Closed(_) => true,
-            Gate::Hold(w) => w.has_room(len),
-            Gate::Drain(d) => d.behind.as_ref().is_some_and(|b| b.writer.has_room(len)),
+            Gate::Hold(w) => self.backlog.is_empty() && w.has_room(len),
+            Gate::Drain(d) => {
+                let behind = d.behind.as_ref();
+                self.backlog.is_empty() && behind.is_some_and(|b| b.writer.has_room(len))
+            }
             Gate::Blocked => false,
         }
     }
@@ -388,7 +401,11 @@ impl Lane {
                 None => return Err(Drop::Full),
             },
         };
-        writer.append(now_ns(), frame, from).map_err(|_| Drop::Full)
+        // Agreed to: others may have used up a quota since.
+        match writer.append_accepted(now_ns(), std::slice::from_ref(frame), from) {
+            0 => Err(Drop::Full),
+            _ => Ok(()),
+        }
     }
 
     /// Publishes what was taken into a spool. Once per burst, before the frames are released to their sender.
@@ -411,6 +428,9 @@ impl Lane {
     /// Delivers up to `budget` frames of what waits, oldest first. `count` is told what was dropped.
     pub fn step(&mut self, budget: usize, to: &mut dyn Sink, count: &mut dyn FnMut(Drop)) -> Step {
         let mut left = budget;
+        if !self.backlog.is_empty() && self.spools() {
+            self.spool_left(now_ns());
+        }
         if let Gate::Drain(d) = &mut self.gate {
             match d.step(&mut left, to, count) {
                 Step::More => return Step::More,
@@ -420,6 +440,9 @@ impl Lane {
                     self.gate = Gate::Forward;
                 }
             }
+        }
+        if matches!(self.gate, Gate::Hold(_)) {
+            return Step::More;
         }
         while let Some((f, _)) = self.backlog.front() {
             if left == 0 {

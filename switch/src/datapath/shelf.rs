@@ -13,12 +13,21 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use gangway_keeper::devices::AWAY;
+
 use super::backlog::Backlog;
 use super::worker::Seat;
 use crate::spool::{Room, is_memory};
 
 const MAGIC: &[u8; 8] = b"GWblog01";
 const SUFFIX: &str = "frames";
+/// When a switch last ran, for the next one.
+const ALIVE: &str = "alive";
+
+fn now_s() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    u64::try_from(now.tv_sec).unwrap_or_default()
+}
 
 /// See the module.
 #[derive(Debug)]
@@ -46,10 +55,10 @@ impl Shelf {
     /// # Errors
     /// If the folder cannot be made or read, or is on a disk.
     pub fn open(dir: &Path, ports: Vec<String>) -> io::Result<(Arc<Shelf>, Vec<Found>)> {
-        match std::fs::DirBuilder::new().mode(0o700).create(dir) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
-            _ => {}
-        }
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)?;
         if !is_memory(dir) {
             return Err(io::Error::other("not in memory (tmpfs)"));
         }
@@ -57,10 +66,17 @@ impl Shelf {
             dir: dir.to_owned(),
             ports,
         });
+        // The keeper's sockets are closed by then, too.
+        let is_old = shelf
+            .last()
+            .is_some_and(|s| now_s().saturating_sub(s) > AWAY.as_secs());
         let mut found = Vec::new();
         for entry in std::fs::read_dir(dir)? {
             let path = entry?.path();
-            match shelf.take(&path) {
+            if path.ends_with(ALIVE) {
+                continue;
+            }
+            match shelf.take(&path, is_old) {
                 Ok(f) => found.extend(f),
                 Err(e) => tracing::error!("{}: {e}; what waited there is lost", path.display()),
             }
@@ -69,14 +85,17 @@ impl Shelf {
     }
 
     /// None if nothing waits there. A file of no lane that there is now is removed.
-    fn take(self: &Arc<Shelf>, path: &Path) -> io::Result<Option<Found>> {
+    fn take(self: &Arc<Shelf>, path: &Path, is_old: bool) -> io::Result<Option<Found>> {
         let remove = || std::fs::remove_file(path);
         let Some((from, worker, to)) = parts(path) else {
             return remove().map(|()| None);
         };
         let opened = Backlog::open(path);
-        let (backlog, header) = opened.inspect_err(|_| {
-            let _ = remove();
+        // No memory, no descriptor: another run may have better luck.
+        let (backlog, header) = opened.inspect_err(|e| {
+            if e.kind() == io::ErrorKind::InvalidData {
+                let _ = remove();
+            }
         })?;
         if !header.starts_with(MAGIC) {
             remove()?;
@@ -85,6 +104,13 @@ impl Shelf {
         let port = |name| self.ports.iter().position(|p| p == name);
         match (port(from), port(to)) {
             _ if backlog.is_empty() => remove().map(|()| None),
+            _ if is_old => {
+                remove()?;
+                let n = backlog.len();
+                Err(io::Error::other(format!(
+                    "{n} frames that have waited for more than {AWAY:?} without a switch"
+                )))
+            }
             (Some(port), Some(to)) => Ok(Some(Found {
                 seat: Seat { port, worker },
                 to,
@@ -137,6 +163,17 @@ impl Shelf {
             out.push(f);
         }
         out
+    }
+
+    /// To be called now and then: what waits here is not older than that, as far as a dead switch is concerned.
+    pub fn is_alive(&self) {
+        let _ = std::fs::write(self.dir.join(ALIVE), now_s().to_string());
+    }
+
+    /// When an earlier run last said so, in seconds since the boot.
+    fn last(&self) -> Option<u64> {
+        let said = std::fs::read_to_string(self.dir.join(ALIVE)).ok()?;
+        said.parse().ok()
     }
 
     /// The place of a lane's.

@@ -24,12 +24,14 @@ impl Bound {
         most.map(|most| Arc::new(Bound { used, most }))
     }
 
-    /// What is used, if a queue of this kind gets no more: of what waits behind a shipment the last quarter is not.
+    /// What is used, if a queue of this kind gets no more: of what waits behind a shipment the last quarter is not. What is shipped has its
+    /// source's quota: a second one here could only stop it for ever.
     fn full(&self, kind: Kind) -> Option<u64> {
         let used = self.used.load(Ordering::Relaxed);
         let most = match kind {
             Kind::Local => self.most / 4 * 3,
-            Kind::Source | Kind::Incoming => self.most,
+            Kind::Source => self.most,
+            Kind::Incoming => return None,
         };
         (used >= most).then_some(used)
     }

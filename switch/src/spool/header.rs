@@ -70,12 +70,13 @@ impl FileHeader {
         if b.len() < FILE_HEADER || b[0..8] != magic {
             return Err(BadHeader::NotOurs);
         }
+        // First: a flipped bit is no other version.
+        if crc32c(&b[..FILE_HEADER - 4]) != le32(b, FILE_HEADER - 4) {
+            return Err(BadHeader::Checksum);
+        }
         let version = le32(b, 8);
         if version != VERSION {
             return Err(BadHeader::Version(version));
-        }
-        if crc32c(&b[..FILE_HEADER - 4]) != le32(b, FILE_HEADER - 4) {
-            return Err(BadHeader::Checksum);
         }
         let name = |at: usize, len: u8| {
             let n = usize::from(len).min(NAME_MAX);

@@ -50,7 +50,19 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
         Ok(bytes) => match FileHeader::decode(&bytes, QUEUE_MAGIC) {
             Ok(h) => h,
             Err(e @ BadHeader::Version(_)) => return Err(bad(e)),
-            Err(e) => any_header(dir).ok_or(bad(e))?,
+            Err(e) => match any_header(dir) {
+                Some(h) => {
+                    tracing::error!("{}: {e}; a segment says whose queue it is", meta.display());
+                    h
+                }
+                None => {
+                    tracing::error!(
+                        "{}: {e}, and no segment says whose frames these are: it stays as it is",
+                        meta.display()
+                    );
+                    return Ok(None);
+                }
+            },
         },
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => match without_meta(dir)? {
             Some(h) => h,

@@ -627,6 +627,25 @@ fn refused(version: u8) {
         .join("queue.meta");
     let mut b = std::fs::read(&path).unwrap();
     b[8] = version;
+    // A flipped bit is no other version: a segment says whose queue it is.
+    let flipped = tmp();
+    let hold = flipped.path().join(HOLD.to_string());
+    std::fs::create_dir(&hold).unwrap();
+    std::fs::create_dir(hold.join("s-0000")).unwrap();
+    for entry in std::fs::read_dir(path.parent().unwrap()).unwrap() {
+        let from = entry.unwrap();
+        std::fs::copy(from.path(), hold.join("s-0000").join(from.file_name())).unwrap();
+    }
+    std::fs::write(hold.join("s-0000/queue.meta"), &b).unwrap();
+    assert_eq!(open(flipped.path()).1.len(), 1);
+    // And where none says it, that queue stays, and no other waits for it.
+    std::fs::write(hold.join("s-0000/queue.meta"), &b).unwrap();
+    std::fs::write(hold.join("s-0000/000000.seg"), [7; 4096]).unwrap();
+    assert!(open(flipped.path()).1.is_empty());
+    assert!(hold.join("s-0000/000000.seg").exists());
+
+    let sum = crate::spool::crc32c(&b[..FILE_HEADER - 4]);
+    b[FILE_HEADER - 4..FILE_HEADER].copy_from_slice(&sum.to_le_bytes());
     std::fs::write(&path, &b).unwrap();
     let e = Spool::open(&config(dir.path(), 128 << 10, 64 << 20)).unwrap_err();
     let e = e.to_string();
