@@ -8,6 +8,9 @@ use super::qmp::{Qmp, QmpError};
 use crate::client::{ClientError, Switch};
 use crate::migration::brink::Sample;
 
+/// A migration thread that was about to say where it is has said it.
+const SETTLES: Duration = Duration::from_millis(50);
+
 /// As good as no limit, in bytes per second.
 pub const UNLIMITED: u64 = 1 << 40;
 
@@ -308,8 +311,17 @@ impl Qemu {
 
     /// `migrate_cancel`, until it is over. Without a migration it does nothing.
     pub async fn cancel(&self) -> Result<(), VmmError> {
-        if !self.progress().await?.under_way() {
+        let now = self.progress().await?;
+        if !now.under_way() {
             return Ok(());
+        }
+        if now.status == "active" {
+            // QEMU 7.2 loses a cancel that comes while it goes to `pre-switchover`: its migration thread waits there for ever, and the VM
+            // with it (migration_maybe_pause: the state is set behind the lock, and the cancel that came between posts nothing). So it
+            // shall not get there, and where it was on its way it is there a moment later.
+            let never = json!({"downtime-limit": 0});
+            self.run("migrate-set-parameters", never).await?;
+            tokio::time::sleep(SETTLES).await;
         }
         self.run("migrate_cancel", Value::Null).await?;
         for _ in 0..500 {
