@@ -71,7 +71,7 @@ fn a_switch_that_goes_under_packed_rings_loses_nothing() {
     );
 }
 
-/// What they send without a switch is lost (lab_taps); what a hold has accepted is not.
+/// What they send without a switch waits in kept sockets (lab_taps), and what a hold has accepted in its spool.
 #[test]
 fn a_switch_that_goes_under_taps_loses_no_frame_of_a_hold() {
     all_green_with("chaos-taps", &["seal kill-source-switch"], Ports::Tap, "");

@@ -58,7 +58,7 @@ pub enum Verdict {
 }
 
 /// All of both ends.
-const STATES: [HoldState; 13] = [
+pub const STATES: [HoldState; 13] = [
     HoldState::Open,
     HoldState::FrozenInside,
     HoldState::Frozen,

@@ -1,4 +1,4 @@
-//! The bytes of format v2 (docs/formats/spool.md): batches and markers, written and read.
+//! The bytes of format 3 (docs/formats/spool.md): batches and markers, written and read.
 //!
 //! Invariant: pure; no file, no clock, no allocation.
 //! Invariant: foreign bytes lead to an error or to [`Step::Bad`], never to a panic.

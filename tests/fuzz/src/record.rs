@@ -1,8 +1,9 @@
 //! The file of a hold, as a bad disk, a torn write or somebody's hand may have left it.
 
-use gangway_shared::api::{HoldState, Role};
+use gangway_shared::api::Role;
 use gangway_shared::id::MacAddr;
 use gangway_shared::record::{HeldPort, HeldQueue, HeldSeats, HoldRecord};
+use gangway_switch::hold::machine::STATES;
 use gangway_switch::hold::record::{FILE, RecordFile, Stand, decode, encode};
 use gangway_switch::spool::format::crc32c;
 
@@ -12,22 +13,6 @@ use crate::spool::{HOLD, folder};
 /// Where the states are, each with its checksum at its end (docs/formats/hold.md).
 const SLOTS: [usize; 2] = [512, 1024];
 const SLOT: usize = 64;
-
-const STATES: [HoldState; 13] = [
-    HoldState::Open,
-    HoldState::FrozenInside,
-    HoldState::Frozen,
-    HoldState::Sealed,
-    HoldState::Departing,
-    HoldState::Departed,
-    HoldState::Prepared,
-    HoldState::Restored,
-    HoldState::Draining,
-    HoldState::Live,
-    HoldState::Aborting,
-    HoldState::Aborted,
-    HoldState::Released,
-];
 
 fn text(input: &mut Input<'_>) -> String {
     let n = input.u8() & 31;

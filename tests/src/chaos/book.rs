@@ -111,7 +111,7 @@ impl Book {
         let _ = writeln!(
             out,
             "\n{} cases, {} green, {} red. Frames, messages and requests that were judged: {}. Lost: {}, twice: {}, out of order: {}, \
-             damaged: {}; from outside while no switch ran: {}; dropped by guests' own kernels: {}.",
+             damaged: {}; received by a switch that was killed, and not forwarded: {}; dropped by guests' own kernels: {}.",
             self.rows.len(),
             self.rows.len() - red.len(),
             red.len(),
