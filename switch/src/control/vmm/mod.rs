@@ -27,7 +27,7 @@ use gangway_shared::config::valid::VmConfig;
 use gangway_shared::id::HoldId;
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex as AsyncMutex, OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::refusal;
 
@@ -38,6 +38,9 @@ pub use relay::Relay;
 const TURN: Duration = Duration::from_secs(8);
 /// How long QEMU may take to accept and to greet.
 const GREETING: Duration = Duration::from_secs(2);
+/// How long `VmmOpen` may take with its turn, within a coordinator's patience for a call: QEMU may greet as late as this leaves,
+/// since on a crowded host it takes seconds. Whoever had a late turn gives it [`GREETING`].
+const OPEN: Duration = Duration::from_secs(8);
 /// How long one of our own questions may take in all.
 const ASK: Duration = Duration::from_secs(1);
 
@@ -96,8 +99,10 @@ impl Vmm {
     /// Connects to a VM's QMP socket for a relay.
     pub async fn open(&self, name: &str) -> Result<Relay, Refusal> {
         let vm = self.vm(name)?;
+        let began = Instant::now();
         let permit = vm.turn(self.turn).await?;
-        let (stream, greeting) = vm.connect(GREETING).await.map_err(|e| match e {
+        let left = OPEN.saturating_sub(began.elapsed()).max(GREETING);
+        let (stream, greeting) = vm.connect(left).await.map_err(|e| match e {
             Connect::Absent(e) => refusal(
                 RefusalCode::State,
                 format!("VM '{name}' does not run here: its QMP socket '{}' does not answer ({e})", vm.socket().display()),

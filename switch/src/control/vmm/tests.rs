@@ -154,6 +154,20 @@ async fn a_vm_that_somebody_else_talks_to_is_busy() {
 }
 
 #[tokio::test]
+async fn a_vm_on_a_crowded_host_may_be_slow_to_greet() {
+    let dir = TempDir::new().expect("tempdir");
+    let vmm = vmm(dir.path(), &["/bin/true"]);
+    let listener = std::os::unix::net::UnixListener::bind(dir.path().join("web.qmp")).expect("bind");
+    std::thread::spawn(move || {
+        std::thread::sleep(super::GREETING + std::time::Duration::from_secs(1));
+        let (mut s, _) = listener.accept().expect("accept");
+        let _ = std::io::Write::write_all(&mut s, GREETING);
+        std::thread::sleep(std::time::Duration::from_secs(1));
+    });
+    drop(vmm.open("web").await.expect("open"));
+}
+
+#[tokio::test]
 async fn the_list_asks_every_vm() {
     let dir = TempDir::new().expect("tempdir");
     let vmm = vmm(dir.path(), &["/bin/true"]);
