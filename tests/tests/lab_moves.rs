@@ -126,9 +126,8 @@ fn in_a_world_once(ports: Ports, name: &str, body: impl Fn(&mut World)) {
         );
         thread::sleep(Duration::from_secs(2));
         let flows = world.stop_traffic().unwrap();
-        if let Some(flow) = flows.iter().find(|flow| !flow.is_clean()) {
-            panic!("{flow:#?}\n{}", world.drops());
-        }
+        let unclean: Vec<_> = flows.iter().filter(|flow| !flow.is_clean()).collect();
+        assert!(unclean.is_empty(), "{unclean:#?}\n{}", world.drops());
         eprintln!("{name}: {:?}", world.verify("moved").unwrap());
     }));
     world.lab.keep_logs(&logs(name)).unwrap();

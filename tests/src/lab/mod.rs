@@ -62,9 +62,9 @@ pub struct Lab {
 /// How a failure begins that a guest's crash explains.
 pub const CRASH: &str = "the guest has crashed";
 
-/// Runs a test that moves VMs once more if a guest's kernel has crashed: of some 240 VMs that were moved, two arrived damaged
-/// (a torn kernel stack, a soft lockup right after RESUME). The cause is not known; docs/benchmarks.md says what was looked at.
-/// Whatever else fails, and a second crash, fails the test.
+/// Runs a test that moves VMs once more if a guest has crashed: QEMU's emulated processor now and then leaves a page behind as it
+/// was ([`qemu::do_not_preempt`]), which guests notice as a torn kernel stack, or in their own account, which they keep twice
+/// ([`crate::workload::report`]). Whatever else fails, and a second crash, fails the test.
 pub fn once_more_after_a_crash<T>(mut run: impl FnMut() -> T) -> T {
     use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
     match catch_unwind(AssertUnwindSafe(&mut run)) {
@@ -124,7 +124,7 @@ impl Lab {
         })
     }
 
-    /// What kernels of guests say when they crash, from their serial lines.
+    /// What guests say when their memory is damaged, from their serial lines.
     pub fn crashed(&self) -> Vec<String> {
         let signs = ["BUG:", "Oops", "Kernel panic", "inconsistent task state"];
         let mut found = Vec::new();

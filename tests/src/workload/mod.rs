@@ -1,6 +1,6 @@
 //! The traffic whose fate the lab judges: numbered UDP, digested TCP, echoes and requests from outside.
 //!
-//! One static program in three parts: `guest` runs in a VM as its only process, `outside` in the namespace of the
+//! One static program in three parts: `guest` runs in a VM as all that there is, `outside` in the namespace of the
 //! clients, `ask` puts one question to a guest. VMs form a chain: the first produces, each other one checks what
 //! it gets and passes it on under its own numbers, the last one passes on to the outside.
 //!
@@ -27,6 +27,7 @@ pub fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let result = match args.first().map(String::as_str) {
         Some("guest") => guest::main(),
+        Some("turn") => guest::turn(),
         Some("outside") => outside::main(&args[1..]),
         Some("ask") if args.len() == 3 => {
             control::ask(&args[1], &args[2]).map(|answer| println!("{answer}"))

@@ -33,7 +33,7 @@ pub fn connect(to: SocketAddr) -> io::Result<TcpStream> {
 fn send_message(stream: &mut TcpStream, flow: &Live, message: &[u8]) -> io::Result<()> {
     stream.write_all(message)?;
     let mut state = flow.lock();
-    state.sent = Some(state.sent.unwrap_or(0) + 1);
+    state.count_sent();
     state
         .digest
         .get_or_insert_with(Digest::default)
