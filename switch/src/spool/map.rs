@@ -353,6 +353,15 @@ impl Page {
         }
     }
 
+    /// Writes what is before the words anew.
+    pub(super) fn repair(path: &Path, header: &[u8; HEADER]) -> io::Result<()> {
+        use std::os::unix::fs::FileExt;
+        File::options()
+            .write(true)
+            .open(path)?
+            .write_all_at(header, 0)
+    }
+
     /// Forces it to the disk.
     pub(super) fn sync(&self) -> io::Result<()> {
         self.map.flush()

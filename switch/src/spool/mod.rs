@@ -122,14 +122,14 @@ pub struct BadWord {
     pub lane: LaneKey,
     /// Which.
     pub word: Word,
-    /// Both copies: what it said is not known any more.
+    /// Both copies: what it said is not known any more. Each further start says so, too.
     pub lost: bool,
 }
 
 impl fmt::Display for BadWord {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let BadWord { lane, word, lost } = self;
-        write!(f, "{lane}: '{word}' of queue.meta is damaged")?;
+        write!(f, "{lane}: '{word}' of queue.meta was damaged")?;
         f.write_str(match (lost, word) {
             (false, _) => " in one of its two places; the other one is used",
             (true, Word::Committed) => {

@@ -1,5 +1,6 @@
 //! Recovery's I/O: maps what an earlier run left, lets [`super::recover`] judge it, and makes queues of it.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,10 +11,10 @@ use super::format::{
 };
 use super::keeper::{Host, segment_number};
 use super::map::{PAGE, Page, Segment};
-use super::queue::{FLAG_INSIDE, Parts, Queue, lock};
+use super::queue::{FLAGS_MAX, Parts, Queue, lock};
 use super::reader::Damaged;
 use super::recover::{End, Scanner, SegmentEnd, epoch_of};
-use super::store::META;
+use super::store::{META, queue_dir};
 use super::words::{Said, VALUE_MAX, Word, Words};
 use super::writer::Writer;
 use super::{BadWord, Kind, Recovered, SpoolError};
@@ -46,13 +47,15 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
         path: meta.clone(),
         reason,
     };
+    let mut is_damaged = false;
     let header = match std::fs::read(&meta) {
         Ok(bytes) => match FileHeader::decode(&bytes, QUEUE_MAGIC) {
             Ok(h) => h,
             Err(e @ BadHeader::Version(_)) => return Err(bad(e)),
-            Err(e) => match any_header(dir) {
+            Err(e) => match any_header(hold, dir) {
                 Some(h) => {
                     tracing::error!("{}: {e}; a segment says whose queue it is", meta.display());
+                    is_damaged = true;
                     h
                 }
                 None => {
@@ -64,7 +67,7 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
                 }
             },
         },
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => match without_meta(dir)? {
+        Err(e) if e.kind() == ErrorKind::NotFound => match without_meta(dir)? {
             Some(h) => h,
             None => return Ok(None),
         },
@@ -74,14 +77,44 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
         return Err(bad(BadHeader::Field("hold or kind")));
     }
     let salt = salt(hold, &header.lane);
+    // What a segment says of itself is not the queue's.
+    let header = FileHeader {
+        number: 0,
+        first_seq: 1,
+        epoch: 0,
+        ..header
+    };
+    let encoded = header.encode(QUEUE_MAGIC);
+    let page = match Page::open(&meta, PAGE) {
+        Ok(p) => {
+            if is_damaged {
+                Page::repair(&meta, &encoded).map_err(SpoolError::io(&meta))?;
+            }
+            p
+        }
+        // Gone, or not of its size: nothing of it is known. It says so from the first moment on.
+        Err(e) if is_lost(&e) => {
+            let lost = Word::ALL.iter().fold(0, |all, w| all | w.lost_flag());
+            let made = Page::create(&meta, &Words::start(&encoded, lost, salt), PAGE);
+            made.map_err(SpoolError::io(&meta))?
+        }
+        Err(e) => return Err(SpoolError::io(&meta)(e)),
+    };
+    let words = Words::new(page, salt);
+    let mut flags = 0;
     let mut bad_words = Vec::new();
-    let mut word = |word, said: Said| {
-        if !matches!(said, Said::Well(_)) {
-            bad_words.push(BadWord {
-                lane: header.lane.clone(),
-                word,
-                lost: said == Said::Nothing,
-            });
+    let said_flags = words.get(Word::Flags, FLAGS_MAX);
+    if let Said::Well(f) | Said::Once(f) = said_flags {
+        flags = f;
+    }
+    let mut word = |word: Word, said: Said| {
+        let lost = said == Said::Nothing || flags & word.lost_flag() != 0;
+        if lost {
+            flags |= word.lost_flag();
+        }
+        if lost || !matches!(said, Said::Well(_)) {
+            let lane = header.lane.clone();
+            bad_words.push(BadWord { lane, word, lost });
         }
         match said {
             Said::Well(v) | Said::Once(v) => v,
@@ -89,21 +122,7 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
             Said::Nothing => 0,
         }
     };
-    // Not of its size, or gone: nothing of it is known.
-    let (page, is_new) = match Page::open(&meta, PAGE) {
-        Ok(p) => (p, false),
-        Err(_) => {
-            let start = Words::start(&header.encode(QUEUE_MAGIC), salt);
-            let made = Page::create(&meta, &start, PAGE);
-            (made.map_err(SpoolError::io(&meta))?, true)
-        }
-    };
-    let words = Words::new(page, salt);
-    let get = |word, most| match is_new {
-        true => Said::Nothing,
-        false => words.get(word, most),
-    };
-    let committed = word(Word::Committed, get(Word::Committed, VALUE_MAX));
+    let committed = word(Word::Committed, words.get(Word::Committed, VALUE_MAX));
 
     let mut scan = Scanner::new(salt);
     let mut found = Vec::new();
@@ -179,8 +198,8 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
     }
     let last_seq = scan.next_seq() - 1;
     // More than there is was never delivered.
-    let flushed = word(Word::Flushed, get(Word::Flushed, last_seq));
-    let inside = word(Word::Flags, get(Word::Flags, FLAG_INSIDE)) == FLAG_INSIDE;
+    let flushed = word(Word::Flushed, words.get(Word::Flushed, last_seq));
+    word(Word::Flags, said_flags);
     let tail_segment = segments[segments.len() - 1].clone();
     let lane = header.lane.clone();
     let queue = Arc::new(Queue::new(Parts {
@@ -202,7 +221,7 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
         Kind::Incoming => Vec::new(),
         Kind::Source | Kind::Local => scan.origins().to_vec(),
     };
-    queue.set_recovered(last_seq, &scan.tally(), sealed, flushed, inside);
+    queue.set_recovered(last_seq, &scan.tally(), sealed, flushed, flags);
     let writer = if sealed {
         None
     } else {
@@ -226,6 +245,11 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
         bad_words,
         torn_bytes,
     }))
+}
+
+/// Why `queue.meta` can't be mapped: it is not there, or not of its size. What only can't be opened now is not made anew.
+fn is_lost(e: &std::io::Error) -> bool {
+    matches!(e.kind(), ErrorKind::NotFound | ErrorKind::InvalidData)
 }
 
 /// A segment that no writer has begun.
@@ -282,13 +306,15 @@ fn without_meta(dir: &Path) -> Result<Option<FileHeader>, SpoolError> {
     Ok(None)
 }
 
-/// What a segment says of its queue. That may be another one if no writer of this queue has begun it.
-fn any_header(dir: &Path) -> Option<FileHeader> {
+/// What a segment says of the queue in this directory; another use may have left it there that no writer of this queue has begun.
+fn any_header(hold: HoldId, dir: &Path) -> Option<FileHeader> {
     let files = segment_files(dir).ok()?;
     files.into_iter().find_map(|(number, path)| {
         let bytes = std::fs::read(path).ok()?;
         let header = FileHeader::decode(&bytes, SEGMENT_MAGIC).ok()?;
-        (header.number == number).then_some(header)
+        let is_ours = queue_dir(Path::new(""), hold, header.kind, header.index).file_name()
+            == dir.file_name();
+        (header.hold == hold && is_ours && header.number == number).then_some(header)
     })
 }
 
@@ -311,4 +337,29 @@ pub(super) fn subdirs(dir: &Path) -> Result<Vec<PathBuf>, SpoolError> {
     }
     out.sort();
     Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metadata_that_cannot_be_opened_now_is_not_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let opened = |path: &Path| Page::open(path, PAGE).map(drop).unwrap_err();
+        let path = dir.path().join(META);
+        assert!(is_lost(&opened(&path)));
+        std::fs::write(&path, [7; 300]).unwrap();
+        assert!(is_lost(&opened(&path)));
+        assert!(!is_lost(&opened(dir.path())), "another kind of file");
+        for os in [
+            libc::EMFILE,
+            libc::EIO,
+            libc::ENOSPC,
+            libc::EACCES,
+            libc::ENOMEM,
+        ] {
+            assert!(!is_lost(&std::io::Error::from_raw_os_error(os)), "{os}");
+        }
+    }
 }

@@ -21,6 +21,8 @@ use super::{Kind, SpoolError};
 
 /// In [`Word::Flags`].
 pub(super) const FLAG_INSIDE: u64 = 1;
+/// The greatest value of [`Word::Flags`].
+pub(super) const FLAGS_MAX: u64 = 15;
 
 /// Segments ahead of a fast writer, at most.
 const AHEAD_MAX: u32 = 8;
@@ -42,7 +44,7 @@ pub struct Queue {
     words: Words,
     /// What its words say.
     flushed: AtomicU64,
-    inside: AtomicBool,
+    flags: AtomicU64,
     /// All of them in order; pushed by the keeper.
     segments: Mutex<Vec<Arc<Segment>>>,
     sync: Mutex<SyncState>,
@@ -132,7 +134,7 @@ impl Queue {
             frames: p.frames,
             words: p.words,
             flushed: AtomicU64::new(0),
-            inside: AtomicBool::new(false),
+            flags: AtomicU64::new(0),
             allotted: AtomicU32::new(number),
             writing: AtomicU32::new(number.saturating_sub(1)),
             segments: Mutex::new(p.segments),
@@ -206,14 +208,18 @@ impl Queue {
 
     /// Persistent note for the owner: the lane is between two VMs of the group. Survives a restart.
     pub fn set_inside(&self, inside: bool) {
-        self.inside.store(inside, Ordering::Relaxed);
-        let flags = if inside { FLAG_INSIDE } else { 0 };
+        let lost = self.flags.load(Ordering::Relaxed) & !FLAG_INSIDE;
+        self.set_flags(if inside { lost | FLAG_INSIDE } else { lost });
+    }
+
+    fn set_flags(&self, flags: u64) {
+        self.flags.store(flags, Ordering::Relaxed);
         self.words.put(Word::Flags, flags);
     }
 
     /// See [`Queue::set_inside`].
     pub fn inside(&self) -> bool {
-        self.inside.load(Ordering::Relaxed)
+        self.flags.load(Ordering::Relaxed) & FLAG_INSIDE != 0
     }
 
     /// Persistent note of whoever delivers: everything up to `seq` has been delivered. Two stores, no system call.
@@ -396,20 +402,20 @@ impl Queue {
         }
     }
 
-    /// For recovery, before anybody else has it. Each word is whole again.
+    /// For recovery, before anybody else has it. Each word is whole again; `flags` go first, for they say which were lost.
     pub(super) fn set_recovered(
         &self,
         seq: u64,
         tally: &Tally,
         sealed: bool,
         flushed: u64,
-        inside: bool,
+        flags: u64,
     ) {
         if let Some(f) = &self.frames {
             f.add(seq, || false);
         }
+        self.set_flags(flags);
         self.set_flushed(flushed);
-        self.set_inside(inside);
         self.tally.store(seq, tally);
         self.words.put(Word::Committed, seq);
         self.last.store(seq, Ordering::Release);

@@ -132,7 +132,7 @@ impl Spool {
             };
             let meta = dir.join(META);
             let salt = format::salt(hold, lane);
-            let start = Words::start(&header.encode(QUEUE_MAGIC), salt);
+            let start = Words::start(&header.encode(QUEUE_MAGIC), 0, salt);
             let page = Page::create(&meta, &start, PAGE).map_err(SpoolError::io(&meta))?;
             let seg = Arc::new(host.take(&dir, 0, kind)?);
             let tail = seg

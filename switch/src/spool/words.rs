@@ -26,13 +26,18 @@ pub enum Word {
     Committed,
     /// The last one that was delivered.
     Flushed,
-    /// Bit 0: the lane is between two VMs of the group.
+    /// Bit 0: the lane is between two VMs of the group. Bits 1 to 3: which words were lost once ([`Word::lost_flag`]).
     Flags,
 }
 
 impl Word {
     /// In the order of the file.
     pub const ALL: [Word; 3] = [Word::Committed, Word::Flushed, Word::Flags];
+
+    /// In [`Word::Flags`], for as long as the queue is there: both copies of this word were damaged, and it was made anew.
+    pub(super) const fn lost_flag(self) -> u64 {
+        2 << self as u64
+    }
 }
 
 impl fmt::Display for Word {
@@ -86,9 +91,14 @@ pub(super) struct Words {
 }
 
 impl Words {
-    /// What a new file begins with: its header, and each word 0.
-    pub(super) fn start(header: &[u8; FILE_HEADER], salt: u32) -> Vec<u8> {
-        let words = || Word::ALL.map(|w| seal(w, 0, salt).to_le_bytes()).concat();
+    /// What a new file begins with: its header, these flags, and each other word 0.
+    pub(super) fn start(header: &[u8; FILE_HEADER], flags: u64, salt: u32) -> Vec<u8> {
+        let value = |w| if w == Word::Flags { flags } else { 0 };
+        let words = || {
+            Word::ALL
+                .map(|w| seal(w, value(w), salt).to_le_bytes())
+                .concat()
+        };
         let mut b = header.to_vec();
         for copy in COPIES {
             b.resize(FILE_HEADER + copy * 8, 0);

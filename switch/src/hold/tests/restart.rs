@@ -567,6 +567,8 @@ fn a_hold_whose_words_are_lost_delivers_everything() {
         }
         std::fs::write(meta, b).unwrap();
     }
+    // A start that dies before anybody has looked at what it has found.
+    drop(Spool::open(&s.a.config.spool).unwrap());
     s.a.start(&[UP]);
     let status = s.a.status();
     assert_eq!(status.state, HoldState::Sealed);

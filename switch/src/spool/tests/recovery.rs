@@ -192,6 +192,55 @@ fn a_word_that_is_lost_costs_no_record() {
     }
 }
 
+/// A death right behind the start that found it, or any number of commits: the next one says it again.
+#[test]
+fn a_word_that_was_lost_is_named_at_each_start() {
+    for word in Word::ALL {
+        let dir = tmp();
+        let mut b = half_delivered(dir.path());
+        for copy in COPIES {
+            b[copy + 8 * word as usize] ^= 1;
+        }
+        std::fs::write(meta(dir.path()), &b).unwrap();
+        for start in 0..3 {
+            let (_spool, mut found) = open(dir.path());
+            let bad = &found[0].bad_words;
+            assert_eq!(bad.len(), 1, "{word} at start {start}");
+            assert!(bad[0].lost && bad[0].word == word, "{start}: {}", bad[0]);
+            match start {
+                0 => {}
+                1 => {
+                    let inside = word != Word::Flags;
+                    assert_eq!(found[0].queue.inside(), inside, "{word}");
+                    let w = found[0].writer.as_mut().unwrap();
+                    put(w, 12, 60);
+                    w.commit();
+                    found[0].queue.set_flushed(13);
+                    found[0].queue.set_inside(true);
+                }
+                _ => {
+                    let q = &found[0].queue;
+                    assert_eq!((q.flushed_seq(), q.inside()), (13, true), "{word}");
+                }
+            }
+        }
+    }
+}
+
+/// One damage that was read around must not wait for a second one.
+#[test]
+fn a_header_that_a_segment_has_replaced_is_whole_again() {
+    let dir = tmp();
+    let whole = half_delivered(dir.path());
+    let mut b = whole.clone();
+    b[20] ^= 4;
+    std::fs::write(meta(dir.path()), &b).unwrap();
+    let (spool, found) = open(dir.path());
+    assert_eq!(found[0].bad_words, []);
+    drop((spool, found));
+    assert_eq!(std::fs::read(meta(dir.path())).unwrap(), whole);
+}
+
 /// A check that is right does not make it true.
 #[test]
 fn what_is_delivered_beyond_the_last_record_is_damage() {
@@ -244,9 +293,11 @@ fn records_without_their_metadata_are_kept() {
         );
         drop((spool, found));
         let (_spool, found) = open(dir.path());
+        let lost = found[0].bad_words.iter().filter(|b| b.lost).count();
         assert_eq!(
-            (found[0].queue.last_seq(), found[0].bad_words.len()),
-            (13, 0)
+            (found[0].queue.last_seq(), lost),
+            (13, 3),
+            "it is not forgotten"
         );
     }
 }
