@@ -235,12 +235,12 @@ impl Host {
         }
     }
 
-    /// Takes back the segments of a removed queue.
-    pub(super) fn give_back(&self, queue: &Queue) {
+    /// Takes back the segments of a removed queue, whose directory is this one now.
+    pub(super) fn give_back(&self, queue: &Queue, dir: &Path) {
         let segments = queue.take_segments();
         let mut state = lock(&self.state);
         for seg in segments {
-            let from = queue.dir().join(segment_name(seg.number()));
+            let from = dir.join(segment_name(seg.number()));
             let to = self.pool_path(&mut state);
             // If it can't be moved it goes with its directory, and only its memory is used again.
             let _ = std::fs::rename(&from, &to);

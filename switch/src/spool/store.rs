@@ -222,23 +222,35 @@ impl Spool {
     /// once nobody reads them any more. Writers have no room from now on.
     pub fn remove_hold(&self, hold: HoldId) -> Result<(), SpoolError> {
         let queues = lock(&self.host.state).queues.remove(&hold);
-        for q in queues.iter().flatten() {
-            q.set_removed();
-            self.host.give_back(q);
-        }
+        let queues = || queues.iter().flatten();
+        queues().for_each(|q| q.set_removed());
         let dir = self.dir_of(hold);
         let gone = self.host.dir.join("pool").join(format!("{hold}.gone"));
-        match std::fs::rename(&dir, &gone) {
-            Ok(()) => {}
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            Err(e) => return Err(SpoolError::io(dir)(e)),
+        // The whole before any part of it: a hold of which only some segments are left would be one that has lost frames.
+        let is_gone = match std::fs::rename(&dir, &gone) {
+            Ok(()) => true,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => false,
+            Err(e) => {
+                // To be tried again; its files count as before.
+                let mut state = lock(&self.host.state);
+                let again = state.queues.entry(hold).or_default();
+                again.extend(queues().cloned());
+                return Err(SpoolError::io(dir)(e));
+            }
+        };
+        let synced = match is_gone && self.is_durable() {
+            true => File::open(&self.host.dir).and_then(|d| d.sync_all()),
+            false => Ok(()),
+        };
+        for q in queues() {
+            let name = q.dir().file_name().unwrap_or_default();
+            self.host.give_back(q, &gone.join(name));
         }
-        if self.is_durable() {
-            let root = &self.host.dir;
-            let synced = File::open(root).and_then(|d| d.sync_all());
-            synced.map_err(SpoolError::io(root))?;
+        synced.map_err(SpoolError::io(&self.host.dir))?;
+        match is_gone {
+            true => remove_dir(&gone),
+            false => Ok(()),
         }
-        remove_dir(&gone)
     }
 
     /// Directories of a hold that look like queues and are none that is known: their segments are not intact enough to

@@ -158,6 +158,32 @@ fn a_removed_hold_gives_its_bytes_back_and_leaves_no_files() {
     assert_eq!(all(&q).0, [1]);
 }
 
+/// Where a removal ends early: either all of it is there, or nothing.
+#[test]
+fn a_hold_whose_removal_does_not_begin_is_whole() {
+    let dir = tmp();
+    let (spool, _) = open(dir.path());
+    let (mut w, _q) = spool.create(HOLD, Kind::Source, &lane(0)).unwrap();
+    for n in 0..300 {
+        put(&mut w, n, 1500);
+    }
+    w.seal();
+    let taken = dir.path().join("pool").join(format!("{HOLD}.gone"));
+    std::fs::create_dir(&taken).unwrap();
+    std::fs::write(taken.join("x"), "").unwrap();
+    let used = spool.used_bytes();
+    assert!(spool.remove_hold(HOLD).is_err());
+    assert!(!w.has_room(60));
+    assert_eq!(spool.used_bytes(), used);
+    drop((spool, w, _q));
+    let (spool, found) = open(dir.path());
+    assert_eq!(found[0].damaged, []);
+    assert_eq!(all(&found[0].queue).0.len(), 300);
+    spool.remove_hold(HOLD).unwrap();
+    drop((spool, found));
+    assert_eq!(open(dir.path()).1.len(), 0);
+}
+
 /// In a mount namespace of its own: this test runs itself again under `unshare`.
 #[test]
 fn a_full_disk_is_backpressure_and_no_signal() {
