@@ -232,6 +232,7 @@ impl TargetHold {
             );
             return Err(refuse(RefusalCode::Resources, what));
         }
+        host.spool.only_forward(self.id);
         let shared = host.engine.shared();
         let uplink = shared.ports.iter().position(|p| p.uplink);
         let shipped = self.incoming.lanes();

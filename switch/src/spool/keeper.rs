@@ -6,9 +6,9 @@
 //! wait: its segments are not faulted in, for the kernel zeroes each page that it faults in, and none that is written whole.
 //!
 //! Invariant: the sum of all segment files (held, pooled, being made) stays within the quota, and the last quarter of it
-//! is not for growing [`Kind::Local`] queues.
+//! is not for growing [`Kind::Local`] queues. What is shipped for a hold that is committed here may go beyond it: see [`State::forward`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -51,6 +51,9 @@ pub(super) struct Host {
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) queues: BTreeMap<HoldId, Vec<Arc<Queue>>>,
+    /// Nothing can put these back any more. No quota of bytes stops what is shipped for them, which has its source's: a shipment that waits
+    /// for room waits for the end of its own hold.
+    pub(super) forward: BTreeSet<HoldId>,
     ready: Vec<Pooled>,
     stale: Vec<Pooled>,
     waiting: Vec<(Arc<Segment>, PathBuf)>,
@@ -124,8 +127,20 @@ impl Host {
             .join(format!("{:08}.seg", state.file_number))
     }
 
-    /// A segment for the queue in this directory, its next one by this number; faulted in where a worker writes to it. Blocks.
-    pub(super) fn take(&self, dir: &Path, number: u32, kind: Kind) -> Result<Segment, SpoolError> {
+    /// What is shipped for a hold that is committed here.
+    pub(super) fn is_exempt(&self, hold: HoldId, kind: Kind) -> bool {
+        kind == Kind::Incoming && lock(&self.state).forward.contains(&hold)
+    }
+
+    /// A segment for the queue in this directory, its next one by this number; faulted in where a worker writes to it. `beyond` the
+    /// quota, too, if need be. Blocks.
+    pub(super) fn take(
+        &self,
+        dir: &Path,
+        number: u32,
+        kind: Kind,
+        beyond: bool,
+    ) -> Result<Segment, SpoolError> {
         let to = dir.join(segment_name(number));
         let mut state = lock(&self.state);
         let is_free = |s: &State| {
@@ -147,7 +162,7 @@ impl Host {
         let r = if let Some(p) = pooled {
             drop(state);
             self.place(p, &to, kind)
-        } else if may_grow {
+        } else if may_grow || beyond {
             state.total += 1;
             // In the pool first: under its name in the queue it is complete or not there.
             let path = self.pool_path(&mut state);
@@ -201,7 +216,7 @@ impl Host {
         Ok(p)
     }
 
-    /// What waits behind a shipment must not take the last room from the shipment: neither would ever get on.
+    /// What waits behind a shipment leaves room for the shipment, which is what it waits for, and for other holds.
     fn spare_for_local(&self) -> bool {
         lock(&self.state).held * self.segment_bytes * 4 < self.quota_bytes * 3
     }
@@ -342,7 +357,8 @@ impl Host {
         }
         self.allows(q.hold(), q.kind())?;
         let number = q.next_number();
-        let seg = match self.take(q.dir(), number, q.kind()) {
+        let beyond = self.is_exempt(q.hold(), q.kind());
+        let seg = match self.take(q.dir(), number, q.kind(), beyond) {
             // Its directory is gone, or going.
             Err(_) if q.is_removed() => return Ok(()),
             r => r?,
@@ -422,6 +438,9 @@ impl Host {
         let Some(hold_bytes) = self.limits.hold_bytes else {
             return Ok(());
         };
+        if self.is_exempt(hold, kind) {
+            return Ok(());
+        }
         let state = lock(&self.state);
         let queues = state.queues.get(&hold).map_or(&[][..], Vec::as_slice);
         let segments: u64 = queues.iter().map(|q| u64::from(q.next_number())).sum();

@@ -194,7 +194,8 @@ fn queue(host: &Arc<Host>, hold: HoldId, dir: &Path) -> Result<Option<Recovered>
         state.total += segments.len() as u64;
     }
     if segments.is_empty() {
-        segments.push(Arc::new(host.take(dir, 0, header.kind)?));
+        // It was promised when the queue was made, whatever the quota is now.
+        segments.push(Arc::new(host.take(dir, 0, header.kind, true)?));
     }
     let last_seq = scan.next_seq() - 1;
     // More than there is was never delivered.

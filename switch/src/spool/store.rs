@@ -115,8 +115,11 @@ impl Spool {
             }
             same().map(|q| q.index() + 1).max().unwrap_or(0)
         };
-        // An empty lane's first segment is not growth.
-        host.allows(hold, Kind::Source)?;
+        let beyond = host.is_exempt(hold, kind);
+        if !beyond {
+            // An empty lane's first segment is not growth.
+            host.allows(hold, Kind::Source)?;
+        }
         let dir = queue_dir(&host.dir, hold, kind, index);
         make_dir(&dir)?;
         let made = (|| {
@@ -134,7 +137,7 @@ impl Spool {
             let salt = format::salt(hold, lane);
             let start = Words::start(&header.encode(QUEUE_MAGIC), 0, salt);
             let page = Page::create(&meta, &start, PAGE).map_err(SpoolError::io(&meta))?;
-            let seg = Arc::new(host.take(&dir, 0, kind)?);
+            let seg = Arc::new(host.take(&dir, 0, kind, beyond)?);
             let tail = seg
                 .tail()
                 .ok_or_else(|| SpoolError::Stopped("a fresh segment is in use".into()))?;
@@ -188,6 +191,19 @@ impl Spool {
         Ok(())
     }
 
+    /// Nothing can put this hold back any more: from now on no quota of bytes stops what is shipped for it. To be said again after a
+    /// restart.
+    pub fn only_forward(&self, hold: HoldId) {
+        lock(&self.host.state).forward.insert(hold);
+        self.host.wake();
+    }
+
+    /// See [`Spool::only_forward`].
+    #[cfg(test)]
+    pub fn is_only_forward(&self, hold: HoldId) -> bool {
+        self.host.is_exempt(hold, Kind::Incoming)
+    }
+
     /// Nobody makes segments any more.
     #[cfg(test)]
     pub fn stop_keeper(&self) {
@@ -221,7 +237,11 @@ impl Spool {
     /// Forgets a hold and everything in it, at once: what a crash leaves of it is nobody's. Its segments are used again
     /// once nobody reads them any more. Writers have no room from now on.
     pub fn remove_hold(&self, hold: HoldId) -> Result<(), SpoolError> {
-        let queues = lock(&self.host.state).queues.remove(&hold);
+        let queues = {
+            let mut state = lock(&self.host.state);
+            state.forward.remove(&hold);
+            state.queues.remove(&hold)
+        };
         let queues = || queues.iter().flatten();
         queues().for_each(|q| q.set_removed());
         let dir = self.dir_of(hold);

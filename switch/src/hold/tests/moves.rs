@@ -35,7 +35,9 @@ fn move_all(scope_first: Option<Scope>) {
         timeout_ms: 5000,
     });
     s.b.ask(Request::IncomingRestore { hold: ID });
+    assert!(!s.b.spool().is_only_forward(ID));
     s.b.ask(Request::Commit { hold: ID });
+    assert!(s.b.spool().is_only_forward(ID));
     // The VMs run on B: their rings come with what they had queued.
     s.b.refill(ring);
     s.b.plug(P);

@@ -112,6 +112,58 @@ fn what_waits_behind_a_shipment_does_not_stop_the_shipment() {
     }
 }
 
+/// What waits behind the shipment has all that it may have, and the shipment is greater than the rest: behind the commit it goes on
+/// all the same, also after a restart.
+#[test]
+fn behind_the_commit_a_shipment_is_stopped_by_no_quota_of_bytes() {
+    let (quota, segment) = (16 * (128 << 10), 128 << 10);
+    for hold_bytes in [None, Some(quota)] {
+        let dir = tmp();
+        let mut cfg = config(dir.path(), segment, quota);
+        cfg.limits.hold_bytes = hold_bytes;
+        {
+            let (spool, _) = Spool::open(&cfg).unwrap();
+            let (mut behind, _l) = spool.create(HOLD, Kind::Local, &lane(0)).unwrap();
+            let (mut shipped, i) = spool.create(HOLD, Kind::Incoming, &lane(0)).unwrap();
+            fill(&spool, &mut behind);
+            let before = fill(&spool, &mut shipped);
+            assert!(before < quota / 1500 / 3, "{before}");
+            spool.only_forward(HOLD);
+            for n in 0..quota / 1500 {
+                put(&mut shipped, n, 1500);
+            }
+            shipped.commit();
+            assert_eq!(i.last_seq(), before + quota / 1500);
+            assert!(spool.used_bytes() > quota);
+            // One more lane of it, and nothing else.
+            let _late = spool.create(HOLD, Kind::Incoming, &lane(1)).unwrap();
+            assert!(!behind.has_room(1500));
+            for (hold, kind) in [(HOLD, Kind::Local), (HoldId(2), Kind::Incoming)] {
+                let e = spool.create(hold, kind, &lane(2)).unwrap_err();
+                let is_quota = matches!(e, SpoolError::Quota { .. } | SpoolError::HoldQuota { .. });
+                assert!(is_quota, "{e}");
+            }
+        }
+        // A queue whose first segment was not there yet is no reason not to start.
+        let late = dir.path().join(HOLD.to_string()).join("t-0001/000000.seg");
+        std::fs::remove_file(late).unwrap();
+        let (spool, mut found) = Spool::open(&cfg).unwrap();
+        let kind = |f: &Recovered| (f.queue.kind(), f.queue.index());
+        let shipped = found.iter_mut().find(|f| kind(f) == (Kind::Incoming, 0));
+        let shipped = shipped.unwrap().writer.as_mut().unwrap();
+        fill(&spool, shipped);
+        spool.only_forward(HOLD);
+        for n in 0..200 {
+            put(shipped, n, 1500);
+        }
+        drop(found);
+        spool.remove_hold(HOLD).unwrap();
+        assert!(!spool.is_only_forward(HOLD));
+        until(|| spool.used_bytes() == 0);
+        until(|| disk_bytes(dir.path()) <= quota);
+    }
+}
+
 fn disk_bytes(dir: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     std::fs::read_dir(dir)
