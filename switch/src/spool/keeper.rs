@@ -310,7 +310,7 @@ impl Host {
     pub(super) fn run(&self) {
         let _ = self.thread.set(thread::current());
         while !self.is_stopped() {
-            let (mut is_short, mut short) = (false, BTreeMap::new());
+            let (mut is_short, mut has_failed, mut short) = (false, false, BTreeMap::new());
             let wanted: Vec<Arc<Queue>> = {
                 let mut state = lock(&self.state);
                 self.collect(&mut state);
@@ -329,6 +329,7 @@ impl Host {
                 while q.wanted() {
                     if let Err(e) = self.provide(&q) {
                         is_short = true;
+                        has_failed |= matches!(e, SpoolError::Io { .. });
                         // With a segment ahead it still has room.
                         if q.is_in_last() {
                             short.insert(q.hold(), e.to_string());
@@ -338,7 +339,8 @@ impl Host {
                 }
             }
             self.trouble(short);
-            if !is_short && self.refill() {
+            // A hold at its own bound is no reason for the others to have nothing ready; a disk that is full is one.
+            if !has_failed && self.refill() {
                 continue;
             }
             let waiting = !lock(&self.state).waiting.is_empty();

@@ -436,6 +436,33 @@ fn at_the_quota_of_frames_the_writer_waits_until_another_hold_is_gone() {
     assert!(fill_bursts(&spool, &mut w3) >= 1100);
 }
 
+/// One that is at its bound, of frames or bytes, is no reason for the others to have no segments ready.
+#[test]
+fn a_hold_at_its_quota_does_not_keep_segments_from_being_made_ready() {
+    let segment = 128 << 10;
+    for frames in [true, false] {
+        let dir = tmp();
+        let mut cfg = config(dir.path(), segment, 32 * segment);
+        match frames {
+            true => cfg.limits.hold_frames = Some(1100),
+            false => cfg.limits.hold_bytes = Some(2 * segment),
+        }
+        let (spool, _) = Spool::open(&cfg).unwrap();
+        let ready = || disk_bytes(&dir.path().join("pool")) / segment;
+        until(|| ready() == 4);
+        let (mut w, _q) = spool.create(HoldId(1), Kind::Source, &lane(0)).unwrap();
+        match frames {
+            true => fill_bursts(&spool, &mut w),
+            false => fill(&spool, &mut w),
+        };
+        until(|| ready() == 4);
+        // It waits all the time.
+        let (_w, _q) = spool.create(HoldId(2), Kind::Source, &lane(0)).unwrap();
+        until(|| ready() == 4);
+        assert!(spool.trouble(Some(HoldId(1))).is_some());
+    }
+}
+
 #[test]
 fn frames_behind_a_shipment_do_not_stop_the_shipment() {
     for host in [true, false] {
