@@ -33,6 +33,8 @@ pub(super) struct Hold {
     holding: Option<Instant>,
     /// What was said in the log: that nobody asks for it, and that it holds for too long.
     said: [bool; 2],
+    /// What was said in the log of a time-out that failed, and of losses that could not be written down.
+    failed: [Option<String>; 2],
     /// Why it was put back without an order.
     pub(super) timed_out: Option<String>,
     /// What was found damaged when it was taken up.
@@ -50,6 +52,7 @@ impl Hold {
             asked: Instant::now(),
             holding: None,
             said: [false; 2],
+            failed: [None, None],
             timed_out: None,
             harm: Vec::new(),
         };
@@ -110,6 +113,14 @@ impl Hold {
                 tracing::warn!(hold = %i.hold, "{:?} on the {:?}: {why}", i.state, i.role);
                 *said = true;
             }
+        }
+    }
+
+    /// Logs why something failed that is tried again by itself, twice a second: once, until it is something else.
+    pub(super) fn fails(&mut self, of: usize, why: &str) {
+        if self.failed[of].as_deref() != Some(why) {
+            tracing::error!(hold = %self.info.hold, "tried again: {why}");
+            self.failed[of] = Some(why.to_owned());
         }
     }
 
@@ -216,10 +227,11 @@ impl Hold {
 
     /// Writes down what was lost since the last time, so that the next run knows it.
     pub(super) fn note_lost(&mut self, host: &Host) {
-        if self.lost(host) != self.stand.lost
-            && let Err(e) = self.note(host, self.info.state)
-        {
-            tracing::warn!("{e}");
+        if self.lost(host) != self.stand.lost {
+            match self.note(host, self.info.state) {
+                Ok(()) => self.failed[1] = None,
+                Err(e) => self.fails(1, &e.message),
+            }
         }
     }
 

@@ -150,7 +150,7 @@ impl Manager {
                     h.timed_out = Some(format!("this host has put it back: {why}"));
                     tracing::warn!(hold = %id, "put back: {why}");
                 }
-                Err(e) => tracing::error!("{e}"),
+                Err(e) => h.fails(0, &e.message),
             }
             drop(h);
             if follow {

@@ -121,6 +121,29 @@ fn what_may_have_been_committed_is_kept_whatever_is_configured() {
     }
 }
 
+/// It is tried twice a second, on a disk that may be full for hours.
+#[test]
+fn a_time_out_that_cannot_be_written_down_is_told_once() {
+    crate::said::tests::listen();
+    let s = Scene::with(careful);
+    go(&s, Upto::Frozen);
+    let dir = s.a.spool().dir_of(ID).display().to_string();
+    s.a.manager().record_fails(ID, true);
+    (0..5).for_each(|n| look(&s.a, 61 + n));
+    let lines = crate::said::tests::logged(&["can't be written down", &dir]);
+    assert_eq!(lines.len(), 1, "{lines:#?}");
+    assert_eq!(s.a.status().state, HoldState::Frozen);
+    s.a.manager().record_fails(ID, false);
+    look(&s.a, 70);
+    eventually("it is put back", || {
+        s.a.status().state == HoldState::Aborted
+    });
+    abort(&s);
+    put_back(&s);
+    s.more();
+    s.verdict();
+}
+
 #[test]
 fn what_has_nobody_to_go_to_is_kept() {
     let s = Scene::with(careful);
