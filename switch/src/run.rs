@@ -237,9 +237,9 @@ async fn watch(
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
         awaited.look(Instant::now());
-        if retirement.is_due(Instant::now()) {
+        if let Some(due) = retirement.due(Instant::now(), SystemTime::now()) {
             let cfg = ledger.clone();
-            let old = tokio::task::spawn_blocking(move || retire(&cfg, SystemTime::now())).await;
+            let old = tokio::task::spawn_blocking(move || retire(&cfg, due.clock)).await;
             match old {
                 Ok(Ok(0)) => {}
                 Ok(Ok(n)) => tracing::info!("{n} old files of the ledger were deleted"),

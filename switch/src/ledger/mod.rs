@@ -8,7 +8,7 @@
 //! Invariant: nothing here runs on a worker.
 //! Invariant: a ledger is on the disk, complete and synced, or not there.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,6 +18,7 @@ use gangway_shared::api::{Role, Tally};
 use gangway_shared::config::valid::LedgerConfig;
 use gangway_shared::id::HoldId;
 use gangway_shared::ledger::{Account, LedgerLane, Lost, Stage, StageAccount};
+use rustix::fs::{FlockOperation, flock};
 
 use crate::spool::Queue;
 use crate::spool::format::{le32, le64};
@@ -160,8 +161,9 @@ fn file_name(hold: HoldId, role: Role) -> String {
 }
 
 /// Deletes what is older than `ledger.keep_days` (0: everything), and the oldest beyond `ledger.keep_bytes`; of those that are
-/// not too old the youngest stays. What a write that was cut off has left goes, too. Returns how many.
-pub fn retire(cfg: &LedgerConfig, now: SystemTime) -> Result<usize, LedgerError> {
+/// not too old the youngest stays. Without a clock that can be believed ([`Retirement`]) nothing is too old. What a write that was cut off
+/// has left goes, too: a file that is being written is locked. Returns how many.
+pub fn retire(cfg: &LedgerConfig, now: Option<SystemTime>) -> Result<usize, LedgerError> {
     let entries = match fs::read_dir(&cfg.dir) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(0),
         r => r.map_err(LedgerError::io(&cfg.dir))?,
@@ -185,11 +187,15 @@ pub fn retire(cfg: &LedgerConfig, now: SystemTime) -> Result<usize, LedgerError>
         };
         let made = meta.modified().map_err(LedgerError::io(&path))?;
         // A file from the future is young.
-        let age = now.duration_since(made).unwrap_or_default();
+        let age = now.and_then(|now| now.duration_since(made).ok());
         if ours(SUFFIX) {
-            all.push((made, age, meta.len(), path));
-        } else if age > RETIRE_EVERY {
-            remove(&path)?;
+            all.push((made, age.unwrap_or_default(), meta.len(), path));
+            continue;
+        }
+        match File::open(&path) {
+            Ok(f) if is_idle(&f) => remove(&path)?,
+            // It is being written, or is complete by now.
+            _ => {}
         }
     }
     all.sort();
@@ -208,22 +214,48 @@ pub fn retire(cfg: &LedgerConfig, now: SystemTime) -> Result<usize, LedgerError>
     Ok(gone)
 }
 
+/// Nobody writes it, and nobody begins to while `f` is open.
+fn is_idle(f: &File) -> bool {
+    flock(f, FlockOperation::NonBlockingLockExclusive).is_ok()
+}
+
 /// How often a host on which no hold ends looks for what is due.
 const RETIRE_EVERY: Duration = Duration::from_secs(3600);
+/// How far the wall's clock and ours may go apart from one look to the next.
+const DRIFT: Duration = Duration::from_secs(60);
 
 /// When it is looked for: at the start of the switch, then every hour.
+///
+/// Invariant: a clock that jumps makes no ledger old. It is believed at a look before which it went as the machine's own clock since the
+/// look before: what it calls too old at a start, or right behind a jump, has at least an hour until somebody has set it right.
 #[derive(Debug, Default)]
 pub struct Retirement {
-    next: Option<Instant>,
+    last: Option<(Instant, SystemTime)>,
+}
+
+/// It is time to call [`retire`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Due {
+    /// The time, if it can be believed.
+    pub clock: Option<SystemTime>,
 }
 
 impl Retirement {
-    /// True if it is time to call [`retire`].
-    pub fn is_due(&mut self, now: Instant) -> bool {
-        let due = self.next.is_none_or(|next| now >= next);
-        if due {
-            self.next = Some(now + RETIRE_EVERY);
+    /// Some if it is time to call [`retire`].
+    pub fn due(&mut self, now: Instant, wall: SystemTime) -> Option<Due> {
+        let Some((then, was)) = self.last else {
+            self.last = Some((now, wall));
+            return Some(Due { clock: None });
+        };
+        let passed = now.saturating_duration_since(then);
+        if passed < RETIRE_EVERY {
+            return None;
         }
-        due
+        self.last = Some((now, wall));
+        let went = wall.duration_since(was).ok();
+        let agrees = went.is_some_and(|went| went.abs_diff(passed) <= DRIFT);
+        Some(Due {
+            clock: agrees.then_some(wall),
+        })
     }
 }

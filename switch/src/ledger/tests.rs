@@ -216,19 +216,19 @@ fn old_ledgers_go_and_then_the_oldest() {
             .filter(|n| cfg.dir.join(format!("{n}.ledger")).exists())
             .collect::<Vec<_>>()
     };
-    assert_eq!(retire(&cfg, day(32)).unwrap(), 1);
+    assert_eq!(retire(&cfg, Some(day(32))).unwrap(), 1);
     assert_eq!(left(), [2, 3, 4, 5]);
     let less = LedgerConfig {
         keep_bytes: 250,
         ..cfg.clone()
     };
-    assert_eq!(retire(&less, day(32)).unwrap(), 2);
+    assert_eq!(retire(&less, Some(day(32))).unwrap(), 2);
     assert_eq!(left(), [4, 5]);
     let none = LedgerConfig {
         keep_bytes: 0,
         ..cfg.clone()
     };
-    assert_eq!(retire(&none, day(32)).unwrap(), 1);
+    assert_eq!(retire(&none, Some(day(32))).unwrap(), 1);
     assert_eq!(left(), [5], "the last one stays");
     assert!(other.exists());
     cfg.keep_days = 0;
@@ -236,31 +236,85 @@ fn old_ledgers_go_and_then_the_oldest() {
     let q = queue(&spool, |_| {});
     assert!(write(&cfg, &ledger(), books(&q)).unwrap().is_none());
     assert_eq!(left(), [5], "writing nothing deletes nothing");
-    assert_eq!(retire(&cfg, day(1)).unwrap(), 1);
+    assert_eq!(retire(&cfg, Some(day(1))).unwrap(), 1);
     assert!(left().is_empty(), "nothing is kept, not even the last one");
     assert!(other.exists());
 }
 
 #[test]
-fn what_a_cut_off_write_has_left_goes_when_nobody_writes_it_any_more() {
+fn what_a_cut_off_write_has_left_goes_and_what_is_being_written_stays() {
     let dir = tmp();
     let cfg = config(&dir, 0);
     fs::create_dir(&cfg.dir).unwrap();
-    let path = cfg.dir.join("1.new");
-    let made = UNIX_EPOCH + RETIRE_EVERY;
-    let f = fs::File::create(&path).unwrap();
-    f.set_modified(made).unwrap();
-    assert_eq!(retire(&cfg, made + RETIRE_EVERY).unwrap(), 0);
-    assert!(path.exists());
-    let late = made + RETIRE_EVERY + Duration::from_secs(1);
-    assert_eq!(retire(&cfg, late).unwrap(), 1);
-    assert!(!path.exists());
+    let (left, mine) = (cfg.dir.join("1.new"), cfg.dir.join("2.new"));
+    for path in [&left, &mine] {
+        let f = fs::File::create(path).unwrap();
+        f.set_modified(UNIX_EPOCH).unwrap();
+    }
+    // Another hold's, which ends at this moment; whatever the clock says.
+    let file = write::create(&mine).unwrap();
+    file.set_modified(UNIX_EPOCH).unwrap();
+    assert_eq!(retire(&cfg, Some(SystemTime::now())).unwrap(), 1);
+    assert!(!left.exists() && mine.exists());
+    drop(file);
+    assert_eq!(retire(&cfg, None).unwrap(), 1);
+    assert!(!mine.exists());
 }
 
 #[test]
 fn an_idle_host_looks_at_its_start_and_once_an_hour() {
     let (mut r, start) = (Retirement::default(), Instant::now());
-    let minutes = |n: u64| start + Duration::from_secs(60 * n);
-    let due: Vec<u64> = (0..200).filter(|n| r.is_due(minutes(*n))).collect();
+    let minutes = |n: u64| Duration::from_secs(60 * n);
+    let due: Vec<u64> = (0..200)
+        .filter(|n| {
+            let after = minutes(*n);
+            r.due(start + after, UNIX_EPOCH + after).is_some()
+        })
+        .collect();
     assert_eq!(due, [0, 60, 120, 180]);
+}
+
+/// A clock that jumps makes nothing old: not the look behind the jump, only one that agrees with the look before.
+#[test]
+fn a_clock_is_believed_while_it_goes_as_the_machine_s_own() {
+    let (mut r, start) = (Retirement::default(), Instant::now());
+    let year = Duration::from_secs(365 * 86_400);
+    let mut look = |hours: u32, off: Duration| {
+        let after = RETIRE_EVERY * hours;
+        let wall = UNIX_EPOCH + year + after + off;
+        let due = r.due(start + after, wall).expect("an hour has passed");
+        assert!(due.clock.is_none_or(|c| c == wall));
+        due.clock.is_some()
+    };
+    let (right, soon) = (Duration::ZERO, Duration::from_secs(30));
+    assert!(!look(0, right), "it may be wrong at a start");
+    assert!(look(1, right));
+    assert!(look(2, soon), "set by NTP");
+    assert!(!look(3, 70 * year));
+    assert!(!look(4, right), "and back");
+    assert!(look(5, right));
+    assert!(!look(6, Duration::from_secs(120)));
+    assert!(look(7, Duration::from_secs(120)));
+}
+
+#[test]
+fn without_a_clock_that_is_believed_nothing_is_too_old() {
+    let dir = tmp();
+    let cfg = config(&dir, 0);
+    let (spool, _) = open(&dir.path().join("spool"));
+    let q = queue(&spool, |w| put(w, 1, 100));
+    fs::create_dir(&cfg.dir).unwrap();
+    for n in 1..=2 {
+        let f = fs::File::create(cfg.dir.join(format!("{n}.ledger"))).unwrap();
+        f.set_modified(UNIX_EPOCH).unwrap();
+    }
+    assert_eq!(retire(&cfg, None).unwrap(), 0);
+    // The end of a hold may come right behind a jump.
+    write(&cfg, &ledger(), books(&q)).unwrap();
+    assert!(cfg.dir.join("1.ledger").exists());
+    let none = LedgerConfig {
+        keep_days: 0,
+        ..cfg.clone()
+    };
+    assert_eq!(retire(&none, None).unwrap(), 3, "that asks for no clock");
 }

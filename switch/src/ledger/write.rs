@@ -1,14 +1,15 @@
 //! Makes a ledger's file.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crc_fast::{CrcAlgorithm, Digest};
 use gangway_shared::codec::{self, CodecError};
 use gangway_shared::config::valid::LedgerConfig;
 use gangway_shared::ledger::{Account, Ledger, Stage};
+use rustix::fs::{FlockOperation, flock};
 
 use super::{
     Book, ENTRY, HEADER, LedgerError, MAGIC, Section, UNFINISHED, VERSION, file_name, retire,
@@ -33,7 +34,8 @@ pub fn write(
         .create(&cfg.dir)
         .map_err(LedgerError::io(&cfg.dir))
         .and_then(|()| fill(&temporary, cfg, ledger, books))
-        .and_then(|()| fs::rename(&temporary, &path).map_err(LedgerError::io(&path)))
+        // Locked until it has its name.
+        .and_then(|_file| fs::rename(&temporary, &path).map_err(LedgerError::io(&path)))
         .and_then(|()| {
             let dir = File::open(&cfg.dir).and_then(|d| d.sync_all());
             dir.map_err(LedgerError::io(&cfg.dir))
@@ -43,7 +45,7 @@ pub fn write(
         let _ = fs::remove_file(&temporary);
         return Err(e);
     }
-    if let Err(e) = retire(cfg, std::time::SystemTime::now()) {
+    if let Err(e) = retire(cfg, None) {
         tracing::warn!("old ledgers stay: {e}");
     }
     Ok(Some(path))
@@ -54,14 +56,8 @@ fn fill(
     cfg: &LedgerConfig,
     ledger: &Ledger,
     books: Vec<Book>,
-) -> Result<(), LedgerError> {
-    let file = File::options()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(path)
-        .map_err(LedgerError::io(path))?;
+) -> Result<File, LedgerError> {
+    let file = create(path).map_err(LedgerError::io(path))?;
     let mut out = Out {
         path,
         file: BufWriter::with_capacity(1 << 18, file),
@@ -104,7 +100,25 @@ fn fill(
     file.seek(SeekFrom::Start(0))
         .and_then(|_| file.write_all(&header))
         .and_then(|()| file.sync_all())
-        .map_err(LedgerError::io(path))
+        .map_err(LedgerError::io(path))?;
+    Ok(file)
+}
+
+/// Empty, and locked: nobody takes it for what a write that was cut off has left.
+pub(super) fn create(path: &Path) -> io::Result<File> {
+    loop {
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(path)?;
+        flock(&file, FlockOperation::LockExclusive)?;
+        // It may have been deleted right before.
+        if file.metadata()?.nlink() > 0 {
+            return Ok(file);
+        }
+    }
 }
 
 /// Length and bytes of an encoded value.
