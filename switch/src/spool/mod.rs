@@ -42,7 +42,7 @@ pub use reader::{Damaged, RUN, Reader, Run};
 pub use store::Spool;
 pub(crate) use sum::crc32c;
 pub use syncer::Owed;
-pub use words::Word;
+pub use words::{Word, seal as seal_word};
 pub use writer::{NoRoom, RejectedBatch, Writer};
 
 /// What a queue is for; the three of a hold are kept apart.

@@ -10,7 +10,7 @@ use gangway_switch::spool::format::{
     step, view, wire_len, write_batch,
 };
 use gangway_switch::spool::recover::{End, Scanner, epoch_of, resync};
-use gangway_switch::spool::{Kind, Spool};
+use gangway_switch::spool::{Kind, Recovered, Spool, Word, seal_word};
 
 use crate::input::Input;
 
@@ -169,8 +169,33 @@ pub fn scan(data: &[u8]) {
     assert_eq!(missing + records + 1, scan.next_seq(), "each number once");
 }
 
+/// Where the two copies of the words are (docs/formats/spool.md, "Metadata").
+const COPIES: [usize; 2] = [256, 1024];
+
+/// Words as a switch writes them, mostly of numbers that can be; the copies may differ, as behind a death between two stores.
+fn put_words(meta: &mut [u8], input: &mut Input<'_>) {
+    let salt = salt(HOLD, &lane());
+    let differ = input.u8();
+    for word in Word::ALL {
+        let value = match input.u8() {
+            255 => input.u64(),
+            n => u64::from(n),
+        };
+        for (n, copy) in COPIES.into_iter().enumerate() {
+            let older = u64::from(n == 1 && differ & 1 << word as u8 != 0);
+            let stored = seal_word(word, value.saturating_sub(older), salt);
+            let at = copy + 8 * word as usize;
+            meta[at..at + 8].copy_from_slice(&stored.to_le_bytes());
+        }
+    }
+}
+
 /// A directory as an earlier run may have left it.
 pub fn open(data: &[u8]) {
+    opened(data, |_| {});
+}
+
+fn opened(data: &[u8], mut look: impl FnMut(&Recovered)) {
     let mut input = Input(data);
     let dir = folder();
     let how = input.u8();
@@ -178,6 +203,10 @@ pub fn open(data: &[u8]) {
     std::fs::create_dir_all(&queue).expect("a folder");
     let mut meta = header(Kind::Source, 0).encode(QUEUE_MAGIC).to_vec();
     meta.resize(4096, 0);
+    if how & 64 != 0 {
+        put_words(&mut meta, &mut input);
+    }
+    // Behind the words: what is well-formed is damaged, too.
     for _ in 0..how & 3 {
         let at = usize::from(input.u16()) % meta.len();
         meta[at] = input.u8();
@@ -199,7 +228,9 @@ pub fn open(data: &[u8]) {
     let Ok((spool, found)) = Spool::open(&config(dir.path())) else {
         return;
     };
+    let lost = lost_words(&found);
     for mut r in found {
+        look(&r);
         let damaged = std::mem::take(&mut r.damaged);
         let last = r.queue.last_seq();
         if let Some(writer) = &mut r.writer {
@@ -227,4 +258,34 @@ pub fn open(data: &[u8]) {
         );
     }
     drop(spool);
+    // A start that dies at once must not have hidden what it found.
+    let (_spool, found) = Spool::open(&config(dir.path())).expect("what was opened once");
+    assert_eq!(lost_words(&found), lost);
+}
+
+fn lost_words(found: &[Recovered]) -> Vec<Word> {
+    let all = found.iter().flat_map(|r| &r.bad_words);
+    all.filter(|b| b.lost).map(|b| b.word).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The corpus has spools whose words are whole, and some with damage behind them.
+    #[test]
+    fn not_every_spool_has_lost_its_words() {
+        let (mut whole, mut damaged, mut lost) = (0, 0, 0);
+        for (_, data) in crate::corpus::read("spool_open").expect("the corpus") {
+            opened(&data, |r| match r.bad_words.iter().any(|b| b.lost) {
+                true => lost += 1,
+                false if r.damaged.is_empty() => whole += 1,
+                false => damaged += 1,
+            });
+        }
+        assert!(
+            whole > 0 && damaged > 0 && lost > 0,
+            "{whole} {damaged} {lost}"
+        );
+    }
 }
