@@ -26,7 +26,7 @@ pub enum Word {
     Committed,
     /// The last one that was delivered.
     Flushed,
-    /// Bit 0: the lane is between two VMs of the group. Bits 1 to 3: which words were lost once ([`Word::lost_flag`]).
+    /// Bit 0: the lane is between two VMs of the group. Bits 1 to 3: which words were lost once.
     Flags,
 }
 
@@ -60,7 +60,7 @@ fn check(word: Word, value: u64, salt: u32) -> u64 {
     u64::from((crc >> 16) ^ (crc & 0xffff))
 }
 
-/// As it is stored. Values are at most [`VALUE_MAX`].
+/// As it is stored. Values have at most 48 bits.
 pub fn seal(word: Word, value: u64, salt: u32) -> u64 {
     let value = value.min(VALUE_MAX);
     value | check(word, value, salt) << VALUE_BITS
