@@ -66,8 +66,13 @@ impl Hold {
         let holds = matches!(
             state,
             S::FrozenInside | S::Frozen | S::Sealed | S::Departing
-        );
+        ) || self.holds_unfrozen();
         self.holding = holds.then(|| self.holding.unwrap_or_else(Instant::now));
+    }
+
+    /// It holds, though by its record it was not frozen: its switch died between the cut and the record.
+    fn holds_unfrozen(&self) -> bool {
+        self.info.state == HoldState::Open && matches!(&self.end, End::Source(s) if s.holds())
     }
 
     /// Somebody asks for it.
@@ -82,7 +87,7 @@ impl Hold {
         let idle = matches!(
             self.info.state,
             S::Open | S::Aborting | S::Aborted | S::Released
-        );
+        ) && !self.holds_unfrozen();
         let quiet = (!idle && s >= limits.quiet_s).then(|| {
             format!(
                 "no coordinator has asked for it for {s} s; if none is at work, take it up with `gangway abort {}`",
@@ -130,7 +135,8 @@ impl Hold {
         matches!(goes, Verdict::Go(..))
             && match &self.end {
                 End::Source(s) => s.may_time_out(host),
-                End::Target(_) => true,
+                // Once it has said that all is there its coordinator may have decided, also if some of it is not there any more.
+                End::Target(_) => self.stand.named == 0,
                 End::Over => false,
             }
     }

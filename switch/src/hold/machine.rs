@@ -100,7 +100,10 @@ pub fn step(role: Role, state: HoldState, event: Event) -> Verdict {
         (Role::Source, S::Open | S::FrozenInside | S::Frozen | S::Sealed, E::Abort) => {
             Go(S::Aborting, First)
         }
-        (Role::Source, S::FrozenInside | S::Frozen, E::TimedOut) => Go(S::Aborting, First),
+        // `Open` where a switch died between a cut and its record.
+        (Role::Source, S::Open | S::FrozenInside | S::Frozen, E::TimedOut) => {
+            Go(S::Aborting, First)
+        }
         (Role::Source, S::Aborting, E::Drained) => Go(S::Aborted, Then),
 
         (Role::Target, S::Prepared, E::Restore) => Go(S::Restored, Then),
@@ -205,7 +208,7 @@ mod tests {
     fn a_time_out_ends_only_what_cannot_have_been_committed() {
         let ends = |role, s| matches!(step(role, s, Event::TimedOut), Verdict::Go(..));
         for s in STATES {
-            let held = [HoldState::FrozenInside, HoldState::Frozen];
+            let held = [HoldState::Open, HoldState::FrozenInside, HoldState::Frozen];
             assert_eq!(ends(Role::Source, s), held.contains(&s), "{s:?}");
             assert_eq!(ends(Role::Target, s), s == HoldState::Prepared, "{s:?}");
         }

@@ -365,6 +365,15 @@ impl TargetHold {
             complete: complete && shipped >= stand.named,
         };
         let state = taken_up(record.role, stand.state, found);
+        if state == HoldState::Draining && shipped < stand.named {
+            let what = format!(
+                "{} of {} shipped queues are not in the spool any more: what they held and was not delivered is lost here, and is refused if the source ships it again; it has it until it is released",
+                stand.named - shipped,
+                stand.named
+            );
+            tracing::error!(hold = %record.hold, "{what}");
+            harm.push(what);
+        }
         let ports = &host.engine.shared().ports;
         let mut local = Vec::new();
         for &to in &places.group {

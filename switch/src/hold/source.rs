@@ -273,6 +273,11 @@ impl SourceHold {
         lanes.all(|l| !l.closed) && self.group.iter().all(|&g| runs(host, g) == Some(true))
     }
 
+    /// At least one lane holds.
+    pub fn holds(&self) -> bool {
+        self.lanes.iter().chain(&self.read_back).any(|l| l.held)
+    }
+
     /// The cut. Returns its time and whether all TAP queues ran empty.
     pub fn freeze(&mut self, host: &Host, scope: Scope) -> Result<(u64, bool), Refusal> {
         let ports = &host.engine.shared().ports;
@@ -682,10 +687,11 @@ fn read_back(host: &Host, hold: HoldId, l: &mut Lane, until: Instant) -> Result<
         return Ok(());
     };
     loop {
-        let mut has_room = writer.has_room(FRAME_MAX as u32);
+        // Accepted is what VMs gave: no quota of frames stops it any more.
+        let mut has_room = writer.has_bytes(FRAME_MAX as u32);
         if has_room && let Some((vnet, bytes)) = l.pending.front() {
             let frame = Frame::from_slice(*vnet, bytes);
-            has_room = writer.append(now_ns(), &frame, Origin::NONE).is_ok();
+            has_room = writer.append_accepted(now_ns(), &[frame], Origin::NONE) == 1;
             if has_room {
                 writer.commit();
                 l.pending.pop_front();
@@ -695,8 +701,11 @@ fn read_back(host: &Host, hold: HoldId, l: &mut Lane, until: Instant) -> Result<
         if !has_room {
             if Instant::now() > until {
                 let what = format!(
-                    "the spool has no room for the TAP queue of port {} (hold {hold}); its frames stay where they are: raise spool.quota_bytes, then repeat or abort",
-                    l.key.to
+                    "the spool has no room for the TAP queue of port {} (hold {hold}): {}; its frames stay where they are: make room, then repeat or abort",
+                    l.key.to,
+                    host.spool.trouble(Some(hold)).unwrap_or_else(|| {
+                        "segments are not made as fast as they are filled".into()
+                    })
                 );
                 return Err(refuse(RefusalCode::Resources, what));
             }

@@ -34,7 +34,7 @@ use crate::datapath::worker::{Command, Seat};
 use crate::ledger::{Book, counted};
 use crate::port::{Frame, Sent, VnetHdr};
 use crate::ship::{Incoming, IncomingLane};
-use crate::spool::{Kind, Queue, Writer};
+use crate::spool::{Kind, Queue, Writer, sync_all};
 
 pub(super) struct Local {
     pub(super) seat: Seat,
@@ -115,6 +115,12 @@ impl TargetHold {
                 }
             }
         }
+        // Once the commit is written down, what a loss of power leaves of them has to be a queue.
+        let queues: Vec<_> = local.iter().map(|l| l.queue.clone()).collect();
+        sync_all(&queues).map_err(|e| {
+            host.free_spool(args.hold);
+            refuse(RefusalCode::Resources, format!("the spool: {e}"))
+        })?;
         let macs: Vec<_> = group
             .iter()
             .map(|&g| {
@@ -227,12 +233,13 @@ impl TargetHold {
         // Behind the commit nobody goes back: what is still to come would wait for room, and its senders with it.
         if let Some(why) = host.spool.trouble(Some(self.id)) {
             let what = format!(
-                "the spool of host {} has no room for what is still to come of hold {}: {why}; make room there, or raise spool.quota_bytes, and migrate again",
+                "the spool of host {} has no room for what is still to come of hold {}: {why}; make room there, and migrate again",
                 host.config.name, self.id
             );
             return Err(refuse(RefusalCode::Resources, what));
         }
         host.spool.only_forward(self.id);
+        self.incoming.only_known();
         let shared = host.engine.shared();
         let uplink = shared.ports.iter().position(|p| p.uplink);
         let shipped = self.incoming.lanes();

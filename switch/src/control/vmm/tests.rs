@@ -157,7 +157,8 @@ async fn a_vm_that_somebody_else_talks_to_is_busy() {
 async fn a_vm_on_a_crowded_host_may_be_slow_to_greet() {
     let dir = TempDir::new().expect("tempdir");
     let vmm = vmm(dir.path(), &["/bin/true"]);
-    let listener = std::os::unix::net::UnixListener::bind(dir.path().join("web.qmp")).expect("bind");
+    let listener =
+        std::os::unix::net::UnixListener::bind(dir.path().join("web.qmp")).expect("bind");
     std::thread::spawn(move || {
         std::thread::sleep(super::GREETING + std::time::Duration::from_secs(1));
         let (mut s, _) = listener.accept().expect("accept");

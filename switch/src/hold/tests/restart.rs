@@ -378,7 +378,7 @@ fn what_cannot_be_taken_up_is_kept_and_named() {
 }
 
 /// The queue of a lane, by its directory's number.
-fn queue_dir(site: &Site, kind: Kind, from: &str, n: u16) -> std::path::PathBuf {
+pub(super) fn queue_dir(site: &Site, kind: Kind, from: &str, n: u16) -> std::path::PathBuf {
     let queues = site.spool().queues(ID);
     let is_it = |q: &&Arc<Queue>| q.kind() == kind && q.lane().from == from && q.lane().queue == n;
     let q = queues.iter().find(is_it).expect("a queue");
@@ -491,6 +491,30 @@ fn a_target_of_which_a_queue_is_missing_behind_the_commit_says_so() {
         assert_eq!(said, committed_too, "{:?}: {why}", status.state);
         s.end();
     }
+}
+
+/// What was shipped is another matter: nobody would deliver what the source ships again, so it is not taken, and both say so.
+#[test]
+fn a_target_of_which_a_shipped_queue_is_missing_behind_the_commit_takes_it_from_nobody() {
+    let mut s = Scene::new();
+    committed(&s);
+    let gone = queue_dir(&s.b, Kind::Incoming, "p", 0);
+    s.b.kill();
+    std::fs::remove_dir_all(gone).unwrap();
+    s.b.start(&[UP]);
+    let why = s.b.status().error.unwrap_or_default();
+    assert!(why.contains("shipped queues are not in the spool"), "{why}");
+    eventually("the source is told", || {
+        let why = s.a.status().error.unwrap_or_default();
+        why.contains("lane p.0 -> m") && why.contains("nobody would deliver it")
+    });
+    assert!(
+        s.b.spool()
+            .queues(ID)
+            .iter()
+            .all(|q| q.kind() != Kind::Incoming || q.lane().from != "p" || q.lane().queue != 0)
+    );
+    s.end();
 }
 
 /// Who asks for the hold is told which lane and which numbers; an abort delivers all others, and the ledger says which not.

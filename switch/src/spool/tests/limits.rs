@@ -421,6 +421,7 @@ fn at_the_quota_of_frames_the_writer_waits_until_another_hold_is_gone() {
     // What nobody can keep back is taken all the same.
     let b = bytes(1, 60);
     let one = [Frame::from_slice(vnet(1), &b)];
+    assert!(!w2.has_room(60) && w2.has_bytes(60));
     assert_eq!(w2.append_accepted(1, &one, Origin::NONE), 1);
     w2.commit();
 
