@@ -416,23 +416,25 @@ mod tests {
         engine.stop();
     }
 
-    /// No hold ends here: what is too old goes by itself.
+    /// No hold ends here: what is too much goes by itself, oldest first. What is too old does an hour later, for a clock may jump.
     #[test]
     fn an_idle_host_deletes_its_old_ledgers() {
         let dir = tempfile::tempdir().unwrap();
         let mut cfg = config(&[], 1, dir.path().join("host"));
         cfg.state_dir = dir.path().join("state");
         cfg.ledger.dir = dir.path().join("ledger");
+        cfg.ledger.keep_bytes = 150;
         std::fs::create_dir(&cfg.ledger.dir).unwrap();
         let file = |name: &str, days: u64| {
             let path = cfg.ledger.dir.join(name);
-            let f = std::fs::File::create(&path).unwrap();
+            std::fs::write(&path, [0; 100]).unwrap();
+            let f = std::fs::File::options().write(true).open(&path).unwrap();
             f.set_modified(SystemTime::now() - Duration::from_secs(days * 86_400))
                 .unwrap();
             path
         };
-        let old = file("1-source.ledger", 31);
-        let young = file("2-source.ledger", 29);
+        let old = file("1-source.ledger", 2);
+        let young = file("2-source.ledger", 1);
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let _inside = runtime.enter();
         let switch = Switch::start(&cfg, &Vmm::new(&cfg), None).unwrap();

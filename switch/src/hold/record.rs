@@ -106,11 +106,7 @@ impl Stand {
             return None;
         }
         let (_, state) = STATES.iter().find(|(c, _)| *c == b[8])?;
-        // There is always a next one.
         let number = le64(b, 0);
-        if number == u64::MAX {
-            return None;
-        }
         let stand = Stand {
             state: *state,
             announced: b[9] & 1 != 0,
@@ -206,7 +202,12 @@ pub fn decode(b: &[u8]) -> Result<(HoldRecord, Stand, u64), String> {
         // The next one must not go where this one is.
         found.filter(|(number, _)| slot_of(*number) == at)
     });
-    let newest = slots.into_iter().flatten().max_by_key(|(n, _)| *n);
+    let newest = match slots {
+        // Behind the last number comes 0.
+        [Some(a), Some(b)] if a.0 == b.0.wrapping_add(1) => Some(a),
+        [Some(a), Some(b)] if b.0 == a.0.wrapping_add(1) => Some(b),
+        slots => slots.into_iter().flatten().max_by_key(|(n, _)| *n),
+    };
     match newest {
         Some((number, stand)) => Ok((record, stand, number)),
         None => Err("neither of its two states is intact".into()),
@@ -305,7 +306,7 @@ impl RecordFile {
 
     /// Where it stands from now on.
     pub fn put(&mut self, stand: &Stand) -> Result<(), RecordError> {
-        let number = self.number + 1;
+        let number = self.number.wrapping_add(1);
         let done = self
             .file
             .write_all_at(&stand.encode(number), slot_of(number) as u64)
@@ -433,5 +434,22 @@ mod tests {
         std::fs::write(dir.path().join(FILE), &bytes[..700]).unwrap();
         let e = RecordFile::open(dir.path(), true).unwrap_err().to_string();
         assert!(e.contains(FILE), "{e}");
+    }
+
+    #[test]
+    fn behind_the_last_number_comes_the_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = |n: u32| Stand {
+            named: n,
+            ..Stand::new(HoldState::Open)
+        };
+        let mut file = RecordFile::create(dir.path(), &record(), &state(0), false).unwrap();
+        file.number = u64::MAX - 2;
+        for n in 1..6 {
+            file.put(&state(n)).unwrap();
+            let (_, found, again) = RecordFile::open(dir.path(), false).unwrap().unwrap();
+            assert_eq!(found, state(n));
+            file = again;
+        }
     }
 }
