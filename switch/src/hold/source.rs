@@ -680,6 +680,20 @@ impl Lane {
     }
 }
 
+/// Puts what was read back of a TAP into its queue. Nobody can keep it back any more, so no quota of frames stops it. False: there is no room,
+/// for these or for the next one.
+fn put_accepted(writer: &mut Writer, pending: &mut VecDeque<Whole>) -> bool {
+    while let Some((vnet, bytes)) = pending.front() {
+        let frame = Frame::from_slice(*vnet, bytes);
+        if writer.append_accepted(now_ns(), &[frame], Origin::NONE) == 0 {
+            return false;
+        }
+        writer.commit();
+        pending.pop_front();
+    }
+    writer.has_bytes(FRAME_MAX as u32)
+}
+
 /// Takes what a stopped VM's TAP still holds, and before it what QEMU may have taken and not given to the guest; again after an
 /// error: the rest.
 fn read_back(host: &Host, hold: HoldId, l: &mut Lane, until: Instant) -> Result<(), Refusal> {
@@ -687,25 +701,14 @@ fn read_back(host: &Host, hold: HoldId, l: &mut Lane, until: Instant) -> Result<
         return Ok(());
     };
     loop {
-        // Accepted is what VMs gave: no quota of frames stops it any more.
-        let mut has_room = writer.has_bytes(FRAME_MAX as u32);
-        if has_room && let Some((vnet, bytes)) = l.pending.front() {
-            let frame = Frame::from_slice(*vnet, bytes);
-            has_room = writer.append_accepted(now_ns(), &[frame], Origin::NONE) == 1;
-            if has_room {
-                writer.commit();
-                l.pending.pop_front();
-                continue;
-            }
-        }
-        if !has_room {
+        if !put_accepted(writer, &mut l.pending) {
             if Instant::now() > until {
+                // It names the quota, if it is one.
+                let why = host.spool.trouble(Some(hold));
                 let what = format!(
-                    "the spool has no room for the TAP queue of port {} (hold {hold}): {}; its frames stay where they are: make room, then repeat or abort",
+                    "the spool has no room for the TAP queue of port {} (hold {hold}): {}; its frames stay where they are, repeat or abort",
                     l.key.to,
-                    host.spool.trouble(Some(hold)).unwrap_or_else(|| {
-                        "segments are not made as fast as they are filled".into()
-                    })
+                    why.unwrap_or_else(|| "it gets none in time".into())
                 );
                 return Err(refuse(RefusalCode::Resources, what));
             }
@@ -729,4 +732,42 @@ fn read_back(host: &Host, hold: HoldId, l: &mut Lane, until: Instant) -> Result<
         );
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::port::VnetHdr;
+    use crate::spool::Spool;
+    use crate::spool::tests::{config, lane, tmp};
+
+    fn whole(n: usize, len: usize) -> VecDeque<Whole> {
+        (0..n).map(|_| (VnetHdr::default(), vec![7; len])).collect()
+    }
+
+    #[test]
+    fn what_a_tap_gives_back_is_taken_at_the_quota_of_frames_and_waits_at_that_of_bytes() {
+        let dir = tmp();
+        let mut cfg = config(dir.path(), 128 << 10, 4 * (128 << 10));
+        cfg.limits.hold_frames = Some(10);
+        let (spool, _) = Spool::open(&cfg).unwrap();
+        let made = spool.create(HoldId(1), Kind::Source, &lane(0));
+        let (mut w, q) = made.unwrap();
+        let mut pending = whole(30, 60);
+        assert!(put_accepted(&mut w, &mut pending));
+        assert!(!w.has_room(60), "the quota of frames is used up");
+        let mut more = whole(5, 60);
+        assert!(put_accepted(&mut w, &mut more));
+        assert_eq!((pending.len(), more.len(), q.last_seq()), (0, 0, 35));
+        // More bytes than there may be: what has no room stays, in its order.
+        let mut big = whole(1000, 1500);
+        let until = Instant::now() + Duration::from_millis(500);
+        while Instant::now() < until {
+            assert!(!put_accepted(&mut w, &mut big));
+        }
+        assert!(!big.is_empty());
+        assert_eq!(q.last_seq(), 35 + 1000 - big.len() as u64);
+        let why = spool.trouble(Some(HoldId(1))).unwrap();
+        assert!(why.contains("spool.quota_bytes"), "{why}");
+    }
 }

@@ -124,10 +124,10 @@ impl Writer {
 
     /// False: do not take this frame from its sender now. Never blocks; asks the keeper for the next segment early.
     pub fn has_room(&self, frame_len: u32) -> bool {
-        !self.queue.has_all_frames() && self.has_bytes(frame_len)
+        frame_len as usize <= FRAME_MAX && !self.queue.has_all_frames() && self.has_bytes(frame_len)
     }
 
-    /// The same for one that nobody can keep back any more: see [`Writer::append_accepted`].
+    /// The same for [`Writer::append_accepted`].
     pub fn has_bytes(&self, frame_len: u32) -> bool {
         frame_len as usize <= FRAME_MAX
             && self.room_for(format::batch_len(1, format::slot_len(frame_len)))
