@@ -478,6 +478,7 @@ fn local_queue(
     key: &LaneKey,
 ) -> Result<(Option<Writer>, Arc<Queue>), Refusal> {
     let made = host.spool.create(hold, Kind::Local, key);
+    let made = made.and_then(|(writer, queue)| queue.sync().map(|()| (writer, queue)));
     let (writer, queue) =
         made.map_err(|e| refuse(RefusalCode::Resources, format!("no spool for {key}: {e}")))?;
     Ok((Some(writer), queue))

@@ -203,8 +203,13 @@ impl SourceHold {
                 .add_lane(l.key.clone(), l.inside, l.queue.clone());
         }
         self.outgoing.all_added();
-        // The first sync writes the files' metadata: better now than in the freeze.
-        self.sync(|_| true)
+        // The first sync writes the files' metadata: better now than in the freeze. The spare ones' too: what was never on the disk
+        // comes back from a loss of power as zeros.
+        let lanes = self.lanes.iter().chain(&self.read_back);
+        let spares = self.lanes.iter().filter_map(|l| l.spare.as_ref());
+        let queues = lanes.map(|l| &l.queue).chain(spares.map(|(_, q)| q));
+        let queues: Vec<_> = queues.cloned().collect();
+        sync_all(&queues).map_err(|e| refuse(RefusalCode::Resources, format!("the spool: {e}")))
     }
 
     pub(super) fn queue(

@@ -115,12 +115,12 @@ impl TargetHold {
                 }
             }
         }
-        // Once the commit is written down, what a loss of power leaves of them has to be a queue.
+        // Before the record: words that were never written come back from a loss of power as zeros, and would pass as lost.
         let queues: Vec<_> = local.iter().map(|l| l.queue.clone()).collect();
-        sync_all(&queues).map_err(|e| {
+        if let Err(e) = sync_all(&queues) {
             host.free_spool(args.hold);
-            refuse(RefusalCode::Resources, format!("the spool: {e}"))
-        })?;
+            return Err(refuse(RefusalCode::Resources, format!("the spool: {e}")));
+        }
         let macs: Vec<_> = group
             .iter()
             .map(|&g| {

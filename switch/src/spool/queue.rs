@@ -244,6 +244,13 @@ impl Queue {
         self.sync_now(Reach::All)
     }
 
+    /// Its words and the directories above were synced.
+    #[cfg(test)]
+    pub(crate) fn is_founded(&self) -> bool {
+        let state = self.sync.lock().unwrap_or_else(PoisonError::into_inner);
+        state.parents_done
+    }
+
     pub(super) fn sync_now(&self, reach: Reach) -> Result<(), SpoolError> {
         let mut state = self.sync.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(why) = self.failed.get() {
