@@ -515,7 +515,7 @@ pub enum Role {
 /// source:  Open --Freeze--> FrozenInside --Freeze--> Frozen --Seal--> Sealed --Depart--> Departing ~~> Departed --Release--> Released
 ///            `----------------Freeze (all)-------------^
 ///          Open, FrozenInside, Frozen, Sealed --Abort----> Aborting ~~> Aborted
-///                FrozenInside, Frozen         --TimedOut-> Aborting
+///          Open, FrozenInside, Frozen         --TimedOut-> Aborting
 ///
 /// target:  Prepared --Restore--> Restored --Commit--> Draining ~~> Live --Release--> Released
 ///          Prepared, Restored --Abort----> Aborted
@@ -523,7 +523,7 @@ pub enum Role {
 ///                                 Draining, Live --Announce--> as they were
 /// ```
 /// `~~>` happens by itself: every lane was acknowledged, delivered, or put back. A VM that stops by itself freezes an open hold.
-/// `TimedOut`: its coordinator is gone (`hold.then = "put-back"`). Behind a restart of its switch a hold stands where it stood, but
+/// `TimedOut`: its coordinator is gone (`hold.then = "put-back"`); in `Open` only if lanes hold, in `Prepared` only if it never was `Restored`. Behind a restart of its switch a hold stands where it stood, but
 /// `Live` drains once more, and `Restored` is `Prepared` again if not all that was verified is there.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, SchemaRead, SchemaWrite,

@@ -63,10 +63,11 @@ impl Hold {
     fn is_now(&mut self, state: HoldState) {
         use HoldState as S;
         self.info.state = state;
-        let holds = matches!(
-            state,
-            S::FrozenInside | S::Frozen | S::Sealed | S::Departing
-        ) || self.holds_unfrozen();
+        let holds = match (state, &self.end) {
+            // It was cut, and that could not be written down; or its switch died in between.
+            (S::Open, End::Source(s)) => s.is_holding(),
+            (s, _) => matches!(s, S::FrozenInside | S::Frozen | S::Sealed | S::Departing),
+        };
         self.holding = holds.then(|| self.holding.unwrap_or_else(Instant::now));
     }
 
@@ -84,10 +85,10 @@ impl Hold {
     fn lateness(&self, limits: &HoldConfig, now: Instant) -> [Option<String>; 2] {
         use HoldState as S;
         let s = now.saturating_duration_since(self.asked).as_secs();
-        let idle = matches!(
-            self.info.state,
-            S::Open | S::Aborting | S::Aborted | S::Released
-        ) && !self.holds_unfrozen();
+        let idle = match self.info.state {
+            S::Open => self.holding.is_none(),
+            s => matches!(s, S::Aborting | S::Aborted | S::Released),
+        };
         let quiet = (!idle && s >= limits.quiet_s).then(|| {
             format!(
                 "no coordinator has asked for it for {s} s; if none is at work, take it up with `gangway abort {}`",
@@ -134,8 +135,11 @@ impl Hold {
         let goes = step(self.info.role, self.info.state, Event::TimedOut);
         matches!(goes, Verdict::Go(..))
             && match &self.end {
-                End::Source(s) => s.may_time_out(host),
-                // Once it has said that all is there its coordinator may have decided, also if some of it is not there any more.
+                End::Source(s) => {
+                    let holds = self.info.state != HoldState::Open || self.holding.is_some();
+                    holds && s.may_time_out(host)
+                }
+                // It was restored once, whatever was found of it since: a commit may have begun in the coordinator's journal.
                 End::Target(_) => self.stand.named == 0,
                 End::Over => false,
             }
@@ -167,6 +171,8 @@ impl Hold {
             return Err(e.clone());
         }
         let done = act(&mut self.end, &mut self.info);
+        // What holds now does so whether it can be written down or not.
+        self.is_now(self.info.state);
         let reply = done.inspect_err(|_| {
             self.stand = before;
             if persist == Persist::First

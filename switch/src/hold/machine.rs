@@ -100,7 +100,7 @@ pub fn step(role: Role, state: HoldState, event: Event) -> Verdict {
         (Role::Source, S::Open | S::FrozenInside | S::Frozen | S::Sealed, E::Abort) => {
             Go(S::Aborting, First)
         }
-        // `Open` where a switch died between a cut and its record.
+        // `Open` only where it holds all the same: the caller's to see.
         (Role::Source, S::Open | S::FrozenInside | S::Frozen, E::TimedOut) => {
             Go(S::Aborting, First)
         }

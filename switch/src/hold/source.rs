@@ -278,8 +278,8 @@ impl SourceHold {
         lanes.all(|l| !l.closed) && self.group.iter().all(|&g| runs(host, g) == Some(true))
     }
 
-    /// At least one lane holds.
-    pub fn holds(&self) -> bool {
+    /// A lane holds.
+    pub fn is_holding(&self) -> bool {
         self.lanes.iter().chain(&self.read_back).any(|l| l.held)
     }
 

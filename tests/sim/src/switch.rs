@@ -841,6 +841,14 @@ impl World {
             return Ok(());
         };
         let (role, state) = (x.record.role, x.record.state);
+        // As the product's shell: an open hold that holds, and a target that never was restored.
+        let moot = match role {
+            Role::Source => state == HoldState::Open && x.lanes.values().all(|l| !l.held),
+            Role::Target => x.record.named > 0,
+        };
+        if moot {
+            return Ok(());
+        }
         let Verdict::Go(next, persist) = self.verdict(role, state, Move::TimedOut) else {
             return Ok(());
         };

@@ -4,6 +4,7 @@ use gangway_shared::config::valid::Overdue;
 
 use super::restart::{Upto, go, held, put_back, queue_dir, seal};
 use super::*;
+use crate::spool::Kind;
 
 fn careful(c: &mut HostConfig) {
     c.hold.then = Overdue::PutBack;
@@ -312,5 +313,72 @@ fn a_move_of_its_own_that_cannot_be_written_down_is_tried_again() {
         let (a, b) = (s.a.status().state, s.b.status().state);
         (a, b) == (HoldState::Departed, HoldState::Live)
     });
+    s.verdict();
+}
+
+/// The cut could not be written down, or the switch died before: lanes hold, and the record says `Open`.
+#[test]
+fn an_open_hold_that_holds_is_overdue_and_put_back_and_one_that_does_not_is_neither() {
+    for restarted in [false, true] {
+        let s = Scene::with(|c| {
+            careful(c);
+            c.hold.longest_s = Some(30);
+        });
+        go(&s, Upto::Open);
+        let overdue = |s_: u64| {
+            let at = Instant::now() + Duration::from_secs(s_);
+            s.a.manager().overdue_at(ID, at)
+        };
+        assert_eq!(overdue(100_000), None);
+        look(&s.a, 100_000);
+        assert_eq!(s.a.status().state, HoldState::Open);
+        s.a.manager().record_fails(ID, true);
+        let freeze = Request::Freeze {
+            hold: ID,
+            scope: Scope::All,
+        };
+        assert_eq!(refusal(&s.a, freeze).0, RefusalCode::Resources);
+        eventually("what comes is held", || held(&s) > 20);
+        s.a.manager().record_fails(ID, false);
+        if restarted {
+            s.a.kill();
+            s.a.start(&[M, P, UP]);
+        }
+        assert_eq!(s.a.status().state, HoldState::Open);
+        let why = overdue(61).expect("it holds");
+        assert!(
+            why.contains("no coordinator") && why.contains("it has held frames for"),
+            "{why}"
+        );
+        look(&s.a, 61);
+        look(&s.b, 61);
+        eventually("it is put back", || {
+            s.a.status().state == HoldState::Aborted
+        });
+        put_back(&s);
+        s.more();
+        s.verdict();
+    }
+}
+
+/// A restart has found less than was verified, so it is `Prepared` again; but its restore was answered.
+#[test]
+fn a_target_that_was_restored_is_kept_whatever_a_restart_has_found() {
+    let s = Scene::with(careful);
+    let ring = go(&s, Upto::Restored);
+    let queues = s.b.spool().queues(ID);
+    let shipped = queues.iter().find(|q| q.kind() == Kind::Incoming);
+    let gone = shipped.expect("a lane").dir().to_path_buf();
+    drop(queues);
+    s.b.kill();
+    std::fs::remove_dir_all(&gone).unwrap();
+    s.b.start(&[UP]);
+    assert_eq!(s.b.status().state, HoldState::Prepared);
+    look(&s.b, 100_000);
+    assert_eq!(s.b.status().state, HoldState::Prepared);
+    abort(&s);
+    resumed(&s, ring);
+    put_back(&s);
+    s.more();
     s.verdict();
 }
