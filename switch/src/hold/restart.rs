@@ -30,6 +30,7 @@ use crate::datapath::engine::{Mode, Pin, Port};
 use crate::datapath::lane::{Gate, Progress};
 use crate::datapath::stats::Drop as Dropped;
 use crate::datapath::worker::{Command, Seat};
+use crate::ship::Incoming;
 use crate::spool::{Kind, Queue, Recovered, Spool, SpoolError, Word, Writer};
 
 /// What is there of a hold.
@@ -366,13 +367,7 @@ impl TargetHold {
         };
         let state = taken_up(record.role, stand.state, found);
         if state == HoldState::Draining && shipped < stand.named {
-            let what = format!(
-                "{} of {} shipped queues are not in the spool any more: what they held and was not delivered is lost here, and is refused if the source ships it again; it has it until it is released",
-                stand.named - shipped,
-                stand.named
-            );
-            tracing::error!(hold = %record.hold, "{what}");
-            harm.push(what);
+            harm.push(lost_lanes(stand.named - shipped, stand.named, &incoming));
         }
         let ports = &host.engine.shared().ports;
         let mut local = Vec::new();
@@ -462,6 +457,21 @@ fn missing(
         gone.join(", ")
     );
     refuse(RefusalCode::State, what)
+}
+
+/// Behind the commit: lanes that the source had named, by their number; which are there says which are not.
+fn lost_lanes(gone: u32, named: u32, incoming: &Incoming) -> String {
+    let there = incoming.lanes();
+    let there: Vec<_> = there.iter().map(|l| l.key.to_string()).collect();
+    let what = format!(
+        "{gone} of the {named} lanes that the source has named are not in the spool any more (there: {}); what was held there and not delivered is lost here; put their directories back and start the switch again",
+        match there.is_empty() {
+            true => "none".to_owned(),
+            false => there.join(", "),
+        }
+    );
+    tracing::error!("{what}");
+    what
 }
 
 fn lost_behind(key: &LaneKey) -> String {

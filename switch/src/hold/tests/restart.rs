@@ -493,6 +493,37 @@ fn a_target_of_which_a_queue_is_missing_behind_the_commit_says_so() {
     }
 }
 
+/// Likewise of what was shipped; before the commit it is asked for again.
+#[test]
+fn a_target_of_which_a_shipped_lane_is_missing_behind_the_commit_says_so() {
+    for committed_too in [false, true] {
+        let mut s = Scene::new();
+        match committed_too {
+            true => committed(&s),
+            false => restored(&s),
+        };
+        let shipped = s.b.spool().queues(ID);
+        let shipped = shipped.iter().filter(|q| q.kind() == Kind::Incoming);
+        let named = shipped.count();
+        let gone = queue_dir(&s.b, Kind::Incoming, "p", 1);
+        s.b.kill();
+        std::fs::remove_dir_all(gone).unwrap();
+        s.b.start(&[UP]);
+        let status = s.b.status();
+        let why = status.error.unwrap_or_default();
+        let said = why.contains(&format!("1 of the {named} lanes"))
+            && why.contains("there: ")
+            && why.contains("p.0 -> ");
+        assert_eq!(said, committed_too, "{:?}: {why}", status.state);
+        let state = match committed_too {
+            true => HoldState::Draining,
+            false => HoldState::Prepared,
+        };
+        assert_eq!(status.state, state);
+        s.end();
+    }
+}
+
 /// Also those that nothing was written to: what a loss of power leaves of words that were never synced is no queue.
 #[test]
 fn the_queues_of_both_ends_are_on_the_disk_once_they_are_answered_for() {
