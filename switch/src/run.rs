@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use gangway_shared::config::valid::{LedgerConfig, PortConfig, PortKind, TapRole};
 use gangway_shared::config::{HostConfig, WORKERS_MAX};
 use gangway_shared::pki::Identity;
+use tokio::task::JoinHandle;
 
 use crate::addresses::{Addresses, Following};
 use crate::control::quic::Quic;
@@ -85,7 +86,7 @@ pub struct Switch {
     acceptor: Arc<Acceptor>,
     vhost: Vec<VhostPort>,
     addresses: Following,
-    watch: tokio::task::JoinHandle<()>,
+    watch: JoinHandle<()>,
 }
 
 /// Shipments go to the acceptor, each on a task of its own.
@@ -234,6 +235,7 @@ async fn watch(
 ) {
     let mut last = vec![None; devices.len()];
     let mut retirement = Retirement::default();
+    let mut looks: Option<JoinHandle<()>> = None;
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
         awaited.look(Instant::now());
@@ -249,13 +251,17 @@ async fn watch(
             }
         }
         let holds = manager.clone();
-        let (even, kept) = (engine.clone(), kept.clone());
+        // By itself: a keeper that stands still makes it wait for seconds.
+        if looks.as_ref().is_none_or(JoinHandle::is_finished) {
+            let kept = kept.clone();
+            looks = Some(tokio::task::spawn_blocking(move || kept.look()));
+        }
+        let even = engine.clone();
         let both = move || {
             even.rebalance();
             if let Some(shelf) = &even.shared().shelf {
                 shelf.is_alive();
             }
-            kept.look();
         };
         // A panic there would be ours and is logged by the runtime.
         let _ = tokio::task::spawn_blocking(both).await;

@@ -71,11 +71,6 @@ impl Hold {
         self.holding = holds.then(|| self.holding.unwrap_or_else(Instant::now));
     }
 
-    /// It holds, though by its record it was not frozen: its switch died between the cut and the record.
-    fn holds_unfrozen(&self) -> bool {
-        self.info.state == HoldState::Open && matches!(&self.end, End::Source(s) if s.holds())
-    }
-
     /// Somebody asks for it.
     pub(super) fn is_asked(&mut self) {
         (self.asked, self.said[0]) = (Instant::now(), false);

@@ -124,7 +124,7 @@ impl Writer {
 
     /// False: do not take this frame from its sender now. Never blocks; asks the keeper for the next segment early.
     pub fn has_room(&self, frame_len: u32) -> bool {
-        frame_len as usize <= FRAME_MAX && !self.queue.has_all_frames() && self.has_bytes(frame_len)
+        !self.queue.has_all_frames() && self.has_bytes(frame_len)
     }
 
     /// The same for [`Writer::append_accepted`].

@@ -2,7 +2,7 @@
 
 use gangway_shared::config::valid::Overdue;
 
-use super::restart::{Upto, go, held, put_back, queue_dir, seal};
+use super::restart::{Upto, go, held, put_back, seal};
 use super::*;
 use crate::spool::Kind;
 
@@ -78,56 +78,6 @@ fn a_hold_whose_coordinator_is_gone_is_put_back_while_nothing_can_be_committed()
         s.more();
         s.verdict();
     }
-}
-
-/// Its switch died between the cut and the record: it holds, and is `Open`.
-#[test]
-fn a_cut_that_was_not_written_down_is_overdue_too() {
-    let s = Scene::with(careful);
-    go(&s, Upto::Open);
-    look(&s.a, 100_000);
-    assert!(s.a.status().error.is_none(), "nothing is held");
-    s.a.manager().record_fails(ID, true);
-    let scope = Scope::All;
-    refusal(&s.a, Request::Freeze { hold: ID, scope });
-    eventually("something is held", || held(&s) > 0);
-    s.a.kill();
-    s.a.start(&[M, P, UP]);
-    assert_eq!(s.a.status().state, HoldState::Open);
-    look(&s.a, 59);
-    assert!(held(&s) > 0);
-    look(&s.a, 61);
-    eventually("it is put back", || {
-        s.a.status().state == HoldState::Aborted
-    });
-    abort(&s);
-    put_back(&s);
-    s.more();
-    s.verdict();
-}
-
-/// What it had said of its queues counts, not what a disk has left of them.
-#[test]
-fn a_target_that_was_restored_is_kept_also_where_it_is_not_complete_any_more() {
-    let s = Scene::with(careful);
-    let ring = go(&s, Upto::Restored);
-    let gone = queue_dir(&s.b, Kind::Incoming, "p", 0);
-    s.b.kill();
-    std::fs::remove_dir_all(gone).unwrap();
-    s.b.start(&[]);
-    assert_eq!(s.b.status().state, HoldState::Prepared);
-    look(&s.b, 100_000);
-    assert_eq!(s.b.status().state, HoldState::Prepared);
-    // The source has it still, and ships it again.
-    let restore = || s.b.manager().call(Request::IncomingRestore { hold: ID });
-    eventually("all is there again", || {
-        !matches!(restore(), Reply::Refused(_))
-    });
-    abort(&s);
-    resumed(&s, ring);
-    put_back(&s);
-    s.more();
-    s.verdict();
 }
 
 #[test]

@@ -378,7 +378,7 @@ fn what_cannot_be_taken_up_is_kept_and_named() {
 }
 
 /// The queue of a lane, by its directory's number.
-pub(super) fn queue_dir(site: &Site, kind: Kind, from: &str, n: u16) -> std::path::PathBuf {
+fn queue_dir(site: &Site, kind: Kind, from: &str, n: u16) -> std::path::PathBuf {
     let queues = site.spool().queues(ID);
     let is_it = |q: &&Arc<Queue>| q.kind() == kind && q.lane().from == from && q.lane().queue == n;
     let q = queues.iter().find(is_it).expect("a queue");
@@ -520,6 +520,16 @@ fn a_target_of_which_a_shipped_lane_is_missing_behind_the_commit_says_so() {
             false => HoldState::Prepared,
         };
         assert_eq!(status.state, state);
+        if committed_too {
+            // Nobody would deliver what the source ships again.
+            eventually("the source is told", || {
+                let why = s.a.status().error.unwrap_or_default();
+                why.contains("lane p.1 -> m") && why.contains("nobody would deliver it")
+            });
+            let shipped = s.b.spool().queues(ID);
+            let shipped = shipped.iter().filter(|q| q.kind() == Kind::Incoming);
+            assert_eq!(shipped.count(), named - 1);
+        }
         s.end();
     }
 }
