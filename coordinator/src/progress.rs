@@ -36,14 +36,15 @@ fn lock(screen: &Mutex<Screen>) -> MutexGuard<'_, Screen> {
 
 impl Progress {
     /// Begins to show; `quiet` shows nothing, and asks for the holds all the same: one that nobody asks for is overdue.
-    pub fn new(world: Arc<World>, quiet: bool) -> Progress {
+    /// `holding`: there may be holds already.
+    pub fn new(world: Arc<World>, quiet: bool, holding: bool) -> Progress {
         let tty = std::io::stderr().is_terminal();
         let screen = Screen {
             quiet,
             tty,
             begun: Instant::now(),
             running: Vec::new(),
-            holding: false,
+            holding,
             drawn: 0,
             block: Vec::new(),
         };

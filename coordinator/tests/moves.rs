@@ -409,6 +409,39 @@ async fn a_killed_coordinator_is_replaced_by_abort() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_that_takes_over_tells_what_became_of_the_hold() {
+    let w = World::new();
+    let (mut child, _) = w.paused_at("freeze:after").await;
+    child.kill().await.expect("kill -9");
+    w.a.put_back("this host has put it back: nobody has asked");
+    let abort = w.run("abort").await;
+    assert_eq!(abort.status.code(), Some(0), "{}", text(&abort));
+    w.assert_as_before("put back by its host");
+    let report = w.run("report -o json").await;
+    let r: Value = serde_json::from_slice(&report.stdout).expect("json");
+    let told = "host 'a' has the hold as Aborted on the Source: this host has put it back: nobody has asked";
+    assert_eq!(r["troubles"], serde_json::json!([told]));
+    assert!(text(&abort).contains(told), "{}", text(&abort));
+}
+
+/// What nobody asks for is overdue: so it asks while it works, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_that_takes_over_goes_on_asking_for_the_hold() {
+    let w = World::new();
+    let (mut child, _) = w.paused_at("announce").await;
+    child.kill().await.expect("kill -9");
+    let before = w.b.asked();
+    // Tried again, later each time: more than a second in all.
+    w.b.refuse("Announce", 5);
+    let abort = w.run("abort").await;
+    assert_eq!(abort.status.code(), Some(0), "{}", text(&abort));
+    w.assert_moved("taken over");
+    // Once when it came, once in `settle`.
+    let more = w.b.asked() - before;
+    assert!(more > 3, "asked {more} times");
+}
+
 /// A crash in the middle of a line.
 fn tear(journal: &Path) {
     let mut text = std::fs::read(journal).expect("journal");

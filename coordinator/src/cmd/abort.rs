@@ -12,7 +12,8 @@ use crate::client::Switch;
 use crate::exit::Failure;
 use crate::migration::act::World;
 use crate::migration::journal::Journal;
-use crate::migration::machine::{Machine, Outcome};
+use crate::migration::look::ask;
+use crate::migration::machine::{Entry, Machine, Outcome};
 use crate::migration::run::{Interference, drive, verdict};
 use crate::progress::Progress;
 
@@ -80,12 +81,15 @@ async fn take_up(
             "undoing it"
         }
     );
-    let progress = Progress::new(world.clone(), format == Format::Json);
+    let ordered = past.steps().contains(&Entry::Rollback);
+    let remarks = ask(&world, ordered).await;
+    let progress = Progress::new(world.clone(), format == Format::Json, true);
     let (ended, journal) = drive(
         world,
         journal,
         machine,
         first,
+        &remarks,
         Interference::default(),
         progress,
     )

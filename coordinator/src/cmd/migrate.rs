@@ -54,10 +54,18 @@ pub async fn exec(cx: &Context, c: MigrateArgs) -> Result<(), Failure> {
         Facts::default(),
         false,
     ));
-    let progress = Progress::new(world.clone(), c.quiet);
+    let progress = Progress::new(world.clone(), c.quiet, false);
     let machine = Machine::new(mission.freeze);
-    let (ended, journal) =
-        drive(world, journal, machine, Vec::new(), interference, progress).await?;
+    let (ended, journal) = drive(
+        world,
+        journal,
+        machine,
+        Vec::new(),
+        &[],
+        interference,
+        progress,
+    )
+    .await?;
     let report = write(cx, &journal, mission.id, c.report.as_deref())?;
     print(&report, c.output.output)?;
     if show_progress {

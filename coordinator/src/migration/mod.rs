@@ -5,6 +5,7 @@
 pub mod act;
 pub mod brink;
 pub mod journal;
+pub mod look;
 pub mod machine;
 pub mod orders;
 pub mod plan;

@@ -108,12 +108,14 @@ struct Shell {
     cause: Option<Failure>,
 }
 
-/// Walks the machine to its end. `first` is what it has already asked for (after a crash), else empty.
+/// Walks the machine to its end. `first` is what it has already asked for (after a crash), else empty; `remarks`: what is to be told, and noted,
+/// before.
 pub async fn drive(
     world: Arc<World>,
     journal: Journal,
     mut machine: Machine,
     first: Vec<Action>,
+    remarks: &[String],
     interference: Interference,
     progress: Progress,
 ) -> Result<(Ended, Journal), Failure> {
@@ -132,6 +134,9 @@ pub async fn drive(
         troubles: Vec::new(),
         cause: None,
     };
+    for text in remarks {
+        shell.note(text.clone());
+    }
     let mut actions = VecDeque::from(first);
     if actions.is_empty() && machine.outcome().is_none() {
         actions.extend(machine.on(Event::Start));

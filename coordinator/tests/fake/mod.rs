@@ -52,6 +52,8 @@ struct State {
     holds: HashMap<HoldId, HoldInfo>,
     children: HashMap<String, Child>,
     calls: Vec<String>,
+    /// How often a hold was asked for.
+    asked: u32,
     /// Requests (by the word they begin with) that are refused so many times.
     refuse: HashMap<String, u32>,
 }
@@ -91,6 +93,17 @@ impl FakeSwitch {
             .expect("lock")
             .refuse
             .insert(request.to_owned(), times);
+    }
+
+    pub fn asked(&self) -> u32 {
+        self.0.state.lock().expect("lock").asked
+    }
+
+    /// What a switch with `[hold] then = "put-back"` does with a hold that nobody asks for.
+    pub fn put_back(&self, why: &str) {
+        for h in self.0.state.lock().expect("lock").holds.values_mut() {
+            (h.state, h.error) = (HoldState::Aborted, Some(why.to_owned()));
+        }
     }
 
     pub fn stop_child(&self, vm: &str) {
@@ -236,6 +249,9 @@ impl FakeSwitch {
 
     fn answer(&self, request: &Request) -> Reply {
         let name = gangway::client::verb(request);
+        if let Request::HoldStatus { .. } = request {
+            self.0.state.lock().expect("lock").asked += 1;
+        }
         let quiet = matches!(name, "Hello" | "HoldStatus");
         if !quiet && let Some(refusal) = self.note(name, name) {
             return refusal;
