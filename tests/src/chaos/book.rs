@@ -50,7 +50,12 @@ impl Book {
             .with_context(|| path.display().to_string())
     }
 
-    /// Cases that were never run, or no steps known at all: a page of them would be worse than the one that there is.
+    /// Rows by the rule as it is now.
+    fn counted(&self) -> impl Iterator<Item = &Row> {
+        self.rows.iter().filter(|r| r.counts())
+    }
+
+    /// No case is missing. Cases that were never run, or judged by an older rule, or no steps known at all: a page of them would be worse than the one that there is.
     pub fn is_whole(&self) -> bool {
         let has = |step: &String| {
             Fault::ALL
@@ -63,9 +68,13 @@ impl Book {
     /// Replaces what is between the marks of a page, if every case was run.
     pub fn write_into(&self, page: &Path) -> Result<()> {
         if !self.is_whole() {
-            let rows = self.rows.len();
+            let rows = self.counted().count();
+            let older = match self.rows.len() - rows {
+                0 => String::new(),
+                n => format!(", {n} more were judged by an older rule"),
+            };
             bail!(
-                "{} keeps its table: only {rows} cases were run here; `make chaos` runs all",
+                "{} keeps its table: only {rows} cases were run here{older}; `make chaos` runs all",
                 page.display()
             );
         }
@@ -85,7 +94,7 @@ impl Book {
             before: false,
             fault,
         };
-        self.rows.iter().find(|r| r.case == case)
+        self.counted().find(|r| r.case == case)
     }
 
     /// Steps by faults, then totals, then the red rows one by one.
@@ -106,14 +115,15 @@ impl Book {
             }
             out.push('\n');
         }
-        let red: Vec<&Row> = self.rows.iter().filter(|r| !r.wrong.is_empty()).collect();
-        let sum = |of: fn(&Row) -> u64| self.rows.iter().map(of).sum::<u64>();
+        let red: Vec<&Row> = self.counted().filter(|r| !r.wrong.is_empty()).collect();
+        let sum = |of: fn(&Row) -> u64| self.counted().map(of).sum::<u64>();
+        let rows = self.counted().count();
         let _ = writeln!(
             out,
             "\n{} cases, {} green, {} red. Frames, messages and requests that were judged: {}. Lost: {}, twice: {}, out of order: {}, \
              damaged: {}; received by a switch that was killed, and not forwarded: {}; dropped by guests' own kernels: {}.",
-            self.rows.len(),
-            self.rows.len() - red.len(),
+            rows,
+            rows - red.len(),
             red.len(),
             sum(|r| r.traffic.sent),
             sum(|r| r.traffic.lost),
@@ -159,7 +169,7 @@ fn cell(row: &Row) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rule::Sum;
+    use super::super::rule::{Sum, VERSION};
     use super::*;
 
     fn row(step: &str, fault: Fault, wrong: &[&str]) -> Row {
@@ -185,6 +195,7 @@ mod tests {
             took_s: 1.0,
             wrong: wrong.iter().map(|w| w.to_string()).collect(),
             at_s: 0,
+            rule: VERSION,
         }
     }
 
@@ -228,6 +239,47 @@ mod tests {
         let before = text;
         book.write_into(&page).unwrap();
         assert_eq!(before, std::fs::read_to_string(&page).unwrap());
+    }
+
+    #[test]
+    fn a_row_of_an_older_rule_counts_as_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (page, file) = (dir.path().join("page.md"), dir.path().join("results.json"));
+        std::fs::write(&page, format!("{BEGIN}\nold\n{END}\n")).unwrap();
+        let steps = vec!["stop".to_owned()];
+        let mut book = Book {
+            steps: steps.clone(),
+            rows: Vec::new(),
+        };
+        for fault in Fault::ALL.into_iter().filter(|f| f.can_hit("stop", &steps)) {
+            book.put(row("stop", fault, &[]));
+        }
+        assert!(book.is_whole());
+        // As files have it that were written before rows said so.
+        let mut json = serde_json::to_value(&book).unwrap();
+        let first = json["rows"][0].as_object_mut().unwrap();
+        first.remove("rule");
+        first.insert("wrong".to_owned(), serde_json::json!(["of old"]));
+        std::fs::write(&file, json.to_string()).unwrap();
+        let mut book = Book::load(&file).unwrap();
+        assert_eq!(book.rows[0].rule, 0);
+        assert!(!book.rows[0].counts() && !book.is_whole());
+        let told = book.write_into(&page).unwrap_err().to_string();
+        let rest = book.rows.len() - 1;
+        assert!(
+            told.contains(&format!("only {rest} cases")) && told.contains("1 more"),
+            "{told}"
+        );
+        assert!(std::fs::read_to_string(&page).unwrap().contains("old"));
+        let text = book.markdown();
+        assert!(
+            text.contains(&format!("{rest} cases, {rest} green, 0 red")) && text.contains("|  |"),
+            "{text}"
+        );
+        // Run again: whole again.
+        let fault = book.rows[0].case.fault;
+        book.put(row("stop", fault, &[]));
+        book.write_into(&page).unwrap();
     }
 
     #[test]

@@ -8,12 +8,17 @@
 //! | a QEMU is killed that is the VM at that time | this VM, and what it sends and gets. The others lose nothing and go on |
 //! | held for 20 s and delivered at once | nothing; what a guest's own kernel had no room for at its sockets is told apart, by that kernel's counters |
 //! | a QEMU is killed that is not (A's when B's has all of it, B's before the commit) | nothing |
+//!
+//! Who changes the rule, what [`judge`] makes of a case or what the run asks besides, raises [`VERSION`]: rows of an older one count as missing.
 
 use std::collections::BTreeMap;
 
 use super::Fault;
 use crate::lab::traffic::Flow;
 use serde::{Deserialize, Serialize};
+
+/// Of the rule. Rows that do not say have 0.
+pub const VERSION: u32 = 1;
 
 /// A switch that is killed may have delivered at most one burst of each lane that it had not yet given back.
 pub const BURST: u64 = 32;

@@ -65,6 +65,9 @@ pub struct Row {
     pub wrong: Vec<String>,
     /// When, in seconds since 1970.
     pub at_s: u64,
+    /// The rule that it was judged by: [`rule::VERSION`].
+    #[serde(default)]
+    pub rule: u32,
 }
 
 /// A world, and what it is good for.
@@ -339,7 +342,13 @@ impl Row {
             took_s: 0.0,
             wrong: Vec::new(),
             at_s: now_s(),
+            rule: rule::VERSION,
         }
+    }
+
+    /// Whether it was judged by the rule as it is now; if not, it counts as missing.
+    pub fn counts(&self) -> bool {
+        self.rule == rule::VERSION
     }
 
     /// Whether the world that it was run in is as it was before.
