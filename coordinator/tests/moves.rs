@@ -509,6 +509,61 @@ async fn bad_input_is_one_clear_line() {
     w.assert_as_before("nothing happened");
 }
 
+/// One error, and nothing else on standard error; what it is, and the exit code, are the same. Nobody is asked anything: standard input stays open, and silent.
+#[tokio::test(flavor = "multi_thread")]
+async fn quiet_is_silent_and_asks_nothing_and_fails_the_same() {
+    let cases = [
+        ("migrate chain --to b", None, 0),
+        ("migrate chain --to b", Some("check"), 1),
+        ("migrate chain --to b", Some("seal"), 3),
+        ("migrate chain --to b", Some("settle"), 0),
+        ("migrate prodcuer --from a --to b", None, 2),
+        ("migrate producer --from b --to a", None, 5),
+    ];
+    for (line, fails_at, code) in cases {
+        let mut said = Vec::new();
+        for quiet in ["", " --quiet"] {
+            let w = World::new();
+            let what = format!("{line}{quiet}, fails at {fails_at:?}");
+            let mut c = w.command(&format!("{line}{quiet}"));
+            c.stdin(Stdio::piped());
+            if let Some(step) = fails_at {
+                c.env("GANGWAY_FAIL_AT", step);
+            }
+            let mut child = c.spawn().expect("spawn");
+            let _silent = child.stdin.take().expect("a pipe");
+            let out = tokio::time::timeout(Duration::from_secs(60), child.wait_with_output())
+                .await
+                .expect("in time")
+                .expect("run");
+            assert_eq!(out.status.code(), Some(code), "{what}: {}", text(&out));
+            // What it came to is printed in either case.
+            let begun = fails_at.is_some() || code == 0;
+            assert_eq!(out.stdout.is_empty(), !begun, "{what}: {}", text(&out));
+            let err = String::from_utf8(out.stderr).expect("text");
+            let lines: Vec<&str> = err.lines().collect();
+            if !quiet.is_empty() {
+                let most = usize::from(code != 0);
+                assert_eq!(lines.len(), most, "{what}: {err}");
+            } else if begun {
+                assert!(err.contains("1/17 check") || code == 1, "{what}: {err}");
+            }
+            let error = lines.last().filter(|_| code != 0).copied();
+            said.push(error.map(|e| {
+                assert!(e.starts_with("gangway: "), "{what}: {err}");
+                e.split(' ').map(unnumbered).collect::<Vec<_>>().join(" ")
+            }));
+        }
+        assert_eq!(said[0], said[1], "{line}");
+    }
+}
+
+/// A migration's number is another each time.
+fn unnumbered(word: &str) -> &str {
+    let number = word.len() == 16 && word.bytes().all(|b| b.is_ascii_hexdigit());
+    if number { "ID" } else { word }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn one_vm_and_unconnected_vms_may_move_and_it_is_said() {
     let w = World::new();
