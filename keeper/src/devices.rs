@@ -21,6 +21,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
+
 use crate::relay::waits;
 use crate::wire::{Message, receive, send};
 
@@ -188,9 +190,13 @@ pub struct Client(UnixStream);
 
 impl Client {
     /// # Errors
-    /// If no keeper serves in `dir`.
+    /// If no keeper serves in `dir`, or one that stands still has no room for another connection.
     pub fn connect(dir: &Path) -> io::Result<Client> {
-        let stream = UnixStream::connect(dir.join(FILE))?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        rustix::net::connect(&fd, &SocketAddrUnix::new(dir.join(FILE))?)?;
+        let stream = UnixStream::from(fd);
+        stream.set_nonblocking(false)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         Ok(Client(stream))
@@ -326,6 +332,30 @@ mod tests {
             assert!(c.ask(request, body, fd).is_err(), "{request}");
         }
         assert!(connect(&dir).take("up0").expect("it answers").is_some());
+    }
+
+    #[test]
+    fn nobody_waits_for_a_keeper_that_stands_still() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let listener = UnixListener::bind(dir.path().join(FILE)).expect("it listens");
+        rustix::net::listen(&listener, 1).expect("a short queue");
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            // Connections that are given up stay in the queue.
+            while let Ok(c) = Client::connect(dir.path()) {
+                let _ = tell.send(c.done().is_ok());
+            }
+        });
+        for n in 0.. {
+            match told.recv_timeout(4 * PATIENCE) {
+                Ok(is_done) => assert!(!is_done && n < 9),
+                Err(e) => {
+                    assert_eq!(e, std::sync::mpsc::RecvTimeoutError::Disconnected);
+                    break;
+                }
+            }
+        }
+        drop(listener);
     }
 
     #[test]

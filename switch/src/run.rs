@@ -8,7 +8,6 @@ use anyhow::{Context, Result};
 use gangway_shared::config::valid::{LedgerConfig, PortConfig, PortKind, TapRole};
 use gangway_shared::config::{HostConfig, WORKERS_MAX};
 use gangway_shared::pki::Identity;
-use tokio::task::JoinHandle;
 
 use crate::addresses::{Addresses, Following};
 use crate::control::quic::Quic;
@@ -86,7 +85,7 @@ pub struct Switch {
     acceptor: Arc<Acceptor>,
     vhost: Vec<VhostPort>,
     addresses: Following,
-    watch: JoinHandle<()>,
+    watch: tokio::task::JoinHandle<()>,
 }
 
 /// Shipments go to the acceptor, each on a task of its own.
@@ -235,7 +234,7 @@ async fn watch(
 ) {
     let mut last = vec![None; devices.len()];
     let mut retirement = Retirement::default();
-    let mut looks: Option<JoinHandle<()>> = None;
+    let mut asks: Option<tokio::task::JoinHandle<()>> = None;
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
         awaited.look(Instant::now());
@@ -251,11 +250,6 @@ async fn watch(
             }
         }
         let holds = manager.clone();
-        // By itself: a keeper that stands still makes it wait for seconds.
-        if looks.as_ref().is_none_or(JoinHandle::is_finished) {
-            let kept = kept.clone();
-            looks = Some(tokio::task::spawn_blocking(move || kept.look()));
-        }
         let even = engine.clone();
         let both = move || {
             even.rebalance();
@@ -265,6 +259,11 @@ async fn watch(
         };
         // A panic there would be ours and is logged by the runtime.
         let _ = tokio::task::spawn_blocking(both).await;
+        // A keeper that stands still must not keep the rest from being looked at.
+        if asks.as_ref().is_none_or(|a| a.is_finished()) {
+            let kept = kept.clone();
+            asks = Some(tokio::task::spawn_blocking(move || kept.look()));
+        }
         // It may write a record, or put a hold back.
         let _ = tokio::task::spawn_blocking(move || holds.look(Instant::now())).await;
         for ((slot, health), last) in devices.iter().zip(&mut last) {
