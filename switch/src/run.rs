@@ -38,7 +38,8 @@ const REST: Duration = Duration::from_secs(1);
 struct Awaited {
     engine: Arc<Engine>,
     ports: Vec<usize>,
-    until: Instant,
+    /// From the first look on: what is read at a start takes its time.
+    until: Option<Instant>,
 }
 
 impl Awaited {
@@ -59,15 +60,16 @@ impl Awaited {
         Awaited {
             engine: engine.clone(),
             ports,
-            until: Instant::now() + AWAIT_VMS,
+            until: None,
         }
     }
 
     /// Those that have come, or have not in time, are not awaited any more.
     fn look(&mut self, now: Instant) {
         let ports = &self.engine.shared().ports;
+        let until = *self.until.get_or_insert(now + AWAIT_VMS);
         self.ports.retain(|&n| {
-            let wait = now < self.until && !ports[n].is_up();
+            let wait = now < until && !ports[n].is_up();
             if !wait {
                 // What has piled up meanwhile must not overflow anybody.
                 ports[n].be_patient(self.engine.shared().now_s());
@@ -132,7 +134,7 @@ impl Switch {
         }));
         // Before the first frame comes in.
         manager.take_up(left);
-        let awaited = Awaited::new(&engine, cfg);
+        let mut awaited = Awaited::new(&engine, cfg);
         addresses.take_up();
         let addresses = addresses
             .follow()
@@ -170,6 +172,8 @@ impl Switch {
                 vhost.push(port.with_context(|| format!("port {}", p.name))?);
             }
         }
+        // They can connect from here on.
+        awaited.look(Instant::now());
         let watch = tokio::spawn(watch(
             engine.clone(),
             manager.clone(),
@@ -407,16 +411,18 @@ mod tests {
             ports[0].push(frame(1, mac(2), n));
         }
         eventually("they are taken", || ports[0].waiting() == 0);
-        awaited.look(Instant::now());
+        // However long the start took.
+        let begin = Instant::now() + 2 * AWAIT_VMS;
+        awaited.look(begin);
         plug(1);
         eventually("all are delivered", || ports[1].delivered_count() == 500);
         let numbers = ports[1].delivered();
         let numbers = numbers.iter().map(|f| f[20..24].to_vec());
         assert!(numbers.is_sorted());
         let armed = |n: usize| engine.shared().ports[n].armed();
-        awaited.look(Instant::now());
+        awaited.look(begin + AWAIT_VMS / 2);
         assert_eq!([armed(0), armed(1), armed(2)], [false, false, true]);
-        awaited.look(Instant::now() + AWAIT_VMS);
+        awaited.look(begin + AWAIT_VMS);
         assert!(!armed(2), "it is not waited for any longer");
         engine.stop();
     }
