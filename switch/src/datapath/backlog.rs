@@ -86,6 +86,15 @@ impl Ring {
     }
 }
 
+/// What a file had.
+pub(super) struct Opened {
+    pub backlog: Backlog,
+    /// Where the file says what it is.
+    pub header: Vec<u8>,
+    /// Bytes that are said to wait and are no record, or behind one that is none.
+    pub unread: u64,
+}
+
 /// See the module.
 #[derive(Default)]
 pub struct Backlog {
@@ -110,8 +119,8 @@ impl Backlog {
         }
     }
 
-    /// What an earlier run has left in a file of [`super::shelf`], and where that says that it belongs.
-    pub(super) fn open(path: &Path) -> std::io::Result<(Backlog, Vec<u8>)> {
+    /// What an earlier run has left in a file of [`super::shelf`].
+    pub(super) fn open(path: &Path) -> std::io::Result<Opened> {
         let (mut room, header) = Room::open(path, BACKLOG_BYTES)?;
         let get = |word| room.word(word).load(Ordering::Acquire);
         let (head, said) = (get(HEAD), get(TAIL));
@@ -120,6 +129,7 @@ impl Backlog {
             whole && said < 1 << 62 && (1..=BACKLOG_BYTES as u64).contains(n)
         });
         // A fresh one, or one that cannot be read.
+        let mut unread = said.saturating_sub(head).min(BACKLOG_BYTES as u64);
         let (head, said) = waits.map_or((0, 0), |_| (head, said));
         if head < said {
             // One that wraps was there to its end.
@@ -144,10 +154,17 @@ impl Backlog {
             found.frames += usize::from(is_frame);
         }
         found.tail = at;
+        if waits.is_some() {
+            unread = said - at;
+        }
         if at < said {
             found.ring.set(TAIL, at);
         }
-        Ok((found, header))
+        Ok(Opened {
+            backlog: found,
+            header,
+            unread,
+        })
     }
 
     /// The place behind the record there, and whether that is a frame; none if it is no record.
@@ -300,8 +317,11 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::collections::VecDeque;
+    use std::os::unix::fs::FileExt;
+    use std::path::PathBuf;
 
     use super::super::shelf::Shelf;
+    use crate::spool::PAGE;
 
     proptest! {
         #[test]
@@ -385,7 +405,8 @@ mod tests {
                 if i % 16 == 15 {
                     let path = dir.path().join(shelf.name(0, 0, 1));
                     if path.exists() {
-                        let (found, _) = Backlog::open(&path).expect("a file");
+                        let Opened { backlog: found, unread, .. } = Backlog::open(&path).expect("a file");
+                        prop_assert_eq!(unread, 0);
                         prop_assert_eq!(found.len(), model.len());
                         prop_assert_eq!(waits(found), model.iter().cloned().collect::<Vec<_>>());
                     } else {
@@ -394,5 +415,43 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// A file with so many frames of 84 bytes, each of which is a record of 112.
+    fn file(frames: usize) -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+        let shelf = Shelf::open(dir.path(), vec!["a".into(), "b".into()])
+            .expect("a shelf")
+            .0;
+        let mut b = Backlog::at(shelf.spot(0, 0, 1));
+        for n in 0..frames {
+            assert!(b.push(&Frame::from_slice(VnetHdr::default(), &bytes(n, 84)), 0));
+        }
+        let path = dir.path().join(shelf.name(0, 0, 1));
+        (dir, path)
+    }
+
+    fn write(path: &Path, at: u64, bytes: &[u8]) {
+        let file = std::fs::File::options().write(true).open(path);
+        file.and_then(|f| f.write_all_at(bytes, at))
+            .expect("a file");
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_said() {
+        let (_dir, path) = file(10);
+        write(&path, PAGE + 3 * 112, &[0xee; 4]);
+        let found = Backlog::open(&path).expect("a file");
+        assert_eq!((found.backlog.len(), found.unread), (3, 7 * 112));
+        // Once.
+        let again = Backlog::open(&path).expect("a file");
+        assert_eq!((again.backlog.len(), again.unread), (3, 0));
+        // Words that say nothing.
+        write(&path, 264, &u64::MAX.to_ne_bytes());
+        let found = Backlog::open(&path).expect("a file");
+        assert_eq!(
+            (found.backlog.len(), found.unread),
+            (0, BACKLOG_BYTES as u64)
+        );
     }
 }

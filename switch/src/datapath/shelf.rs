@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use gangway_keeper::devices::AWAY;
 
-use super::backlog::Backlog;
+use super::backlog::{Backlog, Opened};
 use super::worker::Seat;
 use crate::spool::{Room, is_memory};
 
@@ -92,7 +92,11 @@ impl Shelf {
         };
         let opened = Backlog::open(path);
         // No memory, no descriptor: another run may have better luck.
-        let (backlog, header) = opened.inspect_err(|e| {
+        let Opened {
+            backlog,
+            header,
+            unread,
+        } = opened.inspect_err(|e| {
             if e.kind() == io::ErrorKind::InvalidData {
                 let _ = remove();
             }
@@ -100,6 +104,13 @@ impl Shelf {
         if !header.starts_with(MAGIC) {
             remove()?;
             return Err(io::Error::other("no backlog of this version"));
+        }
+        if unread > 0 {
+            tracing::error!(
+                "{}: damaged: what waited from {from} to {to} (worker {worker}) behind {} frames, {unread} bytes, cannot be read and is lost",
+                path.display(),
+                backlog.len()
+            );
         }
         let port = |name| self.ports.iter().position(|p| p == name);
         match (port(from), port(to)) {
