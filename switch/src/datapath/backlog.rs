@@ -32,6 +32,8 @@ const HEADER: usize = 16;
 const SKIP: u32 = u32::MAX;
 /// By how much a file grows.
 const STEP: usize = 64 << 10;
+/// No run of ours gets that far: places from there on are a foreign file's, and are made small before they are added to.
+const FAR: u64 = 1 << 62;
 /// Words of the file.
 const HEAD: usize = 0;
 const TAIL: usize = 1;
@@ -126,11 +128,20 @@ impl Backlog {
         let (head, said) = (get(HEAD), get(TAIL));
         let waits = said.checked_sub(head).filter(|n| {
             let whole = n.is_multiple_of(HEADER as u64) && head.is_multiple_of(HEADER as u64);
-            whole && said < 1 << 62 && (1..=BACKLOG_BYTES as u64).contains(n)
+            whole && (1..=BACKLOG_BYTES as u64).contains(n)
         });
         // A fresh one, or one that cannot be read.
         let mut unread = said.saturating_sub(head).min(BACKLOG_BYTES as u64);
-        let (head, said) = waits.map_or((0, 0), |_| (head, said));
+        let (head, said) = match waits {
+            None => (0, 0),
+            Some(n) if said >= FAR => {
+                let near = offset(head) as u64;
+                room.word(HEAD).store(near, Ordering::Release);
+                room.word(TAIL).store(near + n, Ordering::Release);
+                (near, near + n)
+            }
+            Some(_) => (head, said),
+        };
         if head < said {
             // One that wraps was there to its end.
             let (from, to) = (offset(head), offset(said));
@@ -453,5 +464,35 @@ mod tests {
             (found.backlog.len(), found.unread),
             (0, BACKLOG_BYTES as u64)
         );
+    }
+
+    /// As far as it goes, from the file's end: no sum of ours overflows, and the run behind finds all again.
+    #[test]
+    fn places_of_a_foreign_file_may_be_anything() {
+        let last = u64::MAX - (BACKLOG_BYTES as u64 - 1);
+        for start in [1 << 61, FAR - BACKLOG_BYTES as u64, FAR, last] {
+            let (_dir, path) = file(10);
+            write(&path, 256, &start.to_ne_bytes());
+            write(&path, 264, &(start + 10 * 112).to_ne_bytes());
+            let mut found = Backlog::open(&path).expect("a file");
+            assert_eq!((found.backlog.len(), found.unread), (10, 0), "{start:#x}");
+            // It wraps, and is empty in between.
+            for n in 10..20_000 {
+                let f = bytes(n, 84);
+                assert!(
+                    found
+                        .backlog
+                        .push(&Frame::from_slice(VnetHdr::default(), &f), 0)
+                );
+                for _ in 0..[1, 0, 2, 1, 20][n / 3 % 5] {
+                    found.backlog.pop();
+                }
+                found.backlog.note();
+            }
+            let want = waits(found.backlog);
+            let again = Backlog::open(&path).expect("a file");
+            assert_eq!(again.unread, 0);
+            assert_eq!(waits(again.backlog), want);
+        }
     }
 }
