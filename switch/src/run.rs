@@ -27,6 +27,9 @@ use crate::spool::Spool;
 /// How often devices are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
+/// How often unused memory is given back, in looks.
+const TRIM_EVERY: u32 = 20;
+
 /// How long after the start senders wait for a VM that has not connected yet. QEMU tries again once a second.
 const AWAIT_VMS: Duration = Duration::from_secs(5);
 
@@ -238,6 +241,7 @@ async fn watch(
 ) {
     let mut last = vec![None; devices.len()];
     let mut retirement = Retirement::default();
+    let mut looks = 0u32;
     let mut asks: Option<tokio::task::JoinHandle<()>> = None;
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
@@ -255,8 +259,12 @@ async fn watch(
         }
         let holds = manager.clone();
         let even = engine.clone();
+        looks = looks.wrapping_add(1);
         let both = move || {
             even.rebalance();
+            if looks.is_multiple_of(TRIM_EVERY) {
+                even.trim();
+            }
             if let Some(shelf) = &even.shared().shelf {
                 shelf.is_alive();
             }

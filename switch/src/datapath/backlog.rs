@@ -20,7 +20,7 @@ use std::sync::atomic::Ordering;
 use crate::port::{BURST, Burst, FRAME_MAX, FRAME_MIN, Frame, VnetHdr};
 use crate::spool::Room;
 
-use super::shelf::Spot;
+use super::shelf::{Spot, Without};
 
 /// Bytes of frames and their headers that a lane keeps at most before it drops.
 pub const BACKLOG_BYTES: usize = 1 << 20;
@@ -54,7 +54,10 @@ enum Ring {
     #[default]
     None,
     /// Dies with this process.
-    Own(Box<[u8]>),
+    Own(
+        Box<[u8]>,
+        #[expect(dead_code, reason = "it is counted")] Without,
+    ),
     /// Does not.
     Kept(Box<Room>),
 }
@@ -63,7 +66,7 @@ impl Ring {
     fn bytes(&self) -> &[u8] {
         match self {
             Ring::None => &[],
-            Ring::Own(b) => b,
+            Ring::Own(b, _) => b,
             Ring::Kept(r) => r.bytes(),
         }
     }
@@ -72,7 +75,7 @@ impl Ring {
     fn bytes_mut(&mut self, to: usize) -> Option<&mut [u8]> {
         match self {
             Ring::None => None,
-            Ring::Own(b) => b.get_mut(..to),
+            Ring::Own(b, _) => b.get_mut(..to),
             Ring::Kept(r) => {
                 let to = to.next_multiple_of(STEP).min(BACKLOG_BYTES);
                 r.need(to).ok()?;
@@ -110,6 +113,8 @@ pub struct Backlog {
     frames: usize,
     /// There was no memory for more; until something was delivered.
     is_short: bool,
+    /// Something has come since the last [`Backlog::trim`].
+    is_used: bool,
 }
 
 impl Backlog {
@@ -155,6 +160,7 @@ impl Backlog {
             noted: head,
             frames: 0,
             is_short: false,
+            is_used: true,
         };
         let mut at = head;
         while at < said {
@@ -222,9 +228,10 @@ impl Backlog {
         if matches!(self.ring, Ring::None) {
             self.ring = match self.spot.room(BACKLOG_BYTES) {
                 Some(room) => Ring::Kept(Box::new(room)),
-                None => Ring::Own(vec![0; BACKLOG_BYTES].into_boxed_slice()),
+                None => self.own(),
             };
         }
+        self.is_used = true;
         if self.noted == self.tail {
             self.begin_again();
         }
@@ -234,7 +241,12 @@ impl Backlog {
         let passed = offset(self.tail);
         let from = offset(at);
         let to = from + need(f.len);
-        let Some(bytes) = self.ring.bytes_mut(to.max(passed + 4)) else {
+        let end = to.max(passed + 4);
+        if self.ring.bytes_mut(end).is_none() && self.noted == self.tail {
+            // The file says that nothing waits, and is left alone.
+            self.ring = self.own();
+        }
+        let Some(bytes) = self.ring.bytes_mut(end) else {
             self.is_short = true;
             return false;
         };
@@ -250,6 +262,33 @@ impl Backlog {
         self.ring.set(TAIL, self.tail);
         self.frames += 1;
         true
+    }
+
+    fn own(&self) -> Ring {
+        let bytes = vec![0; BACKLOG_BYTES].into_boxed_slice();
+        Ring::Own(bytes, self.spot.without())
+    }
+
+    /// What an earlier run has left in this lane's file.
+    pub fn take_up(&mut self, left: Backlog) {
+        let spot = std::mem::take(&mut self.spot);
+        *self = Backlog { spot, ..left };
+    }
+
+    /// Gives back the memory of a ring where nothing waits, and nothing has come since the last call. The next frame asks for it anew, also
+    /// for a file if there was no memory for that. For the lane's owner, now and then. True if there was some.
+    pub fn trim(&mut self) -> bool {
+        if std::mem::take(&mut self.is_used) || self.noted != self.tail {
+            return false;
+        }
+        match &mut self.ring {
+            Ring::None => false,
+            Ring::Own(..) => {
+                self.ring = Ring::None;
+                true
+            }
+            Ring::Kept(r) => r.release(),
+        }
     }
 
     /// Nothing waits: the ring's first bytes are those that are in the processor's cache. Empty all the time, also for who finds it so.
@@ -408,6 +447,8 @@ mod tests {
                     }
                     7 => {
                         b.note();
+                        b.trim();
+                        b.trim();
                         model.drain(..popped);
                         popped = 0;
                     }
@@ -494,5 +535,77 @@ mod tests {
             assert_eq!(again.unread, 0);
             assert_eq!(waits(again.backlog), want);
         }
+    }
+
+    #[test]
+    fn a_ring_where_nothing_waits_gives_its_memory_back() {
+        use std::os::unix::fs::MetadataExt;
+        let (_dir, path) = file(0);
+        let shelf = Shelf::open(
+            path.parent().expect("a folder"),
+            vec!["a".into(), "b".into()],
+        );
+        let mut b = Backlog::at(shelf.expect("a shelf").0.spot(0, 0, 1));
+        let has = || std::fs::metadata(&path).map_or(0, |m| m.blocks() * 512);
+        let f = bytes(1, 1500);
+        for _ in 0..3 {
+            let mut n = 0;
+            while b.push(&Frame::from_slice(VnetHdr::default(), &f), 0) {
+                n += 1;
+            }
+            assert!(has() > BACKLOG_BYTES as u64);
+            assert!([b.trim(), b.trim()] == [false, false], "they wait");
+            (0..n).for_each(|_| b.pop());
+            assert!(!b.trim(), "they are not noted");
+            b.note();
+            assert!(b.trim());
+            assert!(has() <= PAGE);
+            assert!(!b.trim(), "there is none");
+            // And it is what it was.
+            assert!(b.push(&Frame::from_slice(VnetHdr::default(), &f), 0));
+            assert!(!b.trim());
+            let found = Backlog::open(&path).expect("a file").backlog;
+            assert_eq!(waits(found), [f.clone()]);
+            b.pop();
+            b.note();
+        }
+    }
+
+    #[test]
+    fn where_no_memory_is_left_it_waits_elsewhere_if_nothing_waits_before() {
+        let (_dir, path) = file(0);
+        let shelf = Shelf::open(
+            path.parent().expect("a folder"),
+            vec!["a".into(), "b".into()],
+        );
+        let mut b = Backlog::at(shelf.expect("a shelf").0.spot(0, 0, 1));
+        let f = bytes(1, 30_000);
+        let f = Frame::from_slice(VnetHdr::default(), &f);
+        let starve = |b: &mut Backlog| match &mut b.ring {
+            Ring::Kept(r) => r.starve(),
+            _ => panic!("no file"),
+        };
+        assert!(b.push(&f, 0));
+        b.pop();
+        b.note();
+        assert!(!b.trim() && b.trim());
+        starve(&mut b);
+        for n in 1..10 {
+            assert!(b.push(&f, 0));
+            assert_eq!(b.len(), n);
+        }
+        assert!(matches!(b.ring, Ring::Own(..)));
+        assert!(Backlog::open(&path).expect("a file").backlog.is_empty());
+        assert_eq!(waits(b).len(), 9);
+
+        // Behind what waits in the file there is no other place.
+        let (_dir, path) = file(2);
+        let mut b = Backlog::open(&path).expect("a file").backlog;
+        starve(&mut b);
+        while b.push(&f, 0) {}
+        assert!(!b.has_room(f.len));
+        let left = b.len();
+        assert!(matches!(b.ring, Ring::Kept(..)) && left < 9);
+        assert_eq!(Backlog::open(&path).expect("a file").backlog.len(), left);
     }
 }

@@ -422,6 +422,14 @@ impl Engine {
         }
     }
 
+    /// Gives back memory of backlogs that were not used since the last call.
+    pub fn trim(&self) {
+        let orders = (0..self.workers().len()).map(|n| (n, Order::Trim));
+        if let Err(e) = self.orders(orders.collect()) {
+            tracing::warn!("{e}");
+        }
+    }
+
     /// Evens out what ports that have gone or a hold have left: queues move to workers that have fewer, unless something that they
     /// have sent still waits, or a guest with several queues has not read what is in them (ADR-0027). True if one has moved.
     pub fn rebalance(&self) -> bool {

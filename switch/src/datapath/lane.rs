@@ -297,7 +297,7 @@ impl Lane {
     /// What an earlier run of the switch had taken and not delivered. It forwarded then: all of it is newer than what is being put
     /// back or was shipped, and older than what comes.
     pub fn take_up(&mut self, backlog: Backlog, now_ns: u64) {
-        self.backlog = backlog;
+        self.backlog.take_up(backlog);
         self.spool_left(now_ns);
     }
 
@@ -319,6 +319,11 @@ impl Lane {
     #[inline]
     pub fn is_plain(&self) -> bool {
         matches!(self.gate, Gate::Forward) && self.backlog.is_empty()
+    }
+
+    /// See [`Backlog::trim`].
+    pub fn trim(&mut self) -> bool {
+        self.backlog.trim()
     }
 
     /// Frames wait in memory, and not in a spool.

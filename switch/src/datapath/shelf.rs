@@ -4,7 +4,7 @@
 //! Only behind a keeper: without one QEMU throws away more than a backlog holds (ADR-0024). And only in memory: no worker waits for a
 //! disk. Where it is not so a backlog dies with the switch.
 //!
-//! Invariant: a file is of one lane: the sending port, the worker, the receiving port. A lane has it for as long as the process lives.
+//! Invariant: a file is of one lane: the sending port, the worker, the receiving port. Its name stays as long as the process lives.
 //! Invariant: what cannot be taken up is named in the log, with the number of its frames, and counted by nobody else.
 
 use std::ffi::OsStr;
@@ -12,6 +12,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use gangway_keeper::devices::AWAY;
 
@@ -35,6 +36,10 @@ pub struct Shelf {
     dir: PathBuf,
     /// Of ports, by index.
     ports: Vec<String>,
+    /// One copy for each backlog that found no memory here.
+    without: Arc<()>,
+    /// It was said that there are such.
+    said: AtomicBool,
 }
 
 /// What an earlier run had taken and not delivered, and of which lane.
@@ -65,6 +70,8 @@ impl Shelf {
         let shelf = Arc::new(Shelf {
             dir: dir.to_owned(),
             ports,
+            without: Arc::default(),
+            said: AtomicBool::default(),
         });
         // The keeper's sockets are closed by then, too.
         let is_old = shelf
@@ -179,6 +186,20 @@ impl Shelf {
     /// To be called now and then: what waits here is not older than that, as far as a dead switch is concerned.
     pub fn is_alive(&self) {
         let _ = std::fs::write(self.dir.join(ALIVE), now_s().to_string());
+        let dir = self.dir.display();
+        match self.change() {
+            Some(0) => tracing::info!("{dir}: there is memory again for what waits for receivers"),
+            Some(n) => tracing::warn!(
+                "{dir}: no memory for what waits for receivers ({n} backlogs): a switch that is killed loses it"
+            ),
+            None => {}
+        }
+    }
+
+    /// How many backlogs are elsewhere and die with the switch, if there are some now and were none, or the other way round.
+    fn change(&self) -> Option<usize> {
+        let n = Arc::strong_count(&self.without) - 1;
+        (self.said.swap(n > 0, Ordering::Relaxed) != (n > 0)).then_some(n)
     }
 
     /// When an earlier run last said so, in seconds since the boot.
@@ -217,5 +238,48 @@ impl Spot {
         let (shelf, from, worker, to) = self.0.as_ref()?;
         let path = shelf.dir.join(shelf.name(*from, *worker, *to));
         Room::create(&path, MAGIC, bytes).ok()
+    }
+
+    /// To be held by a backlog that should be here and is elsewhere, as long as it is.
+    pub(super) fn without(&self) -> Without {
+        Without(self.0.as_ref().map(|(shelf, ..)| shelf.without.clone()))
+    }
+}
+
+/// See [`Spot::without`].
+pub(super) struct Without(#[expect(dead_code, reason = "it is counted")] Option<Arc<()>>);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::port::{Frame, VnetHdr};
+
+    #[test]
+    fn that_a_backlog_finds_no_memory_is_said_once() {
+        let dir = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
+        let names = ["a", "b", "c"].map(String::from).to_vec();
+        let (shelf, _) = Shelf::open(&dir.path().join("x"), names).expect("a shelf");
+        let [mut b, mut c] = [1, 2].map(|to| Backlog::at(shelf.spot(0, 0, to)));
+        let f = Frame::from_slice(VnetHdr::default(), &[7; 60]);
+        assert_eq!(shelf.change(), None);
+        // No file can be made there.
+        std::fs::remove_dir_all(dir.path().join("x")).expect("it is gone");
+        assert!(b.push(&f, 0), "it waits elsewhere");
+        assert_eq!(shelf.change(), Some(1));
+        assert!(c.push(&f, 0));
+        assert_eq!(shelf.change(), None);
+        // There is room again, and nothing waits.
+        std::fs::create_dir(dir.path().join("x")).expect("a folder");
+        for lane in [&mut b, &mut c] {
+            assert!(!lane.trim());
+            lane.pop();
+            lane.note();
+            assert!(lane.trim());
+        }
+        assert_eq!(shelf.change(), Some(0));
+        assert!(b.push(&f, 0));
+        let path = dir.path().join("x").join(shelf.name(0, 0, 1));
+        assert_eq!(Backlog::open(&path).expect("a file").backlog.len(), 1);
+        assert_eq!(shelf.change(), None);
     }
 }

@@ -427,6 +427,24 @@ impl Room {
         Ok(())
     }
 
+    /// There is no memory from now on.
+    #[cfg(test)]
+    pub(crate) fn starve(&mut self) {
+        self.file = File::open("/dev/null").expect("it is there");
+    }
+
+    /// Gives back all that was asked for; it is zeros when it is asked for again. False if there is nothing, or the file system cannot do it.
+    pub(crate) fn release(&mut self) -> bool {
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let len = self.map.len() as u64;
+        // Also what an earlier run asked for.
+        let is_done = self.there > 0 && fallocate(&self.file, hole, PAGE, len).is_ok();
+        if is_done {
+            self.there = 0;
+        }
+        is_done
+    }
+
     /// Those that are there.
     pub(crate) fn bytes(&self) -> &[u8] {
         // SAFETY: the mapping is live, `there <= len`, and its file is not shortened (the directory is ours). Only `&mut self` writes.

@@ -220,3 +220,23 @@ fn what_finds_no_room_behind_a_cut_waits_and_stays_in_front() {
     assert_eq!(ports[1].delivered_count(), 0, "behind the cut");
     w.engine.stop();
 }
+
+#[test]
+fn a_lane_that_was_behind_once_gives_its_memory_back() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = folder();
+    let ports = [(); 2].map(|()| MemoryPort::default());
+    let (w, _) = Run::start(dir.path(), &["a", "b"], 1, &ports);
+    ports[1].set_room(0);
+    w.sends(0, 2, 1..=5000);
+    let file = dir.path().join("backlog/a~0~b.frames");
+    let blocks = || std::fs::metadata(&file).expect("a file").blocks();
+    (0..2).for_each(|_| w.engine.trim());
+    assert!(blocks() * 512 > 400_000, "all of it waits");
+    ports[1].set_room(usize::MAX);
+    eventually("all", || ports[1].delivered_count() == 5000);
+    assert!(w.engine.rest(Duration::from_secs(20)).expect("it answers"));
+    (0..2).for_each(|_| w.engine.trim());
+    assert!(blocks() * 512 <= 4096);
+    w.engine.stop();
+}
