@@ -565,7 +565,7 @@ mod tests {
             assert!(b.push(&Frame::from_slice(VnetHdr::default(), &f), 0));
             assert!(!b.trim());
             let found = Backlog::open(&path).expect("a file").backlog;
-            assert_eq!(waits(found), [f.clone()]);
+            assert_eq!(waits(found), std::slice::from_ref(&f));
             b.pop();
             b.note();
         }
