@@ -26,6 +26,7 @@ mod incoming;
 mod outgoing;
 mod receive;
 mod send;
+mod session;
 mod wire;
 
 #[cfg(test)]
@@ -34,6 +35,8 @@ pub(crate) mod tests;
 pub use accept::Acceptor;
 pub use incoming::{Incoming, IncomingLane};
 pub use outgoing::{LaneShip, Lanes, Outgoing, OutgoingArgs};
+#[doc(hidden)]
+pub use session::{Session, Stream};
 
 use crate::spool::Damaged;
 

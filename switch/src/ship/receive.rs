@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use gangway_shared::api::{Refusal, RefusalCode, Tally};
 use gangway_shared::id::LaneKey;
-use gangway_shared::ship::{ToSource, ToTarget};
+use gangway_shared::ship::{LaneOpen, ToSource, ToTarget};
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
@@ -32,13 +32,13 @@ const RETRY: Duration = Duration::from_millis(1);
 
 /// Numbers of this connection's lanes; place in [`super::incoming::State::lanes`].
 #[derive(Debug, Default)]
-struct Numbers {
+pub(super) struct Numbers {
     place: Mutex<HashMap<u32, usize>>,
     named: Notify,
 }
 
 impl Numbers {
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u32, usize>> {
+    pub(super) fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u32, usize>> {
         self.place.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -122,12 +122,7 @@ async fn session(
         .map(|l| l.queue.clone())
         .collect();
     sync(all).await?;
-    let watermarks = incoming.update(|s| {
-        s.error = None;
-        let lanes = s.lanes.iter();
-        lanes.map(|l| (l.key.clone(), l.queue.last_seq())).collect()
-    });
-    wire::to_source(answers, &ToSource::Welcome { watermarks }).await?;
+    wire::to_source(answers, &welcome(incoming)).await?;
 
     let numbers = Arc::new(Numbers::default());
     tasks.spawn(messages(incoming.clone(), control, numbers.clone()));
@@ -153,6 +148,16 @@ async fn session(
     }
 }
 
+/// Everything here is synced: from where the source goes on.
+pub(super) fn welcome(incoming: &Incoming) -> ToSource {
+    let watermarks = incoming.update(|s| {
+        s.error = None;
+        let lanes = s.lanes.iter();
+        lanes.map(|l| (l.key.clone(), l.queue.last_seq())).collect()
+    });
+    ToSource::Welcome { watermarks }
+}
+
 /// The control stream. Ends with the connection, or with an abort.
 async fn messages(
     incoming: Arc<Incoming>,
@@ -160,138 +165,149 @@ async fn messages(
     numbers: Arc<Numbers>,
 ) -> Result<(), ShipError> {
     loop {
-        match wire::from_source(&mut control).await? {
-            Some(ToTarget::Lane { lane, key, inside }) => {
-                let place = make_lane(&incoming, key, inside).await?;
-                if numbers.lock().insert(lane, place).is_some() {
-                    return Err(ShipError::Protocol(format!("lane {lane} was named twice")));
-                }
-                numbers.named.notify_waiters();
+        let goes_on = match wire::from_source(&mut control).await? {
+            Some(m @ ToTarget::Lane { .. }) => {
+                let (i, n) = (incoming.clone(), numbers.clone());
+                // What was begun is ended even if this task is aborted meanwhile: no queue is made and then forgotten.
+                let heard = tokio::task::spawn_blocking(move || heard(&i, &n, m));
+                heard.await.unwrap_or_else(|e| {
+                    Err(ShipError::Refused(Refusal {
+                        code: RefusalCode::Internal,
+                        message: format!("a lane's queue is not made: {e}"),
+                    }))
+                })?
             }
-            Some(ToTarget::Named { lanes }) => {
-                let known = numbers.lock().len();
-                if known != lanes as usize {
-                    let what = format!("{lanes} lanes were named, {known} are known");
-                    return Err(ShipError::Protocol(what));
-                }
-                incoming.update(|s| s.named = true);
-            }
-            Some(ToTarget::End { lane, tally }) => {
-                let (place, known) = {
-                    let all = numbers.lock();
-                    (all.get(&lane).copied(), all.len())
-                };
-                incoming.update(|s| match place.and_then(|p| s.lanes.get_mut(p)) {
-                    // It has been compared, and acknowledged.
-                    Some(l) if l.complete && tally != l.acked => Err(ShipError::Disagree {
-                        lane: l.key.clone(),
-                        what: format!("complete with {:?}, source has {tally:?} now", l.acked),
-                    }),
-                    Some(l) => {
-                        l.end = Some(tally);
-                        Ok(())
-                    }
-                    None => Err(ShipError::Protocol(format!(
-                        "an end of lane {lane}, which was not named; {known} lanes were"
-                    ))),
-                })?;
-                incoming.received.notify_one();
-                incoming.urgent.notify_one();
-            }
-            Some(ToTarget::Abort) => {
-                incoming.update(|s| s.aborted = true);
-                return Ok(());
-            }
-            Some(ToTarget::Hello { .. }) => {
-                let what = "a second Hello; a connection has one";
-                return Err(ShipError::Protocol(what.into()));
-            }
+            Some(m) => heard(&incoming, &numbers, m)?,
             None => return Err(ShipError::Connection("the source ended it".into())),
+        };
+        if !goes_on {
+            return Ok(());
         }
     }
 }
 
-/// The lane's place; its queue is made if it is new.
-async fn make_lane(
-    incoming: &Arc<Incoming>,
-    key: LaneKey,
-    inside: bool,
-) -> Result<usize, ShipError> {
-    let i = incoming.clone();
-    // What was begun is ended even if this task is aborted meanwhile: no queue is made and then forgotten.
-    let made = tokio::task::spawn_blocking(move || {
-        let _one = i.making();
-        let no = |code, message: String| Err(Refusal { code, message });
-        if i.lock().stopped {
-            let what = "this host takes no shipment of the hold any more";
-            return no(RefusalCode::State, what.into());
+/// What a message behind the first Hello changes; false: it was the last, an abort. Makes a new lane's queue: blocks then.
+pub(super) fn heard(
+    incoming: &Incoming,
+    numbers: &Numbers,
+    m: ToTarget,
+) -> Result<bool, ShipError> {
+    match m {
+        ToTarget::Lane { lane, key, inside } => {
+            let place = make_lane(incoming, key, inside).map_err(ShipError::Refused)?;
+            if numbers.lock().insert(lane, place).is_some() {
+                return Err(ShipError::Protocol(format!("lane {lane} was named twice")));
+            }
+            numbers.named.notify_waiters();
         }
-        // Its frames would never be delivered.
-        if !i.ports.contains(&key.to) {
-            let what = format!(
-                "a lane to port '{}'; the hold's ports here are {}",
-                key.to.escape_debug(),
-                i.ports.join(", ")
-            );
-            return no(RefusalCode::Malformed, what);
+        ToTarget::Named { lanes } => {
+            let known = numbers.lock().len();
+            if known != lanes as usize {
+                let what = format!("{lanes} lanes were named, {known} are known");
+                return Err(ShipError::Protocol(what));
+            }
+            incoming.update(|s| s.named = true);
         }
-        let known = i.lock().lanes.iter().position(|l| l.key == key);
-        if let Some(n) = known {
-            // What an earlier connection said of the lane's end is said again, or was wrong.
-            i.update(|s| {
-                if let Some(l) = s.lanes.get_mut(n).filter(|l| !l.complete)
-                    && l.end.take().is_some()
-                {
-                    l.mismatch = None;
+        ToTarget::End { lane, tally } => {
+            let (place, known) = {
+                let all = numbers.lock();
+                (all.get(&lane).copied(), all.len())
+            };
+            incoming.update(|s| match place.and_then(|p| s.lanes.get_mut(p)) {
+                // It has been compared, and acknowledged.
+                Some(l) if l.complete && tally != l.acked => Err(ShipError::Disagree {
+                    lane: l.key.clone(),
+                    what: format!("complete with {:?}, source has {tally:?} now", l.acked),
+                }),
+                Some(l) => {
+                    l.end = Some(tally);
+                    Ok(())
                 }
-            });
-            return Ok(n);
+                None => Err(ShipError::Protocol(format!(
+                    "an end of lane {lane}, which was not named; {known} lanes were"
+                ))),
+            })?;
+            incoming.received.notify_one();
+            incoming.urgent.notify_one();
         }
-        if i.lock().only_known {
-            let what = format!(
-                "lane {key}: it was not there, or not any more, when the hold was committed here, so nobody would deliver it; its frames stay at the source until the hold is released"
-            );
-            return no(RefusalCode::State, what);
+        ToTarget::Abort => {
+            incoming.update(|s| s.aborted = true);
+            return Ok(false);
         }
-        if i.lock().lanes.len() >= LANES_MAX {
-            let what = format!("more than {LANES_MAX} lanes in one hold");
-            return no(RefusalCode::Resources, what);
+        ToTarget::Hello { .. } => {
+            let what = "a second Hello; a connection has one";
+            return Err(ShipError::Protocol(what.into()));
         }
-        let (writer, queue) = match i.spool.create(i.hold, Kind::Incoming, &key) {
-            Ok(created) => created,
-            Err(e) => return no(RefusalCode::Resources, e.to_string()),
-        };
-        queue.set_inside(inside);
-        // A failure is latched in the queue, and found before anything is acknowledged.
-        let _ = queue.sync();
-        Ok(i.update(|s| {
-            s.lanes.push(Lane {
-                key,
-                inside,
-                queue,
-                writer: Some(writer),
-                end: None,
-                complete: false,
-                mismatch: None,
-                acked: Tally::default(),
-            });
-            s.lanes.len() - 1
-        }))
-    });
-    let made = made.await.unwrap_or_else(|e| {
-        Err(Refusal {
-            code: RefusalCode::Internal,
-            message: format!("a lane's queue is not made: {e}"),
-        })
-    });
-    made.map_err(ShipError::Refused)
+    }
+    Ok(true)
+}
+
+/// The lane's place; its queue is made if it is new.
+fn make_lane(i: &Incoming, key: LaneKey, inside: bool) -> Result<usize, Refusal> {
+    let _one = i.making();
+    let no = |code, message: String| Err(Refusal { code, message });
+    if i.lock().stopped {
+        let what = "this host takes no shipment of the hold any more";
+        return no(RefusalCode::State, what.into());
+    }
+    // Its frames would never be delivered.
+    if !i.ports.contains(&key.to) {
+        let what = format!(
+            "a lane to port '{}'; the hold's ports here are {}",
+            key.to.escape_debug(),
+            i.ports.join(", ")
+        );
+        return no(RefusalCode::Malformed, what);
+    }
+    let known = i.lock().lanes.iter().position(|l| l.key == key);
+    if let Some(n) = known {
+        // What an earlier connection said of the lane's end is said again, or was wrong.
+        i.update(|s| {
+            if let Some(l) = s.lanes.get_mut(n).filter(|l| !l.complete)
+                && l.end.take().is_some()
+            {
+                l.mismatch = None;
+            }
+        });
+        return Ok(n);
+    }
+    if i.lock().only_known {
+        let what = format!(
+            "lane {key}: it was not there, or not any more, when the hold was committed here, so nobody would deliver it; its frames stay at the source until the hold is released"
+        );
+        return no(RefusalCode::State, what);
+    }
+    if i.lock().lanes.len() >= LANES_MAX {
+        let what = format!("more than {LANES_MAX} lanes in one hold");
+        return no(RefusalCode::Resources, what);
+    }
+    let (writer, queue) = match i.spool.create(i.hold, Kind::Incoming, &key) {
+        Ok(created) => created,
+        Err(e) => return no(RefusalCode::Resources, e.to_string()),
+    };
+    queue.set_inside(inside);
+    // A failure is latched in the queue, and found before anything is acknowledged.
+    let _ = queue.sync();
+    Ok(i.update(|s| {
+        s.lanes.push(Lane {
+            key,
+            inside,
+            queue,
+            writer: Some(writer),
+            end: None,
+            complete: false,
+            mismatch: None,
+            acked: Tally::default(),
+        });
+        s.lanes.len() - 1
+    }))
 }
 
 /// A lane's writer, which goes back to the lane whatever happens.
-struct Borrowed {
+pub(super) struct Borrowed {
     incoming: Arc<Incoming>,
     place: usize,
-    writer: Option<Writer>,
+    pub(super) writer: Option<Writer>,
 }
 
 impl Borrowed {
@@ -320,17 +336,18 @@ impl Drop for Borrowed {
     }
 }
 
-async fn stream(
-    incoming: Arc<Incoming>,
-    mut s: RecvStream,
-    numbers: Arc<Numbers>,
-) -> Result<(), ShipError> {
-    let open = wire::read_lane_open(&mut s).await?;
+pub(super) fn unnamed(lane: u32) -> ShipError {
+    ShipError::Protocol(format!("a stream of lane {lane}, unnamed"))
+}
+
+/// A lane's stream begins: it has the lane's writer, or is refused.
+pub(super) fn begin(
+    incoming: &Arc<Incoming>,
+    place: usize,
+    open: &LaneOpen,
+) -> Result<Borrowed, ShipError> {
     let lane = open.lane;
-    let place = timeout(NAMED, numbers.get(lane)).await;
-    let place =
-        place.map_err(|_| ShipError::Protocol(format!("a stream of lane {lane}, unnamed")))?;
-    let mut b = Borrowed::take(incoming.clone(), place).ok_or_else(|| {
+    let b = Borrowed::take(incoming.clone(), place).ok_or_else(|| {
         let lanes = incoming.lanes();
         let sealed = lanes.get(place).filter(|l| l.queue.is_sealed());
         ShipError::Protocol(sealed.map_or_else(
@@ -343,16 +360,59 @@ async fn stream(
             },
         ))
     })?;
+    let next = b.writer.as_ref().map_or(0, Writer::next_seq);
+    if open.first_seq > next {
+        return Err(ShipError::Protocol(format!(
+            "lane {lane} goes on at record {}, {next} is missing",
+            open.first_seq
+        )));
+    }
+    Ok(b)
+}
+
+/// Takes bytes of a lane's stream; false: those that are left wait for room.
+pub(super) fn take(
+    lane: u32,
+    arriving: &mut Arriving,
+    writer: &mut Writer,
+    bytes: &mut &[u8],
+) -> Result<bool, ShipError> {
+    let garbage = |what: String| ShipError::Protocol(format!("lane {lane}: {what}"));
+    match arriving.push(writer, bytes) {
+        Ok(()) => Ok(true),
+        Err(RejectedBatch::NoRoom(_)) => Ok(false),
+        Err(e @ (RejectedBatch::Garbage | RejectedBatch::Header(_))) => {
+            let next = writer.next_seq();
+            Err(garbage(format!("{e} where record {next} must follow")))
+        }
+        Err(e) => Err(garbage(e.to_string())),
+    }
+}
+
+/// A lane's stream has ended.
+pub(super) fn end(lane: u32, arriving: &Arriving, writer: &Writer) -> Result<(), ShipError> {
+    match arriving.pending() {
+        0 => Ok(()),
+        n => Err(ShipError::Protocol(format!(
+            "lane {lane} ends inside a batch, {n} bytes behind its start, where record {} must follow",
+            writer.next_seq()
+        ))),
+    }
+}
+
+async fn stream(
+    incoming: Arc<Incoming>,
+    mut s: RecvStream,
+    numbers: Arc<Numbers>,
+) -> Result<(), ShipError> {
+    let open = wire::read_lane_open(&mut s).await?;
+    let lane = open.lane;
+    let place = timeout(NAMED, numbers.get(lane)).await;
+    let place = place.map_err(|_| unnamed(lane))?;
+    let mut b = begin(&incoming, place, &open)?;
     let Some(writer) = b.writer.as_mut() else {
         return Ok(());
     };
-    if open.first_seq > writer.next_seq() {
-        return Err(ShipError::Protocol(format!(
-            "lane {lane} goes on at record {}, {} is missing",
-            open.first_seq,
-            writer.next_seq()
-        )));
-    }
     let mut arriving = Arriving::default();
     let mut uncommitted = 0;
     loop {
@@ -372,29 +432,12 @@ async fn stream(
         };
         uncommitted += 1;
         let mut bytes = &chunk.bytes[..];
-        loop {
-            let garbage = |what: String| ShipError::Protocol(format!("lane {lane}: {what}"));
-            match arriving.push(writer, &mut bytes) {
-                Ok(()) => break,
-                Err(RejectedBatch::NoRoom(_)) => {
-                    writer.commit();
-                    wait_for_room(writer, &incoming).await?;
-                }
-                Err(e @ (RejectedBatch::Garbage | RejectedBatch::Header(_))) => {
-                    let next = writer.next_seq();
-                    return Err(garbage(format!("{e} where record {next} must follow")));
-                }
-                Err(e) => return Err(garbage(e.to_string())),
-            }
+        while !take(lane, &mut arriving, writer, &mut bytes)? {
+            writer.commit();
+            wait_for_room(writer, &incoming).await?;
         }
     }
-    match arriving.pending() {
-        0 => Ok(()),
-        n => Err(ShipError::Protocol(format!(
-            "lane {lane} ends inside a batch, {n} bytes behind its start, where record {} must follow",
-            writer.next_seq()
-        ))),
-    }
+    end(lane, &arriving, writer)
 }
 
 async fn wait_for_room(writer: &Writer, incoming: &Incoming) -> Result<(), ShipError> {
@@ -413,13 +456,43 @@ async fn wait_for_room(writer: &Writer, incoming: &Incoming) -> Result<(), ShipE
     Ok(())
 }
 
+/// What a lane has got and nobody acknowledged yet.
+pub(super) struct Due {
+    lane: u32,
+    place: usize,
+    seq: u64,
+    tally: Tally,
+    complete: bool,
+    pub(super) queue: Arc<Queue>,
+}
+
+/// By the source's number: what was acknowledged on this connection.
+pub(super) type Acked = HashMap<u32, (u64, bool)>;
+
 /// Syncs and acknowledges what has come since the last time.
 async fn acknowledge(
     incoming: &Arc<Incoming>,
     numbers: &Numbers,
-    acked: &mut HashMap<u32, (u64, bool)>,
+    acked: &mut Acked,
     answers: &mut SendStream,
 ) -> Result<(), ShipError> {
+    let due = due(incoming, numbers, acked)?;
+    if due.is_empty() {
+        return Ok(());
+    }
+    sync(due.iter().map(|d| d.queue.clone()).collect()).await?;
+    for d in due {
+        wire::to_source(answers, &synced(incoming, acked, &d)).await?;
+    }
+    Ok(())
+}
+
+/// What has come since the last time. Seals what is at its end.
+pub(super) fn due(
+    incoming: &Incoming,
+    numbers: &Numbers,
+    acked: &Acked,
+) -> Result<Vec<Due>, ShipError> {
     let places: Vec<(u32, usize)> = numbers.lock().iter().map(|(n, p)| (*n, *p)).collect();
     let mut due = Vec::new();
     incoming.update(|s| {
@@ -427,35 +500,38 @@ async fn acknowledge(
             let Some(l) = s.lanes.get_mut(place) else {
                 continue;
             };
-            let ended = at_end(l)?;
+            let complete = at_end(l)?;
             let (seq, tally) = l.queue.progress();
-            if acked.get(&lane) != Some(&(seq, ended)) && (seq > 0 || ended) {
-                due.push((lane, place, seq, tally, ended, l.queue.clone()));
+            if acked.get(&lane) != Some(&(seq, complete)) && (seq > 0 || complete) {
+                due.push(Due {
+                    lane,
+                    place,
+                    seq,
+                    tally,
+                    complete,
+                    queue: l.queue.clone(),
+                });
             }
         }
-        Ok::<_, ShipError>(())
-    })?;
-    if due.is_empty() {
-        return Ok(());
+        Ok(due)
+    })
+}
+
+/// It is on the disk: what the source is told.
+pub(super) fn synced(incoming: &Incoming, acked: &mut Acked, d: &Due) -> ToSource {
+    acked.insert(d.lane, (d.seq, d.complete));
+    incoming.update(|s| {
+        if let Some(l) = s.lanes.get_mut(d.place) {
+            l.acked = d.tally;
+            l.complete |= d.complete;
+        }
+    });
+    ToSource::Ack {
+        lane: d.lane,
+        seq: d.seq,
+        tally: d.tally,
+        complete: d.complete,
     }
-    sync(due.iter().map(|d| d.5.clone()).collect()).await?;
-    for (lane, place, seq, tally, complete, _) in due {
-        acked.insert(lane, (seq, complete));
-        incoming.update(|s| {
-            if let Some(l) = s.lanes.get_mut(place) {
-                l.acked = tally;
-                l.complete |= complete;
-            }
-        });
-        let m = ToSource::Ack {
-            lane,
-            seq,
-            tally,
-            complete,
-        };
-        wire::to_source(answers, &m).await?;
-    }
-    Ok(())
 }
 
 /// True if everything is here that the source has announced; seals the queue then.

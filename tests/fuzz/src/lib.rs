@@ -17,6 +17,7 @@ mod positions;
 mod qmp;
 mod record;
 mod rings;
+mod session;
 mod shipment;
 mod spool;
 mod vhost_user;
@@ -25,7 +26,7 @@ mod vhost_user;
 pub type Target = fn(&[u8]);
 
 /// All of them, by name.
-pub const TARGETS: [(&str, Target); 16] = [
+pub const TARGETS: [(&str, Target); 17] = [
     ("vhost_user", vhost_user::run),
     ("keeper", keeper::run),
     ("split_ring", rings::split),
@@ -33,6 +34,7 @@ pub const TARGETS: [(&str, Target); 16] = [
     ("packet", packet::run),
     ("codec", codec::run),
     ("shipment", shipment::run),
+    ("session", session::run),
     ("spool_scan", spool::scan),
     ("spool_open", spool::open),
     ("record", record::run),
