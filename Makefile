@@ -7,7 +7,7 @@ RUNS ?= 5
 CASE ?=
 BENCHES ?= bound pvp testpmd growth hold ship latency idle
 
-FUZZ ?= vhost_user keeper split_ring packed_ring packet codec shipment spool_scan spool_open record positions backlog ledger fdb config qmp
+FUZZ ?= vhost_user keeper split_ring packed_ring packet codec shipment session spool_scan spool_open record positions backlog ledger fdb config qmp
 FUZZ_S ?= 120
 SEEDS ?= 100000
 MINUTES ?= 30
