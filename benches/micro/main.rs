@@ -1,5 +1,5 @@
 //! Micro benchmarks of the data path's stages: parse, look up, take from a ring, copy into a ring, gate, spool append,
-//! flush. `cargo bench -p gangway-benches`; figures per frame.
+//! flush. `cargo bench -p gangway-benches`; figures per frame. And the file of addresses, written and read: figures per address.
 //!
 //! Both sides of a ring are driven by one thread, so every line is in its cache: what a stage costs without waiting for
 //! the other CPU. Only the switch's part is timed.
@@ -12,8 +12,11 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use gangway_benches::frames::{frame, mac};
 use gangway_benches::ring::{self as driver, Layout};
+use gangway_shared::config::HostConfig;
 use gangway_shared::config::valid::{SpoolConfig, SpoolLimits, Sync};
 use gangway_shared::id::{HoldId, LaneKey, MacAddr};
+use gangway_switch::addresses::Addresses;
+use gangway_switch::datapath::Engine;
 use gangway_switch::datapath::fdb::Fdb;
 use gangway_switch::datapath::flow::{Flows, Key};
 use gangway_switch::datapath::lane::Lane;
@@ -270,6 +273,60 @@ fn spool(c: &mut Criterion) {
     group.finish();
 }
 
+/// The FDB of a switch, written for its next run, and read by it.
+fn address_file(c: &mut Criterion) {
+    let mut group = c.benchmark_group("address file");
+    // A million take a while.
+    group.sample_size(10);
+    let base = Path::new("/dev/shm");
+    let folder = gangway_benches::host::Folder::below(base).expect("a folder in /dev/shm");
+    for many in [100_000u64, 1_000_000] {
+        let dir = folder.path().join(many.to_string());
+        let text = format!(
+            "[host]\nname = \"bench\"\nstate_dir = \"{}\"\n[fdb]\ncapacity = {}\n\
+             [[port]]\nname = \"up\"\ntype = \"uplink\"\ndevice = \"none\"\n",
+            dir.display(),
+            1 << 20
+        );
+        let config = HostConfig::parse(&text, "bench").expect("a configuration");
+        std::fs::create_dir_all(&config.state_dir).expect("a folder");
+        // Nobody listens: no device is opened, and no worker has anything to do.
+        let run = || {
+            let engine = Engine::start(&config).expect("workers");
+            let addresses = Addresses::new(&config, engine.shared().clone());
+            (engine, addresses)
+        };
+        group.throughput(Throughput::Elements(many));
+        let (engine, addresses) = run();
+        for i in 0..many {
+            let mac = MacAddr::from_u64(0x0200_0000_0000 | i);
+            engine.shared().fdb.learn(mac, 0, 0);
+        }
+        group.bench_function(BenchmarkId::new("write", many), |b| {
+            b.iter(|| addresses.save());
+        });
+        addresses.save();
+        assert!(
+            config
+                .state_dir
+                .join(gangway_switch::addresses::FILE)
+                .exists()
+        );
+        engine.stop();
+        group.bench_function(BenchmarkId::new("read", many), |b| {
+            b.iter_custom(|n| {
+                bursts(n, || {
+                    let (engine, addresses) = run();
+                    let time = timed(|| addresses.take_up());
+                    engine.stop();
+                    time
+                })
+            });
+        });
+    }
+    group.finish();
+}
+
 fn config() -> Criterion {
     Criterion::default()
         .sample_size(20)
@@ -280,6 +337,6 @@ fn config() -> Criterion {
 criterion_group! {
     name = stages;
     config = config();
-    targets = parsing, look_up, rings, gates, spool
+    targets = parsing, look_up, rings, gates, spool, address_file
 }
 criterion_main!(stages);

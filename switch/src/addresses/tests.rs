@@ -189,29 +189,3 @@ fn the_file_follows_the_table_and_is_left_alone_when_nothing_is_new() {
     following.end();
     assert!(says(0), "a last time at the end");
 }
-
-/// What a write of many costs: `cargo test --release -p gangway-switch addresses -- --ignored --nocapture`.
-#[test]
-#[ignore = "a measurement"]
-fn cost_of_a_write() {
-    for n in [100_000u64, 1_000_000] {
-        let dir = tempfile::tempdir().unwrap();
-        let h = host(dir.path(), |cfg| cfg.fdb_capacity = 1 << 20);
-        for i in 0..n {
-            let mac = gangway_shared::id::MacAddr::from_u64(0x0200_0000_0000 | i);
-            h.fdb().learn(mac, 0, 0);
-        }
-        for _ in 0..5 {
-            let began = Instant::now();
-            h.addresses.save();
-            let wrote = began.elapsed();
-            let next = host(dir.path(), |cfg| cfg.fdb_capacity = 1 << 20);
-            let began = Instant::now();
-            next.addresses.take_up();
-            let read = began.elapsed();
-            println!("{n} addresses: written in {wrote:?}, read in {read:?}");
-        }
-        let bytes = fs::metadata(h.cfg.state_dir.join(FILE)).unwrap().len();
-        println!("{n} addresses: {bytes} bytes");
-    }
-}
