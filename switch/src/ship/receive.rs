@@ -194,10 +194,20 @@ pub(super) fn heard(
 ) -> Result<bool, ShipError> {
     match m {
         ToTarget::Lane { lane, key, inside } => {
-            let place = make_lane(incoming, key, inside).map_err(ShipError::Refused)?;
-            if numbers.lock().insert(lane, place).is_some() {
-                return Err(ShipError::Protocol(format!("lane {lane} was named twice")));
+            // What is refused makes no queue.
+            let place = incoming.lock().lanes.iter().position(|l| l.key == key);
+            let twice = match &*numbers.lock() {
+                all if all.contains_key(&lane) => Some(format!("lane {lane} was named twice")),
+                all => all
+                    .iter()
+                    .find(|(_, p)| Some(**p) == place)
+                    .map(|(n, _)| format!("lane {key} is {n} on this connection, and {lane}")),
+            };
+            if let Some(what) = twice {
+                return Err(ShipError::Protocol(what));
             }
+            let place = make_lane(incoming, key, inside).map_err(ShipError::Refused)?;
+            numbers.lock().insert(lane, place);
             numbers.named.notify_waiters();
         }
         ToTarget::Named { lanes } => {

@@ -113,6 +113,8 @@ impl World {
                 assert!(PORTS.contains(&key.to.as_str()), "a lane to {}", key.to);
                 let before = self.numbers.insert(lane, key.clone());
                 assert!(before.is_none(), "lane {lane} was named twice");
+                let names = self.numbers.values().filter(|k| **k == key).count();
+                assert_eq!(names, 1, "numbers of lane {key}");
                 // What an earlier connection said of its end is said again.
                 if !self.complete.contains_key(&key) {
                     self.ends.remove(&key);

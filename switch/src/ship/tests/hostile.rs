@@ -214,6 +214,16 @@ fn what_is_not_the_protocol_is_refused_and_changes_nothing() {
                 let _s = r.stream(0, first_seq, &bytes).await;
                 is_malformed(&r.refusal().await, &[why]);
             }
+            // A number, or a lane, for the second time; no queue is made.
+            for (lane, other, why) in [
+                (0, 1, "lane 0 was named twice"),
+                (1, 0, "is 0 on this connection, and 1"),
+            ] {
+                let (mut r, _) = Rogue::welcome(&w).await;
+                r.lane(0).await;
+                r.name(lane, key(other)).await;
+                is_malformed(&r.refusal().await, &[why]);
+            }
             // With the watermark, and an end that does not agree.
             let (mut r, marks) = Rogue::welcome(&w).await;
             assert_eq!(marks, [(key(0), 1)]);
