@@ -54,10 +54,7 @@ enum Ring {
     #[default]
     None,
     /// Dies with this process.
-    Own(
-        Box<[u8]>,
-        #[expect(dead_code, reason = "it is counted")] Without,
-    ),
+    Own(Box<[u8]>, Without),
     /// Does not.
     Kept(Box<Room>),
 }
@@ -111,7 +108,7 @@ pub struct Backlog {
     /// What lies before is not wanted any more.
     noted: u64,
     frames: usize,
-    /// There was no memory for more; until something was delivered.
+    /// There is no memory for another frame, as was seen behind the last one; asked for again when something was delivered.
     is_short: bool,
     /// Something has come since the last [`Backlog::trim`].
     is_used: bool,
@@ -261,7 +258,14 @@ impl Backlog {
         self.tail = at + need(f.len) as u64;
         self.ring.set(TAIL, self.tail);
         self.frames += 1;
+        self.provide();
         true
+    }
+
+    /// Asks for the memory of the next frame, whatever its length: whoever is told that there is room for it takes it from its sender.
+    fn provide(&mut self) {
+        let next = (offset(self.tail) + need(FRAME_MAX as u32)).min(BACKLOG_BYTES);
+        self.is_short = !matches!(self.ring, Ring::None) && self.ring.bytes_mut(next).is_none();
     }
 
     fn own(&self) -> Ring {
@@ -278,11 +282,15 @@ impl Backlog {
     /// Gives back the memory of a ring where nothing waits, and nothing has come since the last call. The next frame asks for it anew, also
     /// for a file if there was no memory for that. For the lane's owner, now and then. True if there was some.
     pub fn trim(&mut self) -> bool {
-        if std::mem::take(&mut self.is_used) || self.noted != self.tail {
+        let is_used = std::mem::take(&mut self.is_used);
+        if self.noted != self.tail {
             return false;
         }
         match &mut self.ring {
             Ring::None => false,
+            Ring::Kept(_) if is_used => false,
+            // One that should be in a file asks for it anew as soon as nothing waits.
+            Ring::Own(_, without) if is_used && !without.counts() => false,
             Ring::Own(..) => {
                 self.ring = Ring::None;
                 true
@@ -356,8 +364,11 @@ impl Backlog {
     /// What was removed is where it belongs, whatever becomes of this process.
     pub fn note(&mut self) {
         if self.noted != self.head {
-            (self.noted, self.is_short) = (self.head, false);
+            self.noted = self.head;
             self.ring.set(HEAD, self.head);
+            if self.is_short {
+                self.provide();
+            }
         }
     }
 }
@@ -604,6 +615,14 @@ mod tests {
         starve(&mut b);
         while b.push(&f, 0) {}
         assert!(!b.has_room(f.len));
+        // What is delivered makes no memory: nobody is told so.
+        for _ in 0..2 {
+            b.pop();
+            b.note();
+            while b.has_room(f.len) {
+                assert!(b.push(&f, 0));
+            }
+        }
         let left = b.len();
         assert!(matches!(b.ring, Ring::Kept(..)) && left < 9);
         assert_eq!(Backlog::open(&path).expect("a file").backlog.len(), left);

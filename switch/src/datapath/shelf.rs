@@ -190,9 +190,9 @@ impl Shelf {
         let _ = std::fs::write(self.dir.join(ALIVE), now_s().to_string());
         let dir = self.dir.display();
         match self.change() {
-            Some(0) => tracing::info!("{dir}: there is memory again for what waits for receivers"),
+            Some(0) => tracing::info!("{dir}: all that waits for receivers is here again"),
             Some(n) => tracing::warn!(
-                "{dir}: no memory for what waits for receivers ({n} backlogs): a switch that is killed loses it"
+                "{dir}: what waits for receivers finds no place here ({n} backlogs; is there memory left?): a switch that is killed loses it"
             ),
             None => {}
         }
@@ -249,7 +249,14 @@ impl Spot {
 }
 
 /// See [`Spot::without`].
-pub(super) struct Without(#[expect(dead_code, reason = "it is counted")] Option<Arc<()>>);
+pub(super) struct Without(Option<Arc<()>>);
+
+impl Without {
+    /// There is a place where it should be.
+    pub(super) fn counts(&self) -> bool {
+        self.0.is_some()
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -464,7 +464,7 @@ fn lost_lanes(gone: u32, named: u32, incoming: &Incoming) -> String {
     let there = incoming.lanes();
     let there: Vec<_> = there.iter().map(|l| l.key.to_string()).collect();
     let what = format!(
-        "{gone} of the {named} lanes that the source has named are not in the spool any more (there: {}); what was held there and not delivered is lost here, and refused if the source, which has it until the release, ships it again: put their directories back and start the switch again",
+        "{gone} of the {named} lanes that the source has named are not in the spool any more (there: {}); what was held there and not delivered is lost here, unless the source, which has it until the release, ships it once more (then start the switch again), or their directories come back",
         match there.is_empty() {
             true => "none".to_owned(),
             false => there.join(", "),

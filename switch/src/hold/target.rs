@@ -239,7 +239,6 @@ impl TargetHold {
             return Err(refuse(RefusalCode::Resources, what));
         }
         host.spool.only_forward(self.id);
-        self.incoming.only_known();
         let shared = host.engine.shared();
         let uplink = shared.ports.iter().position(|p| p.uplink);
         let shipped = self.incoming.lanes();
@@ -386,8 +385,9 @@ impl TargetHold {
     pub fn drained(&self, host: &Host) -> bool {
         let ports = &host.engine.shared().ports;
         let is_there = |&g: &usize| ports[g].is_up() || ports[g].mode() == Mode::Lost;
-        let done =
-            self.local.iter().all(|l| l.progress.finished()) && self.group.iter().all(is_there);
+        let done = self.local.iter().all(|l| l.progress.finished())
+            && self.group.iter().all(is_there)
+            && self.undrained().is_empty();
         if done {
             for &g in &self.group {
                 ports[g].set_hears_uplink(true);
@@ -396,6 +396,19 @@ impl TargetHold {
             }
         }
         done
+    }
+
+    /// Behind the commit: lanes with frames that were not there when it was settled what drains. Their queues had got lost, and the source
+    /// has shipped them once more; the next start finds them.
+    fn undrained(&self) -> Vec<LaneKey> {
+        if self.local.iter().any(|l| l.writer.is_some()) {
+            return Vec::new();
+        }
+        let shipped = self.incoming.lanes().into_iter();
+        shipped
+            .filter(|l| l.queue.last_seq() > 0 && self.flushed.iter().all(|(k, _)| *k != l.key))
+            .map(|l| l.key)
+            .collect()
     }
 
     /// Before the commit: forgets everything; the ports are free again.
@@ -479,6 +492,14 @@ impl TargetHold {
 
     /// Trouble with the shipment.
     pub fn error(&self) -> Option<String> {
-        self.incoming.error()
+        let late = self.undrained();
+        let late = (!late.is_empty()).then(|| {
+            let all: Vec<_> = late.iter().map(LaneKey::to_string).collect();
+            format!(
+                "{}: shipped once more, for what had come before was not in the spool any more; start this switch again to have it delivered",
+                all.join(", ")
+            )
+        });
+        late.or_else(|| self.incoming.error())
     }
 }

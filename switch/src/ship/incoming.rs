@@ -40,8 +40,6 @@ pub(super) struct State {
     pub(super) aborted: bool,
     /// The source has named all lanes.
     pub(super) named: bool,
-    /// Lanes that come now are drained by nobody.
-    pub(super) only_known: bool,
 }
 
 #[derive(Debug)]
@@ -133,11 +131,6 @@ impl Incoming {
                 acked: l.acked,
             })
             .collect()
-    }
-
-    /// Behind the commit: what is drained is settled, so a lane that is new is refused.
-    pub fn only_known(&self) {
-        self.lock().only_known = true;
     }
 
     /// What was wrong last; none while a connection is well.

@@ -281,12 +281,6 @@ fn make_lane(i: &Incoming, key: LaneKey, inside: bool) -> Result<usize, Refusal>
         });
         return Ok(n);
     }
-    if i.lock().only_known {
-        let what = format!(
-            "lane {key}: it was not there, or not any more, when the hold was committed here, so nobody would deliver it; its frames stay at the source until the hold is released"
-        );
-        return no(RefusalCode::State, what);
-    }
     if i.lock().lanes.len() >= LANES_MAX {
         let what = format!("more than {LANES_MAX} lanes in one hold");
         return no(RefusalCode::Resources, what);

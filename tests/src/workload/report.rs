@@ -90,7 +90,7 @@ impl State {
     }
 }
 
-/// A count that is kept twice, on pages of memory that nothing else shares. They differ when a VM arrives with a page as it was
+/// A count that is kept twice, on different pages of memory. They differ when a VM arrives with a page as it was
 /// some time ago: its own counts are worth nothing then.
 struct Twin {
     here: u64,

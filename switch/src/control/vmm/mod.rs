@@ -38,8 +38,8 @@ pub use relay::Relay;
 const TURN: Duration = Duration::from_secs(8);
 /// How long QEMU may take to accept and to greet.
 const GREETING: Duration = Duration::from_secs(2);
-/// How long `VmmOpen` may take with its turn, within a coordinator's patience for a call: QEMU may greet as late as this leaves,
-/// since on a crowded host it takes seconds. Whoever had a late turn gives it [`GREETING`].
+/// How long `VmmOpen` may take with its turn, but for who has a late one and gives QEMU [`GREETING`]: QEMU may greet as late as this leaves, since
+/// on a crowded host it takes seconds.
 const OPEN: Duration = Duration::from_secs(8);
 /// How long one of our own questions may take in all.
 const ASK: Duration = Duration::from_secs(1);
